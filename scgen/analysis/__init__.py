@@ -1,0 +1,1 @@
+"""Questions put to a trained VAE; the methods of the models call these functions."""

@@ -1,0 +1,57 @@
+"""New cells: from the prior, or from what the posterior says of given ones."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from scgen.analysis.expression import in_batch
+from scgen.data.cells import Cells
+from scgen.data.loader import CellLoader
+from scgen.modules.vae import VAE
+from scgen.training import seeded
+
+
+@torch.inference_mode()
+def posterior_predictive(
+    vae: VAE, loader: CellLoader, batch: int | None, n_samples: int, seed: int
+) -> list[sparse.csr_matrix]:
+    """Return ``n_samples`` matrices (n, G) of x ~ p(x | z, l, s), with z, l ~ q; each sparse, as counts are."""
+    vae.eval()
+    blocks: list[list[sparse.csr_matrix]] = [[] for _ in range(n_samples)]
+    with seeded(seed):
+        for cells in loader:
+            cells = cells.to(vae.device)
+            q = vae.infer(cells)
+            for drawn in blocks:
+                latents = {name: q[name].rsample_and_log_prob()[0] for name in q}
+                drawn.append(_sampled(vae, latents, in_batch(cells, batch)))
+    return [sparse.vstack(drawn, format="csr") for drawn in blocks]
+
+
+@torch.inference_mode()
+def prior_predictive(vae: VAE, cells: Cells, seed: int, n_at_once: int = 1024) -> tuple[sparse.csr_matrix, dict]:
+    """Return x (n, G), and the latents that it came from, for z ~ p(z), log l ~ p(log l | s).
+
+    Of ``cells``, (n,), only batch, labels and covariates are read.
+    """
+    vae.eval()
+    blocks, latents = [], {name: [] for name in vae.priors}
+    with seeded(seed):
+        for start in range(0, len(cells), n_at_once):
+            rows = slice(start, start + n_at_once)
+            some = replace(cells, **{field: getattr(cells, field)[rows] for field in vars(cells)})
+            some = some.to(vae.device)
+            drawn = {}
+            for name, prior in vae.priors.items():
+                p = prior(some)
+                shape = () if p.batch_shape else (len(some),)
+                drawn[name] = p.sample(shape)
+                latents[name].append(drawn[name].cpu().numpy())
+            blocks.append(_sampled(vae, drawn, some))
+    return sparse.vstack(blocks, format="csr"), {name: np.concatenate(parts) for name, parts in latents.items()}
+
+
+def _sampled(vae: VAE, latents: dict[str, torch.Tensor], cells: Cells) -> sparse.csr_matrix:
+    return sparse.csr_matrix(vae.decoder(latents, cells).sample().cpu().numpy())

@@ -1,0 +1,68 @@
+"""How well an embedding mixes batches and keeps cell types apart, by scib-metrics."""
+
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+
+def integration_scores(
+    embeddings: Mapping[str, np.ndarray], batch: pd.Series, labels: pd.Series, uncorrected: np.ndarray
+) -> pd.DataFrame:
+    """Return scib-metrics' default scores, unscaled: a row per metric, a column per embedding.
+
+    Parameters
+    ----------
+    embeddings
+        By name, (n, d) each.
+    batch, labels
+        (n,) of the cells.
+    uncorrected
+        (n, d): the embedding before integration, which one of the metrics compares with.
+
+    Returns
+    -------
+    The metrics, then their means "bio" and "batch", and "total" = 0.6 bio + 0.4 batch.
+
+    Raises
+    ------
+    ImportError
+        If scib-metrics is not installed.
+    ValueError
+        If there are fewer than two batches or two labels.
+    """
+    try:
+        from scib_metrics.benchmark import BatchCorrection, Benchmarker, BioConservation
+    except ImportError as error:
+        raise ImportError('the scores need scib-metrics: pip install "scgen-vae[scores]"') from error
+    if batch.nunique() < 2 or labels.nunique() < 2:
+        raise ValueError("the scores need at least two batches and two labels.")
+    obs = pd.DataFrame(
+        {"batch": batch.astype(str).to_numpy(), "label": labels.astype(str).to_numpy()}, dtype="category"
+    )
+    obs.index = obs.index.astype(str)
+    adata = AnnData(np.zeros((len(obs), 1), np.float32), obs=obs, obsm={**embeddings, "uncorrected ": uncorrected})
+    run = Benchmarker(
+        adata,
+        batch_key="batch",
+        label_key="label",
+        embedding_obsm_keys=list(embeddings),
+        bio_conservation_metrics=BioConservation(),
+        batch_correction_metrics=BatchCorrection(),
+        pre_integrated_embedding_obsm_key="uncorrected ",
+        progress_bar=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.benchmark()
+    table = run.get_results(min_max_scale=False)
+    kinds = table.loc["Metric Type"]
+    values = table.drop(index="Metric Type").astype(float)
+    bio = values.loc[:, kinds == "Bio conservation"]
+    mixing = values.loc[:, kinds == "Batch correction"]
+    result = pd.concat([bio, mixing], axis=1)
+    result["bio"], result["batch"] = bio.mean(axis=1), mixing.mean(axis=1)
+    result["total"] = 0.6 * result["bio"] + 0.4 * result["batch"]
+    return result.T[list(embeddings)]

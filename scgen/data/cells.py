@@ -1,0 +1,42 @@
+"""One minibatch of cells as tensors: what every loader makes and every module reads."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells as tensors; "batch" is always the experimental batch.
+
+    Attributes
+    ----------
+    counts
+        (n, G) float: what the likelihood describes, counts or normalised values.
+    library
+        (n, 1) float: logarithm of the cell's total, or of its size factor.
+    batch, labels
+        (n,) int64 codes.
+    categorical
+        (n, C) int64 codes of the further categorical covariates.
+    continuous
+        (n, K) float: standardised continuous covariates.
+    index
+        (n,) int64: the cells' rows in their AnnData.
+    """
+
+    counts: Tensor
+    library: Tensor
+    batch: Tensor
+    labels: Tensor
+    categorical: Tensor
+    continuous: Tensor
+    index: Tensor
+
+    def to(self, device: torch.device) -> "Cells":
+        """Return the same cells on another device."""
+        return Cells(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.counts)

@@ -1,0 +1,310 @@
+"""What of an AnnData the models read: recorded by `setup_anndata`, and remembered by a model as a `Registry`."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from torch import Tensor
+
+from scgen.data.cells import Cells
+from scgen.data.checks import Finding, Setup, check_types, findings, matrix_of, raise_errors
+from scgen.data.stores import BackedStore, MemoryStore, open_store, totals
+
+
+def setup_anndata(
+    adata: AnnData,
+    *,
+    layer: str | None = None,
+    batch_key: str | None = None,
+    labels_key: str | None = None,
+    size_factor_key: str | None = None,
+    categorical_covariate_keys: Sequence[str] | None = None,
+    continuous_covariate_keys: Sequence[str] | None = None,
+    counts: bool = True,
+) -> None:
+    """Check ``adata`` and record, in ``adata.uns["scgen"]["setup"]``, which parts of it the models read.
+
+    Nothing else of ``adata`` is written or changed. All stored values are checked.
+
+    Parameters
+    ----------
+    adata
+        Cells x genes; may be a view (AnnData makes it actual, with a warning) or backed by a file.
+    layer
+        Layer of the counts; None reads ``adata.X``.
+    batch_key
+        Column of ``adata.obs``: the experimental batch, whose effect is removed.
+    labels_key
+        Column of ``adata.obs``: cell types or the like; read only by ``dispersion="gene-label"``.
+    size_factor_key
+        Column of ``adata.obs``, positive: replaces the library size, in any unit.
+    categorical_covariate_keys, continuous_covariate_keys
+        Further columns of ``adata.obs`` whose effect is removed. Continuous ones are standardised by the model.
+    counts
+        False admits values that are no counts (for ``gene_likelihood="normal"``).
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong type, as a string where a list belongs.
+    ValueError
+        If the values are not finite non-negative integers (only finite, with ``counts=False``), a cell is empty, a
+        column is missing, has NaN or is no number where one is needed, or names are not unique.
+
+    Examples
+    --------
+    >>> import scgen
+    >>> adata = scgen.simulate_cells(n_cells=50, n_genes=20, seed=0)
+    >>> scgen.setup_anndata(adata, batch_key="batch")
+    >>> adata.uns["scgen"]["setup"]["batch_key"]
+    'batch'
+    """
+    setup = _setup(adata, locals())
+    found = findings(adata, setup)
+    raise_errors(found, "setup_anndata")
+    if adata.isbacked and adata.is_view:
+        raise ValueError(
+            "adata is a view of a backed AnnData, to which nothing can be written. Set up the whole object and pass "
+            "indices=, or load the view: adata = adata.to_memory()."
+        )
+    for finding in found:
+        warnings.warn(str(finding), stacklevel=2)
+    # h5ad has no portable None, and reads empty lists back as floats: what is not set is not written.
+    record = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in asdict(setup).items()
+        if value not in (None, ())
+    }
+    adata.uns["scgen"] = {**adata.uns.get("scgen", {}), "setup": record}
+
+
+def check(
+    adata: AnnData,
+    *,
+    layer: str | None = None,
+    batch_key: str | None = None,
+    labels_key: str | None = None,
+    size_factor_key: str | None = None,
+    categorical_covariate_keys: Sequence[str] | None = None,
+    continuous_covariate_keys: Sequence[str] | None = None,
+    counts: bool = True,
+) -> pd.DataFrame:
+    """Return what `setup_anndata` would refuse or warn of, and how far the covariates are confounded, as a table.
+
+    Parameters
+    ----------
+    adata, layer, batch_key, labels_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys, counts
+        As in `setup_anndata`.
+
+    Returns
+    -------
+    A row per finding: level ("error", "warning" or "note"), where, finding, n (how many), suggestion. Empty if there is
+    nothing to say. Confounding is told by Cramer's V of each pair of categorical columns (0: independent, 1: the one
+    gives the other) and by the rank of the design of batch and covariates.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong type.
+
+    Examples
+    --------
+    >>> import scgen
+    >>> adata = scgen.simulate_cells(n_cells=50, n_genes=20, seed=0)
+    >>> adata.X[3] = 0
+    >>> scgen.check(adata, batch_key="batch")[["level", "n"]].values.tolist()
+    [['error', 1]]
+    """
+    setup = _setup(adata, locals())
+    found = findings(adata, setup) + confounding(adata.obs, setup)
+    columns = list(Finding.__dataclass_fields__)
+    return pd.DataFrame([asdict(finding) for finding in found], columns=columns)
+
+
+def confounding(obs: pd.DataFrame, setup: Setup) -> list[Finding]:
+    """Return notes and warnings on columns that cannot be told apart."""
+    once = [key for key in setup.categorical.values() if list(obs.columns).count(key) == 1]
+    keys = [key for key in once if len(obs) and not obs[key].isna().any()]
+    found = []
+    for i, one in enumerate(keys):
+        for other in keys[i + 1 :]:
+            v = cramers_v(obs[one], obs[other])
+            level = "warning" if v > 0.9 else "note"
+            text = f'Cramer\'s V of "{one}" and "{other}" is {v:.2f}'
+            fix = "The one nearly gives the other: removing its effect removes both." if v > 0.9 else "1 would be full."
+            found.append(Finding(level, f'adata.obs["{one}"], adata.obs["{other}"]', text, 1, fix))
+    design = [key for key in keys if key != setup.labels_key]
+    if len(design) > 1:
+        dummies = pd.get_dummies(obs[design].astype(str), drop_first=True).to_numpy(float)
+        matrix = np.column_stack([np.ones(len(obs)), dummies])
+        missing = matrix.shape[1] - int(np.linalg.matrix_rank(matrix.T @ matrix))
+        if missing:
+            text = f"the design of {', '.join(design)} lacks {missing} of {matrix.shape[1]} ranks"
+            fix = "Some of their effects cannot be told apart; name fewer covariates."
+            found.append(Finding("warning", "adata.obs", text, missing, fix))
+    return found
+
+
+def cramers_v(one: pd.Series, other: pd.Series) -> float:
+    """Return Cramer's V of two categorical columns, from 0 (independent) to 1; 0 where a column has one value."""
+    table = pd.crosstab(one.astype(str), other.astype(str)).to_numpy(float)
+    expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
+    degrees = min(table.shape) - 1
+    return float(np.sqrt(((table - expected) ** 2 / expected).sum() / table.sum() / degrees)) if degrees else 0.0
+
+
+@dataclass(frozen=True)
+class Registry:
+    """What a model knows of the data that it was made for; plain enough for JSON.
+
+    Attributes
+    ----------
+    setup
+        The arguments of `setup_anndata`.
+    genes
+        Names of the G genes, in order.
+    categories
+        By column: the values, as strings, in the order of their codes.
+    scaling
+        By continuous column: mean and standard deviation.
+    """
+
+    setup: Setup
+    genes: list[str]
+    categories: dict[str, list[str]]
+    scaling: dict[str, tuple[float, float]]
+
+    @classmethod
+    def of(cls, adata: AnnData) -> "Registry":
+        """Read what `setup_anndata` recorded, and check ``adata`` again as it is now."""
+        record = adata.uns.get("scgen", {}).get("setup") if isinstance(adata, AnnData) else {}
+        if record is None:
+            raise ValueError(
+                'adata.uns["scgen"]["setup"] is not there: this AnnData was not set up. Call '
+                "scgen.setup_anndata(adata, layer=..., batch_key=...) first."
+            )
+        setup = _setup(adata, dict(record))
+        raise_errors(findings(adata, setup), "the model")
+        categories = {
+            key: _names(adata.obs[key].astype("category").cat.remove_unused_categories())
+            for key in setup.categorical.values()
+        }
+        values = {key: adata.obs[key].to_numpy(float) for key in setup.continuous_covariate_keys}
+        scaling = {key: (float(v.mean()), float(v.std()) or 1.0) for key, v in values.items()}
+        return cls(setup, [str(name) for name in adata.var_names], categories, scaling)
+
+    @property
+    def batches(self) -> list[str]:
+        """Names of the batches; one, without a name of its own, where there is no batch column."""
+        return self.categories.get(self.setup.batch_key, ["all"])
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the labels."""
+        return self.categories.get(self.setup.labels_key, ["all"])
+
+    @property
+    def n_categories(self) -> list[int]:
+        """Number of values of the batch and of each further categorical covariate."""
+        return [len(self.batches), *(len(self.categories[key]) for key in self.setup.categorical_covariate_keys)]
+
+    def store(self, adata: AnnData) -> MemoryStore | BackedStore:
+        """Return the values of the model's genes, found by name, in the model's order."""
+        columns = adata.var_names.get_indexer(self.genes) if adata.var_names.is_unique else None
+        if columns is not None and np.array_equal(columns, np.arange(adata.n_vars)):
+            columns = None
+        return open_store(matrix_of(adata, self.setup.layer), columns)
+
+    def check_new(self, adata: AnnData) -> None:
+        """Raise where another AnnData lacks what the model reads, or has it in a wrong form."""
+        check_types(adata, self.setup)
+        missing = [gene for gene in self.genes if gene not in adata.var_names]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of the model's {len(self.genes)} genes are not in adata.var_names (first: "
+                f"{', '.join(missing[:5])}; adata has {', '.join(adata.var_names[:3])}, ...). Pass the AnnData before "
+                "its genes were selected or renamed."
+            )
+        columns = adata.var_names.get_indexer(self.genes) if adata.var_names.is_unique else None
+        raise_errors(findings(adata, self.setup, columns), "the model")
+
+    def columns(self, adata: AnnData, store: MemoryStore | BackedStore) -> dict[str, Tensor]:
+        """Return, for all cells, the fields of `Cells` but for counts and index."""
+        setup, n = self.setup, adata.n_obs
+        if setup.size_factor_key is not None:
+            size = adata.obs[setup.size_factor_key].to_numpy(float)
+        else:
+            size = totals(store) if setup.counts else np.ones(n)
+        codes = [self._codes(adata.obs, key) for key in setup.categorical_covariate_keys]
+        values = [(adata.obs[key].to_numpy(float) - mean) / sd for key, (mean, sd) in self.scaling.items()]
+        return {
+            "library": torch.from_numpy(np.log(size)[:, None].astype(np.float32)),
+            "batch": torch.from_numpy(self._codes(adata.obs, setup.batch_key)),
+            "labels": torch.from_numpy(self._codes(adata.obs, setup.labels_key)),
+            "categorical": torch.from_numpy(np.stack(codes, 1) if codes else np.zeros((n, 0), np.int64)),
+            "continuous": torch.from_numpy(
+                np.stack(values, 1).astype(np.float32) if values else np.zeros((n, 0), np.float32)
+            ),
+        }
+
+    def blank_cells(self, n: int, batch: int | None, rng: np.random.Generator) -> Cells:
+        """Return n cells without counts: in one batch, or in batches drawn evenly, as all other categories are."""
+
+        def codes(n_values: int) -> Tensor:
+            return torch.from_numpy(rng.integers(n_values, size=n))
+
+        others = [codes(n_values) for n_values in self.n_categories[1:]]
+        return Cells(
+            counts=torch.zeros(n, 0),
+            library=torch.zeros(n, 1),
+            batch=codes(len(self.batches)) if batch is None else torch.full((n,), batch),
+            labels=codes(len(self.labels)),
+            categorical=torch.stack(others, 1) if others else torch.zeros(n, 0, dtype=torch.int64),
+            continuous=torch.zeros(n, len(self.scaling)),
+            index=torch.arange(n),
+        )
+
+    def batch_code(self, batch: str) -> int:
+        """Return the code of a batch; raises ValueError if the model has not seen it."""
+        if str(batch) not in self.batches:
+            raise ValueError(f"batch {batch!r} is unknown to the model (it knows: {', '.join(self.batches)}).")
+        return self.batches.index(str(batch))
+
+    def _codes(self, obs: pd.DataFrame, key: str | None) -> np.ndarray:
+        if key is None:
+            return np.zeros(len(obs), np.int64)
+        column = obs[key].astype("category")
+        # A missing value's code is -1, the last of what is looked up.
+        known = np.append(pd.Index(self.categories[key]).get_indexer(_names(column)), -1)
+        codes = known[column.cat.codes].astype(np.int64)
+        if (codes < 0).any():
+            unknown = _names(column[codes < 0].cat.remove_unused_categories())
+            raise ValueError(
+                f'adata.obs["{key}"] has values that the model has not seen in training: {", ".join(unknown[:5])} '
+                f"({(codes < 0).sum()} cells; it knows: {', '.join(self.categories[key][:12])}). Leave these cells "
+                "out, or train a model on all of them."
+            )
+        return codes
+
+
+def _names(column: pd.Series) -> list[str]:
+    """Return the names of a categorical column's categories: the one way in which values become strings."""
+    return [str(value) for value in column.cat.categories]
+
+
+def _setup(adata: AnnData, arguments: dict) -> Setup:
+    """Return the arguments as a `Setup`, their types checked."""
+    taken = {key: arguments[key] for key in Setup.__dataclass_fields__ if key in arguments}
+    for key in ("categorical_covariate_keys", "continuous_covariate_keys"):
+        value = taken.get(key)
+        # Lists come back from h5ad as arrays.
+        listed = value.tolist() if hasattr(value, "tolist") else value
+        is_list = isinstance(listed, Iterable) and not isinstance(listed, str)
+        taken[key] = () if listed is None else tuple(listed) if is_list else listed
+    setup = Setup(**taken)
+    check_types(adata, setup)
+    return setup

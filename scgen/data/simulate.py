@@ -1,0 +1,114 @@
+"""Simulated cells, drawn from the model itself, with their truth."""
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scipy import sparse
+
+from scgen.distributions import ZeroInflatedNegativeBinomial
+
+
+def simulate_cells(
+    n_cells: int = 2000,
+    n_genes: int = 500,
+    *,
+    n_batches: int = 3,
+    n_types: int = 5,
+    n_latent: int = 5,
+    batch_effect: float = 0.5,
+    type_effect: float = 1.0,
+    zero_inflation: float = 0.1,
+    mean_library: float = 2000.0,
+    seed: int = 0,
+) -> AnnData:
+    """Return cells drawn from scVI's model: batches, cell types, library sizes and zero-inflated counts.
+
+    Types are Gaussian clouds of z around centres; log rho is linear in tanh(z) plus a batch's own offsets; log l is
+    normal about a batch's own mean; theta is log-uniform over [0.5, 10]; the zero inflation of genes varies about
+    ``zero_inflation``.
+
+    Parameters
+    ----------
+    n_cells, n_genes, n_batches, n_types, n_latent
+        Sizes. Every batch has all types, in similar proportions.
+    batch_effect, type_effect
+        Standard deviation of a batch's offsets, and of the effect of z, on log rho.
+    zero_inflation
+        Median share of extra zeros; 0 for none.
+    mean_library
+        Geometric mean of the library sizes, in counts.
+    seed
+        Seed of all draws; the global generators are left alone.
+
+    Returns
+    -------
+    AnnData with counts in ``X`` (CSR, float32) and in ``obs`` "batch", "cell_type" and the true "log_library". The
+    truth: ``obsm["true_z"]``, ``layers["true_scale"]`` (rho, cells x genes), ``var`` "log_theta" and "zi_logit",
+    ``varm["batch_offset"]``. A cell that got no counts gets one, in its most expressed gene.
+
+    Raises
+    ------
+    ValueError
+        If a size is below 1, or an effect or share is out of its range.
+
+    Examples
+    --------
+    >>> import scgen
+    >>> adata = scgen.simulate_cells(n_cells=100, n_genes=50, n_batches=2, seed=1)
+    >>> adata.shape, sorted(adata.obs["batch"].unique())
+    ((100, 50), ['batch_1', 'batch_2'])
+    """
+    sizes = {"n_cells": n_cells, "n_genes": n_genes, "n_batches": n_batches, "n_types": n_types, "n_latent": n_latent}
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}; it takes a whole number from 1.")
+    if not 0 <= zero_inflation < 1 or mean_library <= 0 or batch_effect < 0 or type_effect < 0:
+        raise ValueError(
+            "zero_inflation takes a share from 0 to below 1, mean_library a positive number, effects 0 or more."
+        )
+    rng = np.random.default_rng(seed)
+    batch = rng.integers(n_batches, size=n_cells)
+    shares = rng.dirichlet(np.full(n_types, 50.0), size=n_batches)
+    cell_type = (rng.random(n_cells)[:, None] > shares[batch].cumsum(1)[:, :-1]).sum(1)
+    centres = rng.normal(size=(n_types, n_latent))
+    z = centres[cell_type] + 0.3 * rng.normal(size=(n_cells, n_latent))
+
+    loadings = rng.normal(size=(n_latent, n_genes)) * type_effect
+    offsets = rng.normal(size=(n_batches, n_genes)) * batch_effect
+    log_rho = rng.normal(size=n_genes) + np.tanh(z) @ loadings + offsets[batch]
+    log_rho -= np.logaddexp.reduce(log_rho, axis=1, keepdims=True)
+    log_library = rng.normal(np.log(mean_library) + 0.3 * rng.normal(size=n_batches)[batch], 0.5)
+    log_theta = rng.uniform(np.log(0.5), np.log(10), size=n_genes)
+    log_odds = -np.inf if zero_inflation == 0 else np.log(zero_inflation / (1 - zero_inflation))
+    zi_logit = np.maximum(log_odds + 0.5 * rng.normal(size=n_genes), -40.0)
+
+    counts = ZeroInflatedNegativeBinomial(
+        torch.from_numpy(log_rho + log_library[:, None]), torch.from_numpy(log_theta), torch.from_numpy(zi_logit)
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        x = counts.sample().numpy().astype(np.float32)
+    empty = np.flatnonzero(x.sum(1) == 0)
+    x[empty, log_rho[empty].argmax(1)] = 1
+
+    def named(codes: np.ndarray, what: str, n: int) -> pd.Categorical:
+        return pd.Categorical.from_codes(codes, [f"{what}_{i + 1}" for i in range(n)]).remove_unused_categories()
+
+    return AnnData(
+        sparse.csr_matrix(x),
+        obs=pd.DataFrame(
+            {
+                "batch": named(batch, "batch", n_batches),
+                "cell_type": named(cell_type, "type", n_types),
+                "log_library": log_library,
+            },
+            index=[f"cell_{i + 1}" for i in range(n_cells)],
+        ),
+        var=pd.DataFrame(
+            {"log_theta": log_theta, "zi_logit": zi_logit}, index=[f"gene_{i + 1}" for i in range(n_genes)]
+        ),
+        obsm={"true_z": z},
+        varm={"batch_offset": offsets.T},
+        layers={"true_scale": np.exp(log_rho).astype(np.float32)},
+    )

@@ -1,0 +1,143 @@
+"""Distributions of counts, parametrised by logarithms: Poisson, negative binomial and its zero-inflated form."""
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from scgen.kernels import dispatch
+
+# A Gamma draw above this makes torch's Poisson sampler return negative numbers or hang.
+_MAX_RATE = 1e8
+
+
+class _Counts(Distribution):
+    """What the count distributions share: a mean before zero inflation, ``mu``, and Poisson noise."""
+
+    arg_constraints = {}
+    support = constraints.nonnegative_integer
+
+    def __init__(self, log_mu: Tensor, *others: Tensor):
+        self.log_mu = log_mu
+        shape = torch.broadcast_shapes(log_mu.shape, *(other.shape for other in others))
+        super().__init__(batch_shape=shape, validate_args=False)
+
+    @property
+    def mu(self) -> Tensor:
+        return self.log_mu.exp()
+
+    @property
+    def mean(self) -> Tensor:
+        return self.mu
+
+
+class Poisson(_Counts):
+    """Poisson distribution with mean mu.
+
+    Parameters
+    ----------
+    log_mu
+        Logarithm of the mean, (..., G).
+
+    Examples
+    --------
+    >>> import torch
+    >>> round(Poisson(torch.zeros(1)).log_prob(torch.tensor([0.0])).item(), 6)
+    -1.0
+    """
+
+    @property
+    def variance(self) -> Tensor:
+        return self.mu
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return dispatch.poisson_log_prob(value, self.log_mu)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        return torch.poisson(self.mu.expand(self._extended_shape(sample_shape)).clamp(max=_MAX_RATE))
+
+
+class NegativeBinomial(_Counts):
+    r"""Negative binomial with mean mu and inverse dispersion theta: variance mu + mu^2 / theta.
+
+    It is a Poisson whose rate is Gamma(shape theta, mean mu); theta to infinity gives the Poisson.
+
+    Parameters
+    ----------
+    log_mu
+        Logarithm of the mean, (..., G).
+    log_theta
+        Logarithm of the inverse dispersion, (G,) or (..., G).
+
+    Examples
+    --------
+    >>> import math, torch
+    >>> nb = NegativeBinomial(torch.tensor([math.log(4.0)]), torch.tensor([math.log(2.0)]))
+    >>> round(nb.log_prob(torch.tensor([0.0])).item(), 5), round(nb.variance.item(), 4)
+    (-2.19722, 12.0)
+    """
+
+    def __init__(self, log_mu: Tensor, log_theta: Tensor):
+        self.log_theta = log_theta
+        super().__init__(log_mu, log_theta)
+
+    @property
+    def theta(self) -> Tensor:
+        return self.log_theta.exp()
+
+    @property
+    def variance(self) -> Tensor:
+        return self.mu + self.mu**2 / self.theta
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return dispatch.negative_binomial_log_prob(value, self.log_mu, self.log_theta)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        theta = self.theta.expand(self._extended_shape(sample_shape))
+        rate = torch._standard_gamma(theta) * (self.log_mu - self.log_theta).exp()
+        return torch.poisson(rate.clamp(max=_MAX_RATE))
+
+
+class ZeroInflatedNegativeBinomial(NegativeBinomial):
+    """A negative binomial of which a share pi = sigmoid(zi_logits) is replaced by zeros.
+
+    Mean (1 - pi) mu, variance (1 - pi) mu (1 + mu / theta + pi mu). ``mu`` is the mean before the replacement.
+
+    Parameters
+    ----------
+    log_mu, log_theta
+        As in `NegativeBinomial`.
+    zi_logits
+        Log-odds of an extra zero, (..., G).
+
+    Examples
+    --------
+    >>> import math, torch
+    >>> log = lambda value: torch.tensor([math.log(value)])
+    >>> zinb = ZeroInflatedNegativeBinomial(log(4.0), log(2.0), log(0.7 / 0.3))
+    >>> round(zinb.log_prob(torch.tensor([0.0])).item(), 5), round(zinb.mean.item(), 4)
+    (-0.31015, 1.2)
+    """
+
+    def __init__(self, log_mu: Tensor, log_theta: Tensor, zi_logits: Tensor):
+        self.zi_logits = zi_logits
+        super().__init__(log_mu, log_theta)
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.sigmoid(-self.zi_logits) * self.mu
+
+    @property
+    def variance(self) -> Tensor:
+        pi = torch.sigmoid(self.zi_logits)
+        return self.mean * (1 + self.mu / self.theta + pi * self.mu)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return dispatch.zero_inflated_negative_binomial_log_prob(value, self.log_mu, self.log_theta, self.zi_logits)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        counts = super().sample(sample_shape)
+        kept = torch.bernoulli(torch.sigmoid(-self.zi_logits).expand(counts.shape))
+        return counts * kept

@@ -1,0 +1,67 @@
+"""The distributions of latents: a diagonal Gaussian, and a value known without doubt."""
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal, constraints, register_kl
+
+
+class DiagonalNormal(Independent):
+    """Gaussian with independent components.
+
+    Parameters
+    ----------
+    mean, variance
+        (..., d) each; the last axis is one draw.
+
+    Examples
+    --------
+    >>> import torch
+    >>> q = DiagonalNormal(torch.zeros(3, 2), torch.ones(3, 2))
+    >>> z, log_q = q.rsample_and_log_prob((5,))
+    >>> tuple(z.shape), tuple(log_q.shape)
+    ((5, 3, 2), (5, 3))
+    """
+
+    def __init__(self, mean: Tensor, variance: Tensor):
+        super().__init__(Normal(mean, variance.sqrt(), validate_args=False), 1, validate_args=False)
+
+    def rsample_and_log_prob(self, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        """Return draws (*shape, ..., d) that carry gradients, and their log-density (*shape, ...)."""
+        sample = self.rsample(shape)
+        return sample, self.log_prob(sample)
+
+
+class PointMass(Distribution):
+    """A latent that is observed: every draw is ``value``, (..., d), and its KL divergence to any prior counts as 0.
+
+    Examples
+    --------
+    >>> import torch
+    >>> PointMass(torch.ones(3, 1)).rsample_and_log_prob((5,))[0].shape
+    torch.Size([5, 3, 1])
+    """
+
+    arg_constraints = {}
+    support = constraints.real_vector
+
+    def __init__(self, value: Tensor):
+        self.value = value
+        super().__init__(value.shape[:-1], value.shape[-1:], validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.value
+
+    @property
+    def variance(self) -> Tensor:
+        return torch.zeros_like(self.value)
+
+    def rsample_and_log_prob(self, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        """Return ``value`` repeated, and zeros."""
+        sample = self.value.expand(*shape, *self.value.shape)
+        return sample, sample.new_zeros(sample.shape[:-1])
+
+
+@register_kl(PointMass, Distribution)
+def _kl_of_an_observed_latent(q: PointMass, p: Distribution) -> Tensor:
+    return q.value.new_zeros(q.value.shape[:-1])

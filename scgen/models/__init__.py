@@ -1,0 +1,1 @@
+"""Models: AnnData in, AnnData out."""

@@ -1,0 +1,472 @@
+"""What every model does with an AnnData: train, answer, save, load."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from scgen.analysis import expression, inference, sampling
+from scgen.data.loader import CellLoader, split
+from scgen.data.registry import Registry
+from scgen.models import files
+from scgen.modules.vae import VAE
+from scgen.training import NonFiniteLoss, Options, choose_device, fit, seeded, start_from_data
+
+#: The validation bound is computed on at most so many cells.
+MAX_VALIDATION_CELLS = 10_000
+
+
+class Model:
+    """Base of the models: a `Registry`, the constructor's arguments, and the module that they make.
+
+    Attributes
+    ----------
+    adata
+        The cells that the model was made for, or None.
+    registry, arguments
+        What of the data is read; the constructor's arguments.
+    vae
+        The torch module.
+    history
+        A row per epoch: elbo_train, elbo_validation and its parts (nats per cell; higher is better), kl_weight,
+        seconds.
+    train_indices, validation_indices
+        Rows of ``adata`` that were trained on and validated on; None before training.
+    """
+
+    def __init__(self, adata: AnnData | None, registry: Registry, arguments: dict):
+        # NumPy's scalars are no JSON.
+        arguments = {
+            name: value.item() if isinstance(value, np.generic) else value for name, value in arguments.items()
+        }
+        self.adata, self.registry, self.arguments = adata, registry, arguments
+        self.history = pd.DataFrame()
+        self.train_indices: np.ndarray | None = None
+        self.validation_indices: np.ndarray | None = None
+        with seeded(arguments["seed"]):
+            self.vae = self.build(registry, **arguments).eval()
+
+    @staticmethod
+    def build(registry: Registry, **arguments) -> VAE:
+        """Return the module; each model says how."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+        state = f"trained for {len(self.history)} epochs" if self.is_trained else "untrained"
+        n_genes, n_batches = len(self.registry.genes), len(self.registry.batches)
+        return f"{type(self).__name__}({shown}): {n_genes} genes, {n_batches} batches, {state}"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether `train` has run."""
+        return len(self.history) > 0
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        *,
+        batch_size: int = 256,
+        train_size: float = 0.9,
+        early_stopping: bool = True,
+        patience: int = 10,
+        learning_rate: float = 1e-2,
+        kl_warmup: float = 0.0,
+        accelerator: str = "auto",
+        devices: int = 1,
+        precision: str = "32",
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        """Maximise the evidence lower bound over the training cells; called again, go on from the weights as they are.
+
+        The learning rate rises for a tenth of the planned steps and falls to 0 along a cosine. Ctrl-C ends training
+        and keeps the best weights so far.
+
+        Parameters
+        ----------
+        max_epochs
+            Passes over the training cells; None lets their number decide.
+        batch_size
+            Cells in a minibatch.
+        train_size
+            Share of the cells trained on, of every batch alike; the others validate. Fixed by the first call.
+        early_stopping, patience
+            Whether to stop, in the second half of the planned epochs, when the validation bound has not risen for
+            ``patience`` epochs. The best weights of the second half are kept in any case.
+        learning_rate
+            Peak learning rate of Adam.
+        kl_warmup
+            Share of the planned steps over which the weight of z's KL rises to 1; it always gets there.
+        accelerator
+            "auto", "cpu" or "gpu".
+        devices
+            Number of devices: 1.
+        precision
+            "32", or "bf16" for bfloat16 matrix products.
+        seed
+            Seed of the split, the order of the cells and all noise. The global generators are left alone.
+        progress
+            Whether to show a progress line.
+
+        Raises
+        ------
+        ValueError
+            If an argument is out of its range, or fewer than two cells are left to train on.
+        FloatingPointError
+            If the loss becomes NaN or infinite; names cells and genes. The last good weights are kept.
+
+        Examples
+        --------
+        >>> import scgen
+        >>> adata = scgen.simulate_cells(n_cells=100, n_genes=30, seed=0)
+        >>> scgen.setup_anndata(adata, batch_key="batch")
+        >>> model = scgen.SCVI(adata)
+        >>> model.train(max_epochs=3, progress=False)
+        >>> model.history.index.tolist()
+        [1, 2, 3]
+        """
+        device = choose_device(accelerator)
+        options = Options(
+            max_epochs,
+            learning_rate,
+            kl_warmup,
+            patience if early_stopping else None,
+            device,
+            precision,
+            seed,
+            progress,
+        )
+        options.check(batch_size, train_size, devices)
+        adata = self._cells_of(None)
+        store = self.registry.store(adata)
+        columns = self.registry.columns(adata, store)
+        rng = np.random.default_rng(seed)
+        if self.train_indices is None:
+            training, validation = split(columns["batch"].numpy(), train_size, rng)
+            if len(training) < 2:
+                raise ValueError(f"adata has {adata.n_obs} cell; at least 2 are needed to train.")
+            self.train_indices, self.validation_indices = training, validation
+            if not self.is_trained:  # a loaded model goes on from its weights
+                start_from_data(self.vae, CellLoader(store, columns, training))
+        held_out = np.sort(rng.permutation(self.validation_indices)[:MAX_VALIDATION_CELLS])
+        try:
+            history = fit(
+                self.vae.to(device),
+                CellLoader(store, columns, self.train_indices, batch_size, rng),
+                CellLoader(store, columns, held_out) if len(held_out) else None,
+                options,
+            )
+        except NonFiniteLoss as error:
+            raise FloatingPointError(error.names(adata.obs_names, self.registry.genes, learning_rate)) from error
+        history.index = pd.RangeIndex(len(self.history) + 1, len(self.history) + len(history) + 1, name="epoch")
+        self.history = pd.concat([self.history, history]) if len(self.history) else history
+
+    def get_latent_representation(
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Sequence[int] | None = None,
+        give_mean: bool = True,
+        return_dist: bool = False,
+        batch_size: int = 1024,
+        seed: int = 0,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Return z of each cell: the mean of q(z | x, s), or a draw from it.
+
+        Parameters
+        ----------
+        adata
+            Cells to embed, their genes found by name; None for those of the model.
+        indices
+            Rows of ``adata``; None for all.
+        give_mean
+            False draws from q instead.
+        return_dist
+            True returns mean and variance of q.
+        batch_size
+            Cells computed at a time.
+        seed
+            Seed of the draw.
+
+        Returns
+        -------
+        (n, n_latent) float32, in the order of ``indices``; two of them with ``return_dist``.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is untrained.
+        ValueError
+            If there are no cells, or ``adata`` lacks genes or has batches that the model does not know.
+
+        Examples
+        --------
+        >>> adata.obsm["X_scgen"] = model.get_latent_representation()  # doctest: +SKIP
+        """
+        mean, variance = inference.latent(self.vae, self._loader(adata, indices, batch_size), "z")
+        if return_dist:
+            return mean, variance
+        return mean if give_mean else _draw(mean, variance, seed)
+
+    def get_latent_library_size(
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Sequence[int] | None = None,
+        give_mean: bool = True,
+        batch_size: int = 1024,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """Return l of each cell, (n, 1), in counts: the mean of its log-normal posterior, or a draw from it.
+
+        Where the library is observed, that is the cell's total, or its size factor. Parameters and errors are those of
+        `get_latent_representation`; a model with ``gene_likelihood="normal"`` has no library and raises ValueError.
+        """
+        if "library" not in self.vae.posteriors:
+            raise ValueError('gene_likelihood="normal" has no library size.')
+        mean, variance = inference.latent(self.vae, self._loader(adata, indices, batch_size), "library")
+        return np.exp(mean + variance / 2 if give_mean else _draw(mean, variance, seed))
+
+    def get_elbo(
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Sequence[int] | None = None,
+        return_mean: bool = True,
+        batch_size: int = 1024,
+        seed: int = 0,
+    ) -> float | np.ndarray:
+        """Return the evidence lower bound, in nats per cell, at KL weight 1 and one draw of the latents.
+
+        Higher is better. ``return_mean=False`` returns one value per cell, (n,). Other parameters and errors are those
+        of `get_latent_representation`.
+        """
+        parts = inference.bound(self.vae, self._loader(adata, indices, batch_size), seed)
+        elbo = parts.pop("log_likelihood") - sum(parts.values())
+        return float(elbo.mean(dtype=np.float64)) if return_mean else elbo
+
+    def get_reconstruction_error(
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Sequence[int] | None = None,
+        return_mean: bool = True,
+        batch_size: int = 1024,
+        seed: int = 0,
+    ) -> float | np.ndarray:
+        """Return -log p(x | z, l, s), in nats per cell, at the draw of the latents that `get_elbo` uses.
+
+        Lower is better. Parameters and errors are those of `get_elbo`.
+        """
+        error = -inference.bound(self.vae, self._loader(adata, indices, batch_size), seed)["log_likelihood"]
+        return float(error.mean(dtype=np.float64)) if return_mean else error
+
+    def get_normalized_expression(
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Sequence[int] | None = None,
+        batch: str | Sequence[str] | None = None,
+        library_size: float | str = 1,
+        gene_list: Sequence[str] | None = None,
+        n_samples: int = 1,
+        return_mean: bool = True,
+        return_numpy: bool = False,
+        batch_size: int = 256,
+        seed: int = 0,
+        transform_batch: str | Sequence[str] | None = None,
+    ) -> pd.DataFrame | np.ndarray:
+        """Return denoised expression: l times the decoder's share rho(z, s) of each gene, with z drawn from q.
+
+        Parameters
+        ----------
+        adata, indices, batch_size, seed
+            As in `get_latent_representation`.
+        batch
+            "observed" (or None): each cell in its own batch, which leaves the batch effect in. A name: all cells as if
+            from that batch. A list of names: the mean over them. ``["observed"]`` means a batch of that name.
+        library_size
+            The l common to all cells, or "latent" for each cell's own.
+        gene_list
+            Genes to return; None for all.
+        n_samples, return_mean
+            Number of draws of z; whether to average over them.
+        return_numpy
+            True returns an array instead of a table.
+        transform_batch
+            scvi-tools' name for ``batch``.
+
+        Returns
+        -------
+        A table cells x genes; an array (n_samples, cells, genes) if draws are not averaged. Values sum to
+        ``library_size`` over all genes. With ``gene_likelihood="normal"`` they are the means f(z, s).
+
+        Raises
+        ------
+        RuntimeError
+            If the model is untrained.
+        ValueError
+            If a batch, gene or library size is not known.
+        """
+        if batch is not None and transform_batch is not None:
+            raise ValueError("batch and transform_batch are the same thing; give one of them.")
+        unknown = [gene for gene in gene_list or () if gene not in self.registry.genes]
+        if unknown:
+            raise ValueError(
+                f"the model has no genes {', '.join(unknown[:5])} (it has {', '.join(self.registry.genes[:5])}, ...)."
+            )
+        if not (library_size == "latent" or (isinstance(library_size, int | float) and library_size > 0)):
+            raise ValueError(f'library_size={library_size!r}; it takes a positive number or "latent".')
+        if n_samples < 1:
+            raise ValueError(f"n_samples={n_samples}; it takes a whole number from 1.")
+        adata = self._cells_of(adata)
+        loader = self._loader(adata, indices, batch_size)
+        genes = pd.Index(self.registry.genes) if gene_list is None else pd.Index(gene_list)
+        values = expression.normalized_expression(
+            self.vae,
+            loader,
+            self._batch_codes(batch if transform_batch is None else transform_batch),
+            library_size,
+            pd.Index(self.registry.genes).get_indexer(genes),
+            n_samples,
+            return_mean or n_samples == 1,
+            seed,
+        )
+        if return_numpy or values.ndim == 3:
+            return values
+        return pd.DataFrame(values, index=adata.obs_names[loader.index], columns=genes, copy=False)
+
+    def posterior_predictive_sample(
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Sequence[int] | None = None,
+        batch: str | None = None,
+        n_samples: int = 1,
+        batch_size: int = 256,
+        seed: int = 0,
+    ) -> sparse.csr_matrix | list[sparse.csr_matrix]:
+        """Return counts that the model could have seen instead: x ~ p(x | z, l, s) with z, l ~ q.
+
+        Parameters
+        ----------
+        adata, indices, batch_size, seed
+            As in `get_latent_representation`.
+        batch
+            None for each cell's own, or a name.
+        n_samples
+            Number of matrices; more than one are returned as a list.
+
+        Returns
+        -------
+        (n, G) in CSR form, or ``n_samples`` of them.
+        """
+        (code,) = self._batch_codes(None if batch is None else [batch])
+        drawn = sampling.posterior_predictive(self.vae, self._loader(adata, indices, batch_size), code, n_samples, seed)
+        return drawn[0] if n_samples == 1 else drawn
+
+    def sample_prior(self, n: int = 1000, batch: str | None = None, *, seed: int = 0) -> AnnData:
+        """Return new cells: z ~ p(z), log l ~ p(log l | s), x ~ p(x | z, l, s).
+
+        Parameters
+        ----------
+        n
+            Number of cells.
+        batch
+            Name of their batch; None draws batches evenly. Other covariates are drawn evenly too, continuous ones are
+            at their mean.
+        seed
+            Seed of all draws.
+
+        Returns
+        -------
+        AnnData with counts in ``X``, the batch and ``library`` in ``obs``, z in ``obsm["z"]``.
+        """
+        self._require_training()
+        rng = np.random.default_rng(seed)
+        cells = self.registry.blank_cells(n, None if batch is None else self.registry.batch_code(batch), rng)
+        x, latents = sampling.prior_predictive(self.vae, cells, seed)
+        sample = AnnData(x, var=pd.DataFrame(index=self.registry.genes), obsm={"z": latents["z"]})
+        names = np.array(self.registry.batches)[cells.batch.numpy()]
+        sample.obs[self.registry.setup.batch_key or "batch"] = pd.Categorical(names, categories=self.registry.batches)
+        if "library" in latents:
+            sample.obs["library"] = np.exp(latents["library"][:, 0])
+        return sample
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the model, without the cells, into ``folder``: ``model.json`` and a safetensors file.
+
+        A crash at any moment leaves either the old model or the new one.
+
+        Raises
+        ------
+        FileExistsError
+            If a model is there and ``overwrite`` is false.
+        """
+        files.save(self, folder, overwrite)
+
+    @classmethod
+    def load(cls, folder: str | Path, adata: AnnData | None = None) -> "Model":
+        """Return the model that `save` wrote, ready to answer questions about ``adata``.
+
+        Parameters
+        ----------
+        folder
+            Where it was saved.
+        adata
+            The cells it was trained on, or others; need not be set up. None loads the weights alone; questions then
+            need ``adata=``.
+
+        Raises
+        ------
+        scgen.storage.ModelFileError
+            If the folder holds no model, or a file is damaged, altered, or of another class or format.
+        ValueError
+            If ``adata`` does not fit the model.
+        """
+        return files.load(cls, folder, adata)
+
+    def _cells_of(self, adata: AnnData | None) -> AnnData:
+        """Return the cells asked about, checked if they are not the model's own."""
+        if adata is None and self.adata is None:
+            raise ValueError("the model was loaded without cells: pass adata=.")
+        if adata is None or adata is self.adata:
+            return self.adata
+        self.registry.check_new(adata)
+        return adata
+
+    def _require_training(self) -> None:
+        if not self.is_trained:
+            raise RuntimeError("the model is untrained: call model.train() first.")
+
+    def _loader(self, adata: AnnData | None, indices: Sequence[int] | None, batch_size: int) -> CellLoader:
+        """Return the cells asked about, in their order."""
+        self._require_training()
+        adata = self._cells_of(adata)
+        store = self.registry.store(adata)
+        index = np.arange(adata.n_obs)
+        if indices is not None:
+            indices = np.asarray(indices)
+            if indices.dtype == bool and len(indices) != adata.n_obs:
+                raise ValueError(f"indices is a mask of {len(indices)} for {adata.n_obs} cells.")
+            try:
+                index = index[indices] if len(indices) else index[:0]
+            except IndexError as error:
+                raise ValueError(f"indices: {error}; adata has {adata.n_obs} cells.") from None
+        if not len(index):
+            raise ValueError("no cells are asked about: indices is empty.")
+        return CellLoader(store, self.registry.columns(adata, store), index, batch_size)
+
+    def _batch_codes(self, batch: str | Sequence[str] | None) -> list[int | None]:
+        if batch is None or (isinstance(batch, str) and batch == "observed"):
+            return [None]
+        return [self.registry.batch_code(name) for name in ([batch] if isinstance(batch, str) else batch)]
+
+
+def _draw(mean: np.ndarray, variance: np.ndarray, seed: int) -> np.ndarray:
+    noise = np.random.default_rng(seed).standard_normal(mean.shape, dtype=np.float32)
+    return mean + np.sqrt(variance) * noise

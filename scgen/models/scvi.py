@@ -1,0 +1,158 @@
+"""SCVI: the model of Lopez et al. (2018), its parts chosen by name."""
+
+from anndata import AnnData
+
+from scgen.data.registry import Registry
+from scgen.models.base import Model
+from scgen.modules.decoders import CountDecoder, Dispersion, GaussianDecoder
+from scgen.modules.posteriors import GaussianPosterior, LibraryPosterior, ObservedLibrary
+from scgen.modules.priors import LibraryPrior, StandardNormalPrior
+from scgen.modules.vae import VAE
+
+LIKELIHOODS = ("zinb", "nb", "poisson", "normal")
+DISPERSIONS = ("gene", "gene-batch", "gene-label", "gene-cell")
+
+
+class SCVI(Model):
+    r"""Variational auto-encoder of counts with two latents: the biological state z and the library size l.
+
+    .. math::
+        z_n \sim N(0, I), \quad \log l_n \sim N(m_{s_n}, v_{s_n}), \quad
+        \rho_n = \mathrm{softmax} f(z_n, s_n), \quad x_{ng} \sim \mathrm{ZINB}(l_n \rho_{ng}, \theta_g, \pi_{ng})
+
+    with posteriors q(z | x, s) and q(log l | x, s), both Gaussian and conditioned on the batch s.
+
+    Parameters
+    ----------
+    adata
+        Cells x genes, set up by `setup_anndata`.
+    n_latent
+        Width of z.
+    n_hidden, n_layers
+        Width and number of the hidden layers, of encoder and decoder alike.
+    dropout_rate
+        Share of the encoders' hidden units dropped in training.
+    gene_likelihood
+        "zinb", "nb" or "poisson" for counts; "normal" for normalised values, with a learned deviation per gene, a mean
+        linear in the last layer and no library.
+    dispersion
+        Whose theta is: "gene", "gene-batch", "gene-label" or "gene-cell".
+    use_observed_lib_size
+        True takes a cell's total for l, as scvi-tools does by default, instead of inferring it.
+    encode_covariates
+        Whether the encoders see batch and covariates; the decoder always does.
+    seed
+        Seed of the initial weights.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of its range, the data are not set up or no longer fit, or a count likelihood is asked of
+        data set up with ``counts=False``.
+
+    References
+    ----------
+    Lopez et al., Deep generative modeling for single-cell transcriptomics, Nature Methods 15 (2018) 1053.
+
+    Examples
+    --------
+    >>> import scgen
+    >>> adata = scgen.simulate_cells(n_cells=100, n_genes=30, seed=0)
+    >>> scgen.setup_anndata(adata, batch_key="batch")
+    >>> model = scgen.SCVI(adata, n_latent=4)
+    >>> model.train(max_epochs=2, progress=False)
+    >>> model.get_latent_representation().shape
+    (100, 4)
+    """
+
+    def __init__(
+        self,
+        adata: AnnData,
+        *,
+        n_latent: int = 10,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        dropout_rate: float = 0.1,
+        gene_likelihood: str = "zinb",
+        dispersion: str = "gene",
+        use_observed_lib_size: bool = False,
+        encode_covariates: bool = True,
+        seed: int = 0,
+    ):
+        super().__init__(
+            adata,
+            Registry.of(adata),
+            {
+                "n_latent": n_latent,
+                "n_hidden": n_hidden,
+                "n_layers": n_layers,
+                "dropout_rate": dropout_rate,
+                "gene_likelihood": gene_likelihood,
+                "dispersion": dispersion,
+                "use_observed_lib_size": use_observed_lib_size,
+                "encode_covariates": encode_covariates,
+                "seed": seed,
+            },
+        )
+
+    @staticmethod
+    def build(
+        registry: Registry,
+        *,
+        n_latent: int,
+        n_hidden: int,
+        n_layers: int,
+        dropout_rate: float,
+        gene_likelihood: str,
+        dispersion: str,
+        use_observed_lib_size: bool,
+        encode_covariates: bool,
+        seed: int,
+    ) -> VAE:
+        """Return the module for these arguments: here, and only here, names become parts."""
+        for name, value, most in (
+            ("n_latent", n_latent, 100_000),
+            ("n_hidden", n_hidden, 100_000),
+            ("n_layers", n_layers, 100),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ValueError(f"{name}={value!r}; it takes a whole number from 1 to {most}.")
+        if not isinstance(dropout_rate, int | float) or not 0 <= dropout_rate < 1:
+            raise ValueError(f"dropout_rate={dropout_rate!r}; it takes a number from 0 to below 1.")
+        if gene_likelihood not in LIKELIHOODS:
+            raise ValueError(f"gene_likelihood={gene_likelihood!r} is unknown; choose one of {', '.join(LIKELIHOODS)}.")
+        if dispersion not in DISPERSIONS:
+            raise ValueError(f"dispersion={dispersion!r} is unknown; choose one of {', '.join(DISPERSIONS)}.")
+        if gene_likelihood != "normal" and not registry.setup.counts:
+            raise ValueError(
+                f'gene_likelihood="{gene_likelihood}" needs counts, but the data were set up with counts=False. Use '
+                'SCVI(adata, gene_likelihood="normal"), or setup_anndata on the counts.'
+            )
+        if dispersion == "gene-label" and registry.setup.labels_key is None:
+            raise ValueError('dispersion="gene-label" needs labels: setup_anndata(adata, labels_key=...).')
+
+        n_genes, n_continuous = len(registry.genes), len(registry.scaling)
+        seen = (registry.n_categories, n_continuous)
+        encoded = seen if encode_covariates else ((), 0)
+        counts = gene_likelihood != "normal"
+        posteriors = {"z": GaussianPosterior(n_genes, n_latent, n_hidden, n_layers, dropout_rate, *encoded, counts)}
+        priors = {"z": StandardNormalPrior(n_latent)}
+        if not counts:
+            return VAE(posteriors, priors, GaussianDecoder(n_latent, n_hidden, n_layers, n_genes, *seen))
+        if use_observed_lib_size or registry.setup.size_factor_key is not None:
+            posteriors["library"] = ObservedLibrary()
+        else:
+            posteriors["library"] = LibraryPosterior(n_genes, n_hidden, dropout_rate, *encoded)
+        priors["library"] = LibraryPrior(len(registry.batches))
+        theta = Dispersion(dispersion, n_genes, len(registry.batches), len(registry.labels), n_hidden)
+        decoder = CountDecoder(
+            gene_likelihood,
+            None if gene_likelihood == "poisson" else theta,
+            n_latent,
+            n_hidden,
+            n_layers,
+            n_genes,
+            *seen,
+            normalised=registry.setup.size_factor_key is None,
+        )
+        return VAE(posteriors, priors, decoder)

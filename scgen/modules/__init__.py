@@ -1,0 +1,1 @@
+"""The parts of a variational auto-encoder: tensors in, distributions out."""

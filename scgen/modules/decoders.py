@@ -1,0 +1,156 @@
+"""Decoders p(x | z, l, s): from draws of the latents to a distribution over the cells' values."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal
+from torch.nn.functional import log_softmax, softplus
+
+from scgen.data.cells import Cells
+from scgen.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from scgen.modules.networks import MLP, full_precision
+
+#: Libraries are kept within exp(0) = 1 and exp(18.4) = 1e8 counts, theta within exp(+-18.4).
+MAX_LOG = 18.4
+
+
+class Dispersion(nn.Module):
+    """log theta: a gene's own, or one for each of its batches, labels or cells.
+
+    Parameters
+    ----------
+    kind
+        "gene", "gene-batch", "gene-label" or "gene-cell".
+    n_genes, n_batches, n_labels, n_hidden
+        Sizes of the table; of the hidden layer, for "gene-cell".
+    """
+
+    def __init__(self, kind: str, n_genes: int, n_batches: int, n_labels: int, n_hidden: int):
+        super().__init__()
+        self.kind = kind
+        rows = {"gene": (), "gene-batch": (n_batches,), "gene-label": (n_labels,)}
+        if kind == "gene-cell":
+            self.head = nn.Linear(n_hidden, n_genes)
+        else:
+            self.log_theta = nn.Parameter(torch.randn(*rows[kind], n_genes))
+
+    def start_at(self, log_theta: Tensor) -> None:
+        """Start every gene, (G,), at the given value."""
+        with torch.no_grad():
+            (self.head.bias if self.kind == "gene-cell" else self.log_theta).copy_(log_theta)
+
+    def forward(self, h: Tensor, cells: Cells) -> Tensor:
+        if self.kind == "gene-cell":
+            log_theta = full_precision(self.head(h))
+        elif self.kind == "gene":
+            log_theta = self.log_theta
+        else:
+            log_theta = self.log_theta[cells.batch if self.kind == "gene-batch" else cells.labels]
+        return log_theta.clamp(-MAX_LOG, MAX_LOG)
+
+
+class CountDecoder(nn.Module):
+    """Counts with mean mu = l rho, where rho = softmax(f(z, s) + a_s) sums to 1 over the genes.
+
+    a_s, which sums to 0 over the batches, is a place of its own for what a batch does to all its cells alike: z need
+    not carry it, and batches mix after fewer steps.
+
+    Parameters
+    ----------
+    likelihood
+        "zinb", "nb" or "poisson".
+    dispersion
+        A `Dispersion`; None for "poisson".
+    n_latent, n_hidden, n_layers, n_genes, n_categories, n_continuous
+        Sizes, as in `MLP`.
+    normalised
+        False makes rho = softplus(f(z, s)) instead, for size factors, whose unit is arbitrary.
+    """
+
+    def __init__(
+        self,
+        likelihood: str,
+        dispersion: Dispersion | None,
+        n_latent: int,
+        n_hidden: int,
+        n_layers: int,
+        n_genes: int,
+        n_categories: Sequence[int] = (),
+        n_continuous: int = 0,
+        normalised: bool = True,
+    ):
+        super().__init__()
+        self.normalised = normalised
+        self.mlp = MLP(n_latent, n_hidden, n_layers, n_categories, n_continuous)
+        self.scale = nn.Linear(n_hidden, n_genes)
+        several = len(n_categories) > 0 and n_categories[0] > 1
+        self.batch_offset = nn.Parameter(torch.zeros(n_categories[0], n_genes)) if several else None
+        self.dispersion = dispersion
+        self.zi_logits = nn.Linear(n_hidden, n_genes) if likelihood == "zinb" else None
+
+    def start_at(self, rate: Tensor, log_theta: Tensor, batch_offset: Tensor) -> None:
+        """Start rho at the genes' mean rates, theta and the batches' offsets at given values: (G,), (G,), (B, G)."""
+        with torch.no_grad():
+            self.scale.bias.copy_(rate.log() if self.normalised else rate + torch.log(-torch.expm1(-rate)))
+            if self.batch_offset is not None:
+                self.batch_offset.copy_(batch_offset)
+        if self.dispersion is not None:
+            self.dispersion.start_at(log_theta)
+
+    def forward(
+        self, latents: dict[str, Tensor], cells: Cells
+    ) -> Poisson | NegativeBinomial | ZeroInflatedNegativeBinomial:
+        h = self.mlp(latents["z"], cells)
+        logits = full_precision(self.scale(h))
+        if self.batch_offset is not None:
+            # Only differences between batches can be told: each gene's offsets are taken about their mean.
+            logits = logits + (self.batch_offset - self.batch_offset.mean(0))[cells.batch]
+        # softplus(x) is exp(x) to float32's precision below -15, where its own logarithm loses digits.
+        log_rho = (
+            log_softmax(logits, -1)
+            if self.normalised
+            else torch.where(logits < -15, logits, softplus(logits.clamp(min=-15)).log())
+        )
+        log_mu = latents["library"].clamp(0 if self.normalised else -MAX_LOG, MAX_LOG) + log_rho
+        if self.dispersion is None:
+            return Poisson(log_mu)
+        log_theta = self.dispersion(h, cells)
+        if self.zi_logits is None:
+            return NegativeBinomial(log_mu, log_theta)
+        return ZeroInflatedNegativeBinomial(log_mu, log_theta, full_precision(self.zi_logits(h)))
+
+
+class GaussianDecoder(nn.Module):
+    """Normalised values x_g ~ N(f_g(z, s), sigma_g^2): no library, no softmax, a learned sigma for each gene.
+
+    Parameters
+    ----------
+    n_latent, n_hidden, n_layers, n_genes, n_categories, n_continuous
+        Sizes, as in `MLP`; ``n_layers=0`` makes f linear in z.
+    """
+
+    def __init__(
+        self,
+        n_latent: int,
+        n_hidden: int,
+        n_layers: int,
+        n_genes: int,
+        n_categories: Sequence[int] = (),
+        n_continuous: int = 0,
+    ):
+        super().__init__()
+        self.mlp = MLP(n_latent, n_hidden, n_layers, n_categories, n_continuous) if n_layers else None
+        self.mean = nn.Linear(n_hidden if n_layers else n_latent, n_genes)
+        self.log_scale = nn.Parameter(torch.zeros(n_genes))
+
+    def start_at(self, mean: Tensor, scale: Tensor) -> None:
+        """Start f at the genes' means and sigma at their standard deviations, (G,) each."""
+        with torch.no_grad():
+            self.mean.bias.copy_(mean)
+            self.log_scale.copy_(scale.clamp(min=1e-3).log())
+
+    def forward(self, latents: dict[str, Tensor], cells: Cells) -> Normal:
+        h = latents["z"] if self.mlp is None else self.mlp(latents["z"], cells)
+        scale = self.log_scale.clamp(-MAX_LOG, MAX_LOG).exp() + 1e-4
+        return Normal(full_precision(self.mean(h)), scale, validate_args=False)

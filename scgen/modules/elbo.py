@@ -1,0 +1,40 @@
+"""The evidence lower bound, per cell, in its parts."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+
+@dataclass(frozen=True)
+class Elbo:
+    """log p(x) >= log_likelihood - sum of kl, in nats per cell.
+
+    Attributes
+    ----------
+    log_likelihood
+        (..., n): log p(x | latents) at the draws.
+    kl
+        By latent, (n,) or (..., n): KL(q || p), in closed form or at the draws.
+    """
+
+    log_likelihood: Tensor
+    kl: dict[str, Tensor]
+
+    @property
+    def value(self) -> Tensor:
+        """The bound itself, (..., n)."""
+        return self.log_likelihood - sum(self.kl.values())
+
+    def loss(self, kl_weight: float = 1.0) -> Tensor:
+        """Return the mean negative bound, a scalar, with the KL of z weighted; the library's never is."""
+        return -(self.value + (1 - kl_weight) * self.kl["z"]).mean()
+
+
+def kl_divergence(q: Distribution, p: Distribution, sample: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(q || p): in closed form where torch knows one, else its one-draw estimate log q - log p."""
+    try:
+        return torch.distributions.kl_divergence(q, p)
+    except NotImplementedError:
+        return log_q - p.log_prob(sample)

@@ -1,0 +1,90 @@
+"""Multi-layer perceptrons that covariates join."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from scgen.data.cells import Cells
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Return x in float32 if a reduced-precision product made it; what was wider stays so."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class CovariateLinear(nn.Module):
+    """A linear layer of [x, one-hots, continuous covariates].
+
+    A one-hot times a matrix is one of its rows, so that the rows are looked up and added: the same layer, without the
+    concatenation. A category with one value adds nothing and is left out.
+
+    Parameters
+    ----------
+    n_in, n_out
+        Width of x and of the result.
+    n_categories
+        Number of values of the batch and of each further categorical covariate.
+    n_continuous
+        Number of continuous covariates.
+    """
+
+    def __init__(self, n_in: int, n_out: int, n_categories: Sequence[int] = (), n_continuous: int = 0):
+        super().__init__()
+        used = {i: n for i, n in enumerate(n_categories) if n > 1}
+        bound = (n_in + sum(used.values()) + n_continuous) ** -0.5
+        self.linear = nn.Linear(n_in, n_out)
+        self.rows = nn.ParameterDict({str(i): torch.empty(n, n_out).uniform_(-bound, bound) for i, n in used.items()})
+        self.slopes = nn.Parameter(torch.empty(n_continuous, n_out).uniform_(-bound, bound)) if n_continuous else None
+
+    def forward(self, x: Tensor, cells: Cells) -> Tensor:
+        h = self.linear(x)
+        for i, rows in self.rows.items():
+            h = h + rows[cells.batch if i == "0" else cells.categorical[:, int(i) - 1]]
+        return h if self.slopes is None else h + cells.continuous @ self.slopes
+
+
+class SliceBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation that, in training, treats each draw of x (S, n, H) as a minibatch of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 2:
+            return super().forward(x)
+        if self.training:
+            return torch.stack([self(slice_) for slice_ in x])
+        return super().forward(x.flatten(0, -2)).reshape(x.shape)
+
+
+class MLP(nn.Module):
+    """Layers of Linear, batch normalisation, ReLU and dropout; the covariates enter every layer.
+
+    Parameters
+    ----------
+    n_in, n_hidden, n_layers
+        Width of the input, width and number of the layers.
+    n_categories, n_continuous
+        As in `CovariateLinear`.
+    dropout_rate
+        Share of hidden units dropped in training.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_hidden: int,
+        n_layers: int,
+        n_categories: Sequence[int] = (),
+        n_continuous: int = 0,
+        dropout_rate: float = 0.0,
+    ):
+        super().__init__()
+        widths = [n_in] + [n_hidden] * (n_layers - 1)
+        self.layers = nn.ModuleList(CovariateLinear(n, n_hidden, n_categories, n_continuous) for n in widths)
+        # Momentum and epsilon of the paper's code, in torch's convention.
+        self.norms = nn.ModuleList(SliceBatchNorm(n_hidden, momentum=0.01, eps=1e-3) for _ in widths)
+        self.dropout = nn.Dropout(dropout_rate)
+
+    def forward(self, x: Tensor, cells: Cells) -> Tensor:
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = self.dropout(torch.relu(norm(layer(x, cells))))
+        return x

@@ -1,0 +1,91 @@
+"""Posteriors q(z | x, s) and q(log l | x, s)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from scgen.data.cells import Cells
+from scgen.distributions import DiagonalNormal, PointMass
+from scgen.modules.networks import MLP, full_precision
+
+
+def positive_variance(a: Tensor) -> Tensor:
+    """Return exp(a) + 1e-4, with a kept within +-15, so that no output of a network overflows."""
+    return a.clamp(-15, 15).exp() + 1e-4
+
+
+class GaussianPosterior(nn.Module):
+    """q(z | x, s) = N(m(x, s), diag v(x, s)).
+
+    Parameters
+    ----------
+    n_genes, n_latent
+        G and d.
+    n_hidden, n_layers, dropout_rate, n_categories, n_continuous
+        As in `MLP`.
+    log_input
+        Whether x are counts, of which the network sees log(1 + x).
+    """
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_latent: int,
+        n_hidden: int,
+        n_layers: int,
+        dropout_rate: float,
+        n_categories: Sequence[int] = (),
+        n_continuous: int = 0,
+        log_input: bool = True,
+    ):
+        super().__init__()
+        self.log_input = log_input
+        self.mlp = MLP(n_genes, n_hidden, n_layers, n_categories, n_continuous, dropout_rate)
+        self.mean = nn.Linear(n_hidden, n_latent)
+        self.log_variance = nn.Linear(n_hidden, n_latent)
+
+    def forward(self, cells: Cells) -> DiagonalNormal:
+        h = self.mlp(torch.log1p(cells.counts) if self.log_input else cells.counts, cells)
+        return DiagonalNormal(full_precision(self.mean(h)), positive_variance(full_precision(self.log_variance(h))))
+
+
+class LibraryPosterior(GaussianPosterior):
+    """q(log l | x, s) = N(log total + r(x, s), v(x, s)): the observed total, corrected by a learned residual.
+
+    A network that has to find the total itself stays some per cent off it, which alone costs tens of nats a cell. The
+    residual starts at 0 and v near exp(-4).
+
+    Parameters
+    ----------
+    residual
+        False leaves the observed total out, as in the paper's network; the other parameters are those of
+        `GaussianPosterior`.
+    """
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_hidden: int,
+        dropout_rate: float,
+        n_categories: Sequence[int] = (),
+        n_continuous: int = 0,
+        residual: bool = True,
+    ):
+        super().__init__(n_genes, 1, n_hidden, 1, dropout_rate, n_categories, n_continuous)
+        self.residual = residual
+        if residual:
+            nn.init.zeros_(self.mean.weight)
+            nn.init.zeros_(self.mean.bias)
+            nn.init.constant_(self.log_variance.bias, -4.0)
+
+    def forward(self, cells: Cells) -> DiagonalNormal:
+        q = super().forward(cells)
+        return DiagonalNormal(q.mean + cells.library, q.variance) if self.residual else q
+
+
+class ObservedLibrary(nn.Module):
+    """log l is the observed total, or the size factor, of the cell."""
+
+    def forward(self, cells: Cells) -> PointMass:
+        return PointMass(cells.library)

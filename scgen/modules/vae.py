@@ -1,0 +1,67 @@
+"""The variational auto-encoder: cells to evidence lower bound in one forward."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from scgen.data.cells import Cells
+from scgen.distributions import PointMass
+from scgen.modules.elbo import Elbo, kl_divergence
+
+
+class VAE(nn.Module):
+    """Latents with a posterior and a prior each, and one decoder that joins them.
+
+    Parameters
+    ----------
+    posteriors
+        By latent ("z", and "library" for counts): a module ``cells -> q``.
+    priors
+        By latent: a module ``cells -> p``.
+    decoder
+        A module ``(latents, cells) -> likelihood`` over ``cells.counts``; ``latents`` maps names to draws (..., n, d).
+    """
+
+    def __init__(self, posteriors: dict[str, nn.Module], priors: dict[str, nn.Module], decoder: nn.Module):
+        super().__init__()
+        self.posteriors = nn.ModuleDict(posteriors)
+        self.priors = nn.ModuleDict(priors)
+        self.decoder = decoder
+
+    @property
+    def n_batches(self) -> int:
+        """Number of batches that the library's prior knows; 1 without a library."""
+        return len(self.priors["library"].mean) if "library" in self.priors else 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def infer(self, cells: Cells) -> dict[str, Distribution]:
+        """Return q of every latent."""
+        return {name: posterior(cells) for name, posterior in self.posteriors.items()}
+
+    def forward(self, cells: Cells, shape: tuple[int, ...] = ()) -> Elbo:
+        """Return the bound per cell at draws of the given sample shape, (*shape, n)."""
+        q = self.infer(cells)
+        draws = {name: q[name].rsample_and_log_prob(shape) for name in q}
+        likelihood = self.decoder({name: draw for name, (draw, _) in draws.items()}, cells)
+        return Elbo(
+            log_likelihood=likelihood.log_prob(cells.counts).sum(-1),
+            kl={name: kl_divergence(q[name], self.priors[name](cells), *draws[name]) for name in q},
+        )
+
+    def log_weights(self, cells: Cells, shape: tuple[int, ...]) -> Tensor:
+        """Return log p(x, latents) - log q(latents | x) at draws from q, (*shape, n).
+
+        Their log-mean-exp over the draws estimates log p(x) from below, the closer the more draws.
+        """
+        q = self.infer(cells)
+        draws = {name: q[name].rsample_and_log_prob(shape) for name in q}
+        likelihood = self.decoder({name: draw for name, (draw, _) in draws.items()}, cells)
+        log_w = likelihood.log_prob(cells.counts).sum(-1)
+        for name, (draw, log_q) in draws.items():
+            if not isinstance(q[name], PointMass):
+                log_w = log_w + self.priors[name](cells).log_prob(draw) - log_q
+        return log_w

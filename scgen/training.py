@@ -1,0 +1,274 @@
+"""The training loop, whole: minibatches, learning rate, validation, early stopping, and what may go wrong."""
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from scgen.data.loader import CellLoader
+
+#: Cells of the mean kind that are added to every batch before its rates are compared with the others'.
+SHRINKAGE = 50.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train; see `Model.train` for the meaning of each."""
+
+    max_epochs: int | None
+    learning_rate: float
+    kl_warmup: float
+    patience: int | None
+    device: torch.device
+    precision: str
+    seed: int
+    progress: bool
+
+    def check(self, batch_size: int, train_size: float, devices: int) -> None:
+        """Raise ValueError where these, or the other arguments of `Model.train`, are out of their range."""
+        for name, value, least in (
+            ("max_epochs", self.max_epochs, 1),
+            ("batch_size", batch_size, 3),
+            ("patience", self.patience, 1),
+        ):
+            if value is not None and (not isinstance(value, int | np.integer) or value < least):
+                raise ValueError(f"{name}={value!r}; it takes a whole number from {least}.")
+        if not 0 < train_size <= 1:
+            raise ValueError(f"train_size={train_size!r}; it takes a share above 0 and up to 1.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate!r}; it takes a positive number.")
+        if not 0 <= self.kl_warmup <= 1:
+            raise ValueError(f"kl_warmup={self.kl_warmup!r}; it takes a share of the planned steps, from 0 to 1.")
+        if self.precision not in ("32", "bf16"):
+            raise ValueError(f'precision={self.precision!r} is unknown; choose "32" or "bf16".')
+        if devices != 1:
+            raise ValueError(f"devices={devices!r}: this version trains on one device; use devices=1.")
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss became NaN or infinite.
+
+    Attributes
+    ----------
+    cells, genes
+        Rows and columns of the values to blame.
+    """
+
+    def __init__(self, cells: np.ndarray, genes: np.ndarray, n_cells: int, n_genes: int):
+        self.cells, self.genes = cells, genes
+        super().__init__(
+            f"the loss is not finite: {len(cells)} of the minibatch's {n_cells} cells and {len(genes)} of {n_genes} "
+            "genes are to blame"
+        )
+
+    def names(self, cells: pd.Index, genes: list[str], learning_rate: float) -> str:
+        """Return the message with the names of cells and genes in it, and what to do."""
+        of_cells = ", ".join(str(cells[i]) for i in self.cells[:5]) or "none by itself"
+        of_genes = ", ".join(genes[i] for i in self.genes[:5]) or "none by itself"
+        return (
+            f"{self}. Cells: {of_cells}; genes: {of_genes}. The weights of the last good epoch are kept. If there is "
+            f"nothing wrong with these values, lower learning_rate (now {learning_rate:g})."
+        )
+
+
+@torch.no_grad()
+def start_from_data(vae: nn.Module, loader: CellLoader) -> None:
+    """Start what of a model the training cells tell without training: library prior, mean rates, dispersions.
+
+    A gene's theta starts where the variance of its rate, x divided by the cell's library, puts it; a Gaussian's sigma
+    at the standard deviation.
+    """
+    index = torch.from_numpy(loader.index)
+    batch = loader.columns["batch"][index]
+    batch = batch if "library" in vae.priors else torch.zeros_like(batch)
+    n = torch.bincount(batch, minlength=vae.n_batches).double()[:, None]
+    total = torch.zeros(vae.n_batches, loader.store.shape[1], dtype=torch.float64)
+    squares, noise = 0.0, 0.0
+    for cells in loader:
+        library = cells.library.double().exp()
+        rate = cells.counts.double() / library
+        total.index_add_(0, cells.batch if "library" in vae.priors else torch.zeros_like(cells.batch), rate)
+        squares, noise = squares + (rate**2).sum(0), noise + (1 / library).mean(1).sum()
+    mean, variance = total.sum(0) / n.sum(), squares / n.sum() - (total.sum(0) / n.sum()) ** 2
+    if "library" not in vae.priors:
+        vae.decoder.start_at(mean.float(), variance.clamp(min=0).sqrt().float())
+        return
+    vae.priors["library"].fit(loader.columns["library"][index, 0], batch)
+    mean = mean + mean.mean() * 1e-3
+    # What is left of the variance after Poisson's share is mean^2 / theta.
+    theta = mean**2 / (variance - mean * noise / n.sum()).clamp(min=1e-12)
+    in_batch = (total + SHRINKAGE * mean) / (n + SHRINKAGE)
+    vae.decoder.start_at(mean.float(), theta.clamp(1e-2, 1e2).log().float(), (in_batch / mean).log().float())
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch within the block; the global generators are, after it, as they were before."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def choose_device(accelerator: str) -> torch.device:
+    """Return the device for "auto", "cpu" or "gpu" ("cuda"); ValueError for others, or for no GPU."""
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(f'accelerator="{accelerator}", but torch sees no GPU here. Use accelerator="cpu" or "auto".')
+    if accelerator == "mps":
+        raise ValueError(
+            'accelerator="mps" is not supported: the likelihoods need float64, which Apple\'s MPS lacks. Use '
+            'accelerator="cpu".'
+        )
+    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
+        raise ValueError(f'accelerator={accelerator!r} is unknown; choose "auto", "cpu" or "gpu".')
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def default_epochs(n_cells: int) -> int:
+    """Return the number of passes over so many training cells."""
+    return 40
+
+
+def one_cycle(progress: float) -> float:
+    """Return the share of the peak learning rate at a share of the planned steps: a short rise, then a cosine to 0."""
+    rise = 0.1
+    if progress < rise:
+        return max(progress / rise, 0.01)
+    return 0.5 * (1 + math.cos(math.pi * (progress - rise) / (1 - rise)))
+
+
+def fit(vae: nn.Module, training: CellLoader, validation: CellLoader | None, options: Options) -> pd.DataFrame:
+    """Train ``vae`` in place and return the history, a row per epoch.
+
+    Weights are compared, and training stopped early, only in the second half of the planned epochs: before it the
+    learning rate is high and batches are still mixing, whatever the bound says. An interrupt (Ctrl-C) ends training
+    and keeps the best weights so far.
+
+    Raises
+    ------
+    NonFiniteLoss
+        If the loss is NaN or infinite; ``vae`` then has the weights of the last good epoch.
+    """
+    # Adam's epsilon of the paper keeps rarely used weights from jumping.
+    optimizer = torch.optim.Adam(vae.parameters(), lr=options.learning_rate, eps=0.01, weight_decay=1e-6, fused=True)
+    max_epochs = options.max_epochs or default_epochs(len(training.index))
+    n_steps = max_epochs * len(training)
+    best = Best(vae, first_epoch=max_epochs // 2, patience=options.patience)
+    rows, step = [], 0
+    with (
+        seeded(options.seed),
+        tqdm(total=max_epochs, desc="training", unit="epoch", disable=not options.progress) as bar,
+    ):
+        try:
+            for epoch in range(max_epochs):
+                started, sums = time.perf_counter(), 0.0
+                vae.train()
+                for cells in training:
+                    optimizer.param_groups[0]["lr"] = options.learning_rate * one_cycle(step / n_steps)
+                    kl_weight = min(1.0, (step + 1) / max(options.kl_warmup * n_steps, 1))
+                    cells = cells.to(options.device)
+                    with torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                        elbo = vae(cells)
+                    loss = elbo.loss(kl_weight)
+                    if not torch.isfinite(loss):
+                        raise blame(vae, cells)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    sums += elbo.value.detach().sum()
+                    step += 1
+                row = {"elbo_train": float(sums) / len(training.index), **evaluate(vae, validation, options.device)}
+                rows.append(row | {"kl_weight": kl_weight, "seconds": time.perf_counter() - started})
+                bar.update()
+                bar.set_postfix_str(" ".join(f"{name} {row[name]:.1f}" for name in row if name.startswith("elbo")))
+                if best.stop_after(epoch, row.get("elbo_validation", math.nan)):
+                    break
+        except KeyboardInterrupt:
+            logger.warning("training interrupted after %d epochs; the best weights so far are kept", len(rows))
+        except NonFiniteLoss:
+            best.restore(last=True)
+            raise
+    best.restore()
+    vae.eval()
+    return pd.DataFrame(rows)
+
+
+@dataclass
+class Best:
+    """Remembers the best and the last finite weights of a module.
+
+    Attributes
+    ----------
+    first_epoch
+        Epochs before this one are not compared.
+    patience
+        Number of epochs without a better value after which to stop; None never stops.
+    """
+
+    vae: nn.Module
+    first_epoch: int
+    patience: int | None
+    value: float = -math.inf
+    epoch: int = 0
+    weights: dict[str, Tensor] | None = None
+    last: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self):
+        self.last = copy.deepcopy(self.vae.state_dict())
+
+    def stop_after(self, epoch: int, value: float) -> bool:
+        """Take note of an epoch's validation value; say whether to stop."""
+        self.last = copy.deepcopy(self.vae.state_dict())
+        if epoch < self.first_epoch:
+            return False
+        if value > self.value:
+            self.value, self.epoch, self.weights = value, epoch, self.last
+        return self.patience is not None and self.weights is not None and epoch - self.epoch >= self.patience
+
+    def restore(self, last: bool = False) -> None:
+        """Give the module its best weights, if any were compared, or those of the last epoch's end."""
+        weights = self.last if last else self.weights
+        if weights is not None:
+            self.vae.load_state_dict(weights)
+
+
+@torch.inference_mode()
+def evaluate(vae: nn.Module, loader: CellLoader | None, device: torch.device) -> dict[str, float]:
+    """Return the mean bound at full KL weight, and its parts, under the same noise each time."""
+    if loader is None:
+        return {}
+    vae.eval()
+    sums: dict[str, float] = {}
+    with seeded(0):
+        for cells in loader:
+            elbo = vae(cells.to(device))
+            parts = {"elbo": elbo.value, "log_likelihood": elbo.log_likelihood} | {
+                f"kl_{k}": v for k, v in elbo.kl.items()
+            }
+            for name, values in parts.items():
+                sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+    return {f"{name}_validation": total / len(loader.index) for name, total in sums.items()}
+
+
+@torch.no_grad()
+def blame(vae: nn.Module, cells) -> NonFiniteLoss:
+    """Return the error that names the cells and genes of which the likelihood or its parameters are not finite."""
+    q = vae.infer(cells)
+    likelihood = vae.decoder({name: q[name].mean for name in q}, cells)
+    bad = ~torch.isfinite(likelihood.log_prob(cells.counts)) | ~torch.isfinite(cells.counts)
+    # Batch normalisation spreads one bad input over its minibatch: the input itself, where there is one, is to blame.
+    if not torch.isfinite(cells.counts).all():
+        bad = ~torch.isfinite(cells.counts)
+    rows = cells.index[bad.any(1)].cpu().numpy()
+    return NonFiniteLoss(rows, bad.any(0).nonzero().squeeze(1).cpu().numpy(), *bad.shape)

@@ -1,0 +1,113 @@
+"""Stores: whatever the format and wherever it lies, rows and sums are those of the dense matrix."""
+
+import anndata
+import h5py
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from scgen.data.stores import BackedStore, MemoryStore, open_store, totals
+
+N, G = 23, 11
+SPARSE = ("csr_matrix", "csc_matrix", "coo_matrix", "csr_array", "csc_array", "coo_array", "lil_matrix")
+ON_DISK = ("h5ad_csr", "h5ad_csc", "h5ad_dense", "zarr_csr", "zarr_dense")
+FORMATS = ("c_order", "f_order", *SPARSE, "uncanonical", *ON_DISK)
+#: Rows in any order, with repeats; and columns likewise, but each once, or all of them.
+ROWS = st.lists(st.integers(0, N - 1), min_size=1, max_size=40).map(np.array)
+COLUMNS = st.none() | st.lists(st.integers(0, G - 1), min_size=1, max_size=G, unique=True).map(np.array)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    counts = np.random.default_rng(0).poisson(0.7, (N, G)).astype(np.float32)
+    # Rows and columns without any value, first and last too, are where sparse formats go wrong.
+    counts[[0, 9, 10, N - 1]] = 0
+    counts[:, [0, 5, G - 1]] = 0
+    return counts
+
+
+@pytest.fixture(scope="module")
+def matrices(dense, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stores")
+    made = {"c_order": dense, "f_order": np.asfortranarray(dense)}
+    made |= {name: getattr(sparse, name)(dense) for name in SPARSE}
+    rows, columns = dense.nonzero()
+    halves = np.tile(dense[rows, columns] / 2, 2)
+    # Every value in two halves, the columns of a row in descending order: legal, and rare enough to be forgotten.
+    order = np.lexsort((-np.tile(columns, 2), np.tile(rows, 2)))
+    ends = np.r_[0, np.cumsum(np.bincount(np.tile(rows, 2), minlength=N))]
+    made["uncanonical"] = sparse.csr_matrix((halves[order], np.tile(columns, 2)[order], ends), shape=(N, G))
+    for name, matrix in (("csr", sparse.csr_matrix(dense)), ("csc", sparse.csc_matrix(dense)), ("dense", dense)):
+        anndata.AnnData(matrix).write_h5ad(folder / f"{name}.h5ad")
+        made[f"h5ad_{name}"] = anndata.read_h5ad(folder / f"{name}.h5ad", backed="r").X
+    anndata.AnnData(sparse.csr_matrix(dense)).write_zarr(folder / "csr.zarr")
+    made["zarr_csr"] = anndata.io.sparse_dataset(zarr.open_group(folder / "csr.zarr", mode="r")["X"])
+    made["zarr_dense"] = zarr.create_array(folder / "dense.zarr", data=dense, chunks=(7, 5))
+    return made
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_store_by_where_the_matrix_lies(matrices, name):
+    assert type(open_store(matrices[name])) is (BackedStore if name in ON_DISK else MemoryStore)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@given(rows=ROWS, columns=COLUMNS)
+@settings(max_examples=30, deadline=None)
+def test_rows_are_those_of_the_dense_matrix(matrices, dense, name, rows, columns):
+    store = open_store(matrices[name], columns)
+    expected = (dense if columns is None else dense[:, columns])[rows]
+    values = store.rows(rows)
+    assert store.shape == (N, expected.shape[1])
+    assert values.numpy().dtype == np.float32
+    assert values.is_contiguous()
+    np.testing.assert_array_equal(values.numpy(), expected)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@given(columns=COLUMNS, n_rows=st.integers(1, N + 2))
+@settings(max_examples=15, deadline=None)
+def test_blocks_and_totals(matrices, dense, name, columns, n_rows):
+    store = open_store(matrices[name], columns)
+    expected = dense if columns is None else dense[:, columns]
+    blocks = list(store.blocks(n_rows))
+    assert [start for start, _ in blocks] == list(range(0, N, n_rows))
+    arrays = [block.toarray() if sparse.issparse(block) else block for _, block in blocks]
+    np.testing.assert_array_equal(np.concatenate(arrays), expected)
+    np.testing.assert_array_equal(totals(store), expected.sum(axis=1, dtype=np.float64))
+
+
+@pytest.mark.parametrize("make", [np.asarray, sparse.csr_matrix, sparse.csc_array])
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.uint8, np.uint16, np.int64, np.uint64, np.float32, np.float64])
+def test_dtypes(make, dtype):
+    # The largest values overflow a sum in their own dtype; a float32 sum of 2**24 + 1 ones would stop at 2**24.
+    largest = 1 if dtype is bool else 2**24 if np.dtype(dtype).itemsize > 2 else np.iinfo(dtype).max
+    values = np.array([[largest, 1, 1, 1], [0, 0, 0, 0], [1, 0, largest, largest]], dtype=dtype)
+    store = open_store(make(values))
+    np.testing.assert_array_equal(store.rows(np.array([2, 0, 2])).numpy(), values[[2, 0, 2]].astype(np.float32))
+    np.testing.assert_array_equal(totals(store), [sum(int(value) for value in row) for row in values])
+
+
+@pytest.mark.parametrize("name", ["c_order", "csr_matrix", "csr_array"])
+def test_memory_is_read_in_place(matrices, name):
+    held, given_ = MemoryStore(matrices[name]).matrix, matrices[name]
+    assert np.shares_memory(getattr(held, "data", held), getattr(given_, "data", given_))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_changing_the_rows_leaves_the_matrix_alone(matrices, dense, name):
+    open_store(matrices[name]).rows(np.arange(N)).fill_(-1)
+    np.testing.assert_array_equal(open_store(matrices[name]).rows(np.arange(N)).numpy(), dense)
+
+
+def test_only_the_rows_asked_for_are_read(tmp_path, dense):
+    # A dataset of 40 GB that was never written: reading all of it could not succeed.
+    with h5py.File(tmp_path / "huge.h5", "w") as file:
+        huge = file.create_dataset("X", (10**6, 10**4), dtype=np.float32, chunks=(1, 10**4))
+        huge[[3, 999_999], :3] = dense[1:3, :3]
+        store = open_store(huge, np.array([2, 0]))
+        values = store.rows(np.array([999_999, 3, 5])).numpy()
+    np.testing.assert_array_equal(values, [*dense[[2, 1]][:, [2, 0]], [0, 0]])

@@ -1,0 +1,409 @@
+"""What a trained model answers, and what training guarantees."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+import scgen
+from scgen import training
+from scgen.analysis import inference
+from scgen.distributions import ZeroInflatedNegativeBinomial
+
+
+def model_of(adata, **arguments):
+    scgen.setup_anndata(adata, batch_key="batch")
+    return scgen.SCVI(adata, **arguments)
+
+
+def train(model, max_epochs=2, **options):
+    model.train(max_epochs, progress=False, **options)
+    return model
+
+
+@pytest.fixture
+def small():
+    return scgen.simulate_cells(n_cells=120, n_genes=20, n_batches=2, seed=3)
+
+
+def test_the_bound_is_the_sum_of_its_parts(small):  # T7
+    model = train(model_of(small))
+    error, elbo = model.get_reconstruction_error(return_mean=False), model.get_elbo(return_mean=False)
+    mean, variance = (a.astype(float) for a in model.get_latent_representation(return_dist=True))
+    kl_z = 0.5 * (mean**2 + variance - np.log(variance) - 1).sum(1)
+    q = inference.latent(model.vae, model._loader(None, None, 50), "library")
+    q_mean, q_variance = (values[:, 0].astype(float) for values in q)
+    np.testing.assert_allclose(model.get_latent_library_size()[:, 0], np.exp(q_mean + q_variance / 2), rtol=1e-4)
+    # The prior: mean and variance of the batch's training cells' log totals, shrunk to those of all.
+    log_l = np.log(np.asarray(small.X.sum(1), float).ravel())
+    trained = np.isin(np.arange(120), model.train_indices)
+    code, pool = small.obs["batch"].cat.codes.to_numpy(), log_l[trained]
+    prior = np.array([
+        ((n := len(own := log_l[trained & (code == b)])) * own.mean() + 10 * pool.mean(), n * own.var() + 10 * pool.var())
+        for b in (0, 1)
+    ]) / (np.bincount(code[trained])[:, None] + 10)  # fmt: skip
+    m_b, v_b = prior[code].T
+    kl_l = 0.5 * (np.log(v_b / q_variance) + (q_variance + (q_mean - m_b) ** 2) / v_b - 1)
+    np.testing.assert_allclose(-elbo, error + kl_z + kl_l, rtol=1e-3)
+    assert model.get_elbo() == pytest.approx(elbo.mean(), rel=1e-6)
+    # Another batch is another prior.
+    swapped = small.copy()
+    swapped.obs["batch"] = small.obs["batch"].cat.rename_categories({"batch_1": "batch_2", "batch_2": "batch_1"})
+    assert not np.allclose(model.get_elbo(swapped, return_mean=False), elbo)
+
+
+def test_truth_is_recovered():  # T21
+    adata = scgen.simulate_cells(2000, 100, n_batches=2, mean_library=1000, batch_effect=0.7, seed=0)
+    model = train(model_of(adata), 60)
+    theta = model.vae.decoder.dispersion.log_theta.detach().numpy()
+    assert np.corrcoef(theta, adata.var["log_theta"])[0, 1] >= 0.8
+    rho = model.get_normalized_expression(n_samples=10, return_numpy=True)
+    assert np.corrcoef(rho.ravel(), adata.layers["true_scale"].ravel())[0, 1] >= 0.9
+    log_l = np.log(model.get_latent_library_size()[:, 0])
+    assert np.corrcoef(log_l, adata.obs["log_library"])[0, 1] >= 0.95
+    assert model.history["kl_library_validation"].iloc[-1] > 0
+
+    from sklearn.decomposition import PCA
+    from sklearn.neighbors import NearestNeighbors
+
+    def mixing(x):
+        """Entropy of the batches among 50 neighbours, as a share of that of the whole."""
+        code = adata.obs["batch"].cat.codes.to_numpy()
+        p = code[NearestNeighbors(n_neighbors=51).fit(x).kneighbors(x)[1][:, 1:]].mean(1).clip(1e-9, 1 - 1e-9)
+        return -(p * np.log(p) + (1 - p) * np.log(1 - p)).mean()
+
+    x = adata.X.toarray()
+    pca = PCA(10, random_state=0).fit_transform(np.log1p(x / x.sum(1, keepdims=True) * 1e4))
+    assert mixing(model.get_latent_representation()) >= 0.9 * np.log(2)
+    assert mixing(pca) < 0.8 * mixing(model.get_latent_representation())
+
+
+def test_four_hops_to_the_mathematics(small, monkeypatch):
+    stacks = []
+    original = ZeroInflatedNegativeBinomial.log_prob
+
+    def spy(self, value):
+        stacks.append(traceback.extract_stack())
+        return original(self, value)
+
+    monkeypatch.setattr(ZeroInflatedNegativeBinomial, "log_prob", spy)
+    train(model_of(small), 1)
+    package = Path(scgen.__file__).parent
+    ours = [f for f in stacks[0] if package in Path(f.filename).parents]
+    places = [f"{Path(f.filename).relative_to(package)}:{f.name}" for f in ours]
+    assert places == ["models/base.py:train", "training.py:fit", "modules/vae.py:forward"]  # and log_prob itself
+
+
+def test_same_seed_same_bits_and_global_generators_untouched(small):
+    torch.manual_seed(11)
+    np.random.seed(11)  # noqa: NPY002  the global generator is what is watched
+    before = torch.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
+    one, two, other = (train(model_of(small, seed=s), seed=s).get_latent_representation() for s in (0, 0, 1))
+    assert np.array_equal(one, two)
+    assert not np.allclose(one, other)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_the_kl_weight_gets_to_one(small):
+    for epochs in (1, 3, 7):
+        for warmup in (0.0, 0.5, 1.0):
+            assert train(model_of(small), epochs, kl_warmup=warmup).history["kl_weight"].iloc[-1] == 1.0
+
+
+def test_training_goes_on(small):
+    model = train(model_of(small), 3)
+    split = model.train_indices
+    elbo = model.get_elbo()
+    train(model, 20)
+    assert model.history.index.tolist() == list(range(1, len(model.history) + 1))
+    assert len(model.history) > 3
+    assert model.train_indices is split
+    assert model.get_elbo() > elbo
+
+
+def test_split_and_history(small):
+    model = train(model_of(small))
+    both = np.concatenate([model.train_indices, model.validation_indices])
+    assert np.array_equal(np.sort(both), np.arange(120))
+    assert len(model.train_indices) == 108
+    assert {"elbo_train", "elbo_validation", "kl_z_validation"} <= set(model.history.columns)
+    whole = train(model_of(small), train_size=1.0)
+    assert len(whole.validation_indices) == 0
+    assert "elbo_validation" not in whole.history
+
+
+def test_early_stopping_keeps_no_weights_of_the_first_half():
+    module = torch.nn.Linear(1, 1)
+    best = training.Best(module, first_epoch=5, patience=2)
+    stopped = None
+    # The best value of all comes early; of the second half, epoch 6 is best.
+    for epoch, value in enumerate([9.0, 8, 7, 6, 5, 1, 3, 2, 1, 0]):
+        with torch.no_grad():
+            module.weight.fill_(epoch)
+        if best.stop_after(epoch, value):
+            stopped = epoch
+            break
+    best.restore()
+    assert (stopped, module.weight.item()) == (8, 6)
+
+
+@pytest.mark.parametrize("n_cells", [2, 3, 5, 17, 33])
+def test_no_number_of_cells_breaks_batch_normalisation(n_cells):
+    adata = scgen.simulate_cells(n_cells=n_cells, n_genes=10, n_batches=1, seed=0)
+    model = train(model_of(adata), batch_size=4)
+    assert np.isfinite(model.get_latent_representation()).all()
+
+
+def test_one_cell_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        train(model_of(scgen.simulate_cells(n_cells=1, n_genes=10, n_batches=1)))
+
+
+def test_odd_cells_and_genes(small):  # T22
+    x = small.X.toarray()
+    x[:, 4] = 0  # a gene that nobody expresses
+    small.X = sparse.csr_matrix(x)
+    small.obs["batch"] = ["lonely"] + ["rest"] * 119  # a batch of one cell
+    with pytest.warns(UserWarning, match="lonely: 1"):
+        model = model_of(small)
+    train(model)
+    assert np.isfinite(model.get_elbo(return_mean=False)).all()
+    assert model.get_normalized_expression(gene_list=["gene_5"]).shape == (120, 1)
+    new = small[:10].copy()
+    new.obs["batch"] = "elsewhere"
+    with pytest.raises(ValueError, match=r"elsewhere.*lonely, rest"):
+        model.get_latent_representation(new)
+
+
+def test_a_value_that_is_not_finite_is_named_and_good_weights_kept(small):
+    model = model_of(small)
+    train(model)
+    good = {name: tensor.clone() for name, tensor in model.vae.state_dict().items()}
+    small.X[model.train_indices[7], 5] = np.nan  # damaged after all checks
+    with pytest.raises(FloatingPointError, match=rf"Cells: cell_{model.train_indices[7] + 1}; genes: gene_6\."):
+        train(model)
+    assert all(
+        torch.equal(good[name], tensor) for name, tensor in model.vae.state_dict().items() if "norms" not in name
+    )
+    assert all(tensor.isfinite().all() for tensor in model.vae.state_dict().values())
+
+
+def test_an_interrupt_keeps_what_was_learned(small, caplog):
+    model = model_of(small)
+    calls = []
+    original = training.Best.stop_after
+
+    def interrupting(self, epoch, value):
+        calls.append(epoch)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, epoch, value)
+
+    training.Best.stop_after = interrupting
+    try:
+        train(model, 50)
+    finally:
+        training.Best.stop_after = original
+    assert 3 <= len(model.history) <= 5
+    assert "interrupted" in caplog.text
+    assert np.isfinite(model.get_latent_representation()).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_epochs": 0}, "max_epochs=0"),
+        ({"batch_size": 1}, "batch_size=1"),
+        ({"train_size": 0.0}, "train_size"),
+        ({"train_size": 1.2}, "train_size"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"kl_warmup": 2.0}, "kl_warmup"),
+        ({"precision": "16"}, '"bf16"'),
+        ({"devices": 2}, "devices=2"),
+        ({"accelerator": "mps"}, "float64"),
+        ({"accelerator": "tpu"}, '"auto", "cpu"'),
+        ({"patience": 0}, "patience"),
+    ],
+)
+def test_wrong_training_options(small, options, words):
+    with pytest.raises(ValueError, match=words):
+        model_of(small).train(**{"max_epochs": 1, "progress": False} | options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"n_latent": 0}, "n_latent=0"),
+        ({"n_hidden": 1.5}, "n_hidden=1.5"),
+        ({"n_layers": -1}, "n_layers=-1"),
+        ({"dropout_rate": 1.0}, "dropout_rate"),
+        ({"gene_likelihood": "negative_binomial"}, "zinb, nb, poisson, normal"),
+        ({"dispersion": "cell"}, "gene-batch"),
+        ({"dispersion": "gene-label"}, "labels_key"),
+    ],
+)
+def test_wrong_arguments(small, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        model_of(small, **arguments)
+
+
+def test_not_set_up(small):
+    with pytest.raises(ValueError, match=r"scgen\.setup_anndata"):
+        scgen.SCVI(small)
+
+
+def test_untrained_models_say_so(small):
+    with pytest.raises(RuntimeError, match=r"model\.train\(\)"):
+        model_of(small).get_latent_representation()
+
+
+@pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson", "normal"])
+@pytest.mark.parametrize("dispersion", ["gene", "gene-batch", "gene-label", "gene-cell"])
+def test_every_model_answers_everything(small, likelihood, dispersion):
+    small.obs["donor"] = np.resize(["a", "b", "c"], 120)
+    small.obs["age"] = np.linspace(20, 60, 120)
+    scgen.setup_anndata(
+        small,
+        batch_key="batch",
+        labels_key="cell_type",
+        categorical_covariate_keys=["donor"],
+        continuous_covariate_keys=["age"],
+    )
+    model = train(scgen.SCVI(small, gene_likelihood=likelihood, dispersion=dispersion, n_layers=2, n_latent=3))
+    assert model.get_latent_representation().shape == (120, 3)
+    assert np.isfinite(model.get_elbo())
+    drawn = model.posterior_predictive_sample()
+    assert drawn.shape == (120, 20)
+    sampled = model.sample_prior(50, batch="batch_2")
+    assert sampled.shape == (50, 20)
+    assert set(sampled.obs["batch"]) == {"batch_2"}
+    expression = model.get_normalized_expression(batch=["batch_1", "batch_2"], n_samples=3)
+    assert expression.shape == (120, 20)
+    if likelihood != "normal":
+        np.testing.assert_allclose(expression.sum(axis=1), 1, rtol=1e-4)
+        assert (drawn.data == drawn.data.round()).all()
+        assert model.get_latent_library_size().shape == (120, 1)
+    else:
+        with pytest.raises(ValueError, match="no library"):
+            model.get_latent_library_size()
+
+
+def test_rows_come_in_the_order_asked_for(small, tmp_path):
+    model = train(model_of(small))
+    order = np.random.default_rng(0).permutation(120)[:50]
+    whole = model.get_latent_representation()
+    np.testing.assert_allclose(model.get_latent_representation(indices=order), whole[order], atol=1e-5)
+    np.testing.assert_allclose(model.get_latent_representation(indices=[-1, 3]), whole[[-1, 3]], atol=1e-5)
+    mask = np.zeros(120, bool)
+    mask[[5, 9]] = True
+    np.testing.assert_allclose(model.get_latent_representation(indices=mask), whole[[5, 9]], atol=1e-5)
+    table = model.get_normalized_expression(indices=order)
+    assert table.index.tolist() == small.obs_names[order].tolist()
+    small.write_h5ad(tmp_path / "cells.h5ad")
+    import anndata
+
+    backed = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    assert np.array_equal(
+        model.get_latent_representation(backed, indices=order), model.get_latent_representation(indices=order)
+    )
+    shuffled = small[:, np.random.default_rng(1).permutation(20)].copy()
+    assert np.array_equal(model.get_latent_representation(shuffled), whole)
+    with pytest.raises(ValueError, match="120 cells"):
+        model.get_latent_representation(indices=[500])
+    with pytest.raises(ValueError, match="empty"):
+        model.get_latent_representation(indices=[])
+    with pytest.raises(ValueError, match=r"3 of the model's 20 genes.*gene_1"):
+        model.get_latent_representation(small[:, 3:].copy())
+
+
+def test_counterfactual_batches(small):
+    model = train(model_of(small), 10)
+    observed, first, second, both = (
+        model.get_normalized_expression(batch=b, return_numpy=True)
+        for b in ("observed", "batch_1", "batch_2", ["batch_1", "batch_2"])
+    )
+    inside = (small.obs["batch"] == "batch_1").to_numpy()
+    np.testing.assert_allclose(observed[inside], first[inside], rtol=1e-5)
+    assert not np.allclose(observed[~inside], first[~inside], rtol=1e-2)
+    np.testing.assert_allclose(both, (first + second) / 2, rtol=1e-4)
+    assert model.get_normalized_expression(transform_batch="batch_1").equals(
+        model.get_normalized_expression(batch="batch_1")
+    )
+    np.testing.assert_allclose(model.get_normalized_expression(library_size=1e4).sum(axis=1), 1e4, rtol=1e-4)
+    chosen = model.get_normalized_expression(gene_list=["gene_7", "gene_2"])
+    assert chosen.columns.tolist() == ["gene_7", "gene_2"]
+    draws = model.get_normalized_expression(n_samples=4, return_mean=False)
+    assert draws.shape == (4, 120, 20)
+    np.testing.assert_allclose(
+        draws.mean(0), model.get_normalized_expression(n_samples=4, return_numpy=True), rtol=1e-4
+    )
+    for wrong in (
+        {"batch": "batch_9"},
+        {"gene_list": ["x"]},
+        {"library_size": 0},
+        {"n_samples": 0},
+        {"batch": "a", "transform_batch": "b"},
+    ):
+        with pytest.raises(ValueError, match=r"batch|genes|library_size|n_samples"):
+            model.get_normalized_expression(**wrong)
+
+
+def test_size_factors_replace_the_library(small):
+    total = np.asarray(small.X.sum(1)).ravel()
+    small.obs["factor"] = total / np.median(total)  # a unit of its own
+    scgen.setup_anndata(small, batch_key="batch", size_factor_key="factor")
+    model = train(scgen.SCVI(small), 30)
+    np.testing.assert_allclose(model.get_latent_library_size()[:, 0], small.obs["factor"], rtol=1e-5)
+    assert (model.history["kl_library_validation"] == 0).all()
+    mean = model.get_normalized_expression(return_numpy=True, n_samples=5).mean(0)
+    truth = (small.X.toarray() / small.obs["factor"].to_numpy()[:, None]).mean(0)
+    assert np.corrcoef(np.log(mean), np.log(truth))[0, 1] > 0.95
+
+
+def test_samples_look_like_the_data():
+    adata = scgen.simulate_cells(1000, 50, n_batches=2, seed=1)
+    model = train(model_of(adata), 40)
+    drawn = model.posterior_predictive_sample()
+    x = adata.X.toarray()
+    assert np.corrcoef(np.log1p(np.asarray(drawn.mean(0)).ravel()), np.log1p(x.mean(0)))[0, 1] > 0.98
+    assert (drawn.toarray() == 0).mean() == pytest.approx((x == 0).mean(), abs=0.03)
+    prior = model.sample_prior(4000, batch="batch_1")
+    log_l = np.log(prior.obs["library"])
+    m, v = (getattr(model.vae.priors["library"], name)[0].item() for name in ("mean", "variance"))
+    assert abs(log_l.mean() - m) < 4 * (v / 4000) ** 0.5
+    assert log_l.var() == pytest.approx(v, rel=0.1)
+    # With zero inflation the expected total is below l.
+    assert prior.X.sum(1).mean() < prior.obs["library"].mean()
+
+
+def test_kill_during_training_leaves_files_alone(tmp_path):
+    code = f"""
+    import scgen
+    adata = scgen.simulate_cells(n_cells=300, n_genes=30)
+    adata.write_h5ad({str(tmp_path / "in.h5ad")!r})
+    scgen.setup_anndata(adata, batch_key="batch")
+    model = scgen.SCVI(adata)
+    model.train(max_epochs=1, progress=False)
+    model.save({str(tmp_path / "model")!r})
+    print("saved", flush=True)
+    model.train(max_epochs=100000, early_stopping=False, progress=False)
+    """
+    run = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "saved\n"
+    threading.Event().wait(0.5)
+    run.kill()
+    assert run.wait() == -signal.SIGKILL
+    import anndata
+
+    adata = anndata.read_h5ad(tmp_path / "in.h5ad")
+    assert np.isfinite(scgen.SCVI.load(tmp_path / "model", adata).get_elbo())
