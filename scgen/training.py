@@ -16,9 +16,6 @@ from tqdm.auto import tqdm
 
 from scgen.data.loader import CellLoader
 
-#: Cells of the mean kind that are added to every batch before its rates are compared with the others'.
-SHRINKAGE = 50.0
-
 logger = logging.getLogger(__name__)
 
 
@@ -28,7 +25,7 @@ class Options:
 
     max_epochs: int | None
     learning_rate: float
-    kl_warmup: float
+    kl_start: float
     patience: int | None
     device: torch.device
     precision: str
@@ -48,8 +45,8 @@ class Options:
             raise ValueError(f"train_size={train_size!r}; it takes a share above 0 and up to 1.")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate!r}; it takes a positive number.")
-        if not 0 <= self.kl_warmup <= 1:
-            raise ValueError(f"kl_warmup={self.kl_warmup!r}; it takes a share of the planned steps, from 0 to 1.")
+        if not 0 <= self.kl_start < math.inf:
+            raise ValueError(f"kl_start={self.kl_start!r}; it takes a weight from 0.")
         if self.precision not in ("32", "bf16"):
             raise ValueError(f'precision={self.precision!r} is unknown; choose "32" or "bf16".')
         if devices != 1:
@@ -84,32 +81,24 @@ class NonFiniteLoss(FloatingPointError):
 
 @torch.no_grad()
 def start_from_data(vae: nn.Module, loader: CellLoader) -> None:
-    """Start what of a model the training cells tell without training: library prior, mean rates, dispersions.
+    """Start what the training cells tell without training: the library's prior, and the decoder at their moments.
 
-    A gene's theta starts where the variance of its rate, x divided by the cell's library, puts it; a Gaussian's sigma
-    at the standard deviation.
+    The moments are those of a cell's rates, x divided by its library (which is 1 where there is none).
     """
     index = torch.from_numpy(loader.index)
-    batch = loader.columns["batch"][index]
-    batch = batch if "library" in vae.priors else torch.zeros_like(batch)
-    n = torch.bincount(batch, minlength=vae.n_batches).double()[:, None]
-    total = torch.zeros(vae.n_batches, loader.store.shape[1], dtype=torch.float64)
-    squares, noise = 0.0, 0.0
+    batch, library = (loader.columns[name] for name in ("batch", "library"))
+    n = torch.bincount(batch[index], minlength=int(batch.max()) + 1).double()
+    total = torch.zeros(len(n), loader.store.shape[1], dtype=torch.float64)
+    squares = torch.zeros_like(total[0])
     for cells in loader:
-        library = cells.library.double().exp()
-        rate = cells.counts.double() / library
-        total.index_add_(0, cells.batch if "library" in vae.priors else torch.zeros_like(cells.batch), rate)
-        squares, noise = squares + (rate**2).sum(0), noise + (1 / library).mean(1).sum()
-    mean, variance = total.sum(0) / n.sum(), squares / n.sum() - (total.sum(0) / n.sum()) ** 2
-    if "library" not in vae.priors:
-        vae.decoder.start_at(mean.float(), variance.clamp(min=0).sqrt().float())
-        return
-    vae.priors["library"].fit(loader.columns["library"][index, 0], batch)
-    mean = mean + mean.mean() * 1e-3
-    # What is left of the variance after Poisson's share is mean^2 / theta.
-    theta = mean**2 / (variance - mean * noise / n.sum()).clamp(min=1e-12)
-    in_batch = (total + SHRINKAGE * mean) / (n + SHRINKAGE)
-    vae.decoder.start_at(mean.float(), theta.clamp(1e-2, 1e2).log().float(), (in_batch / mean).log().float())
+        rate = cells.counts.double() / cells.library.double().exp()
+        total.index_add_(0, cells.batch, rate)
+        squares += (rate**2).sum(0)
+    if "library" in vae.priors:
+        vae.priors["library"].fit(library[index, 0], batch[index])
+    mean = total.sum(0) / n.sum()
+    variance = (squares / n.sum() - mean**2).clamp(min=0)
+    vae.decoder.start_at(n, total, variance, float((-library[index].double()).exp().mean()))
 
 
 @contextmanager
@@ -176,7 +165,7 @@ def fit(vae: nn.Module, training: CellLoader, validation: CellLoader | None, opt
                 vae.train()
                 for cells in training:
                     optimizer.param_groups[0]["lr"] = options.learning_rate * one_cycle(step / n_steps)
-                    kl_weight = min(1.0, (step + 1) / max(options.kl_warmup * n_steps, 1))
+                    kl_weight = 1 + (options.kl_start - 1) * max(0.0, 1 - 2 * (step + 1) / n_steps)
                     cells = cells.to(options.device)
                     with torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
                         elbo = vae(cells)

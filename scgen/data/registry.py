@@ -214,23 +214,12 @@ class Registry:
 
     def store(self, adata: AnnData) -> MemoryStore | BackedStore:
         """Return the values of the model's genes, found by name, in the model's order."""
-        columns = adata.var_names.get_indexer(self.genes) if adata.var_names.is_unique else None
-        if columns is not None and np.array_equal(columns, np.arange(adata.n_vars)):
-            columns = None
-        return open_store(matrix_of(adata, self.setup.layer), columns)
+        return open_store(matrix_of(adata, self.setup.layer), self._gene_columns(adata))
 
     def check_new(self, adata: AnnData) -> None:
         """Raise where another AnnData lacks what the model reads, or has it in a wrong form."""
         check_types(adata, self.setup)
-        missing = [gene for gene in self.genes if gene not in adata.var_names]
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of the model's {len(self.genes)} genes are not in adata.var_names (first: "
-                f"{', '.join(missing[:5])}; adata has {', '.join(adata.var_names[:3])}, ...). Pass the AnnData before "
-                "its genes were selected or renamed."
-            )
-        columns = adata.var_names.get_indexer(self.genes) if adata.var_names.is_unique else None
-        raise_errors(findings(adata, self.setup, columns), "the model")
+        raise_errors(findings(adata, self.setup, self._gene_columns(adata)), "the model")
 
     def columns(self, adata: AnnData, store: MemoryStore | BackedStore) -> dict[str, Tensor]:
         """Return, for all cells, the fields of `Cells` but for counts and index."""
@@ -273,6 +262,21 @@ class Registry:
         if str(batch) not in self.batches:
             raise ValueError(f"batch {batch!r} is unknown to the model (it knows: {', '.join(self.batches)}).")
         return self.batches.index(str(batch))
+
+    def _gene_columns(self, adata: AnnData) -> np.ndarray | None:
+        """Return where the model's genes are in ``adata``, None if they are its genes as they stand."""
+        if adata.var_names.equals(pd.Index(self.genes)):
+            return None
+        missing = [gene for gene in self.genes if gene not in adata.var_names]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of the model's {len(self.genes)} genes are not in adata.var_names (first: "
+                f"{', '.join(missing[:5])}; adata has {', '.join(adata.var_names[:3])}, ...). Pass the AnnData before "
+                "its genes were selected or renamed."
+            )
+        if not adata.var_names.is_unique:
+            raise ValueError("adata.var_names has names more than once. Call adata.var_names_make_unique() first.")
+        return adata.var_names.get_indexer(self.genes)
 
     def _codes(self, obs: pd.DataFrame, key: str | None) -> np.ndarray:
         if key is None:

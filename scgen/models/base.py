@@ -10,7 +10,7 @@ from scipy import sparse
 
 from scgen.analysis import expression, inference, sampling
 from scgen.data.loader import CellLoader, split
-from scgen.data.registry import Registry
+from scgen.data.registry import Registry, setup_anndata
 from scgen.models import files
 from scgen.modules.vae import VAE
 from scgen.training import NonFiniteLoss, Options, choose_device, fit, seeded, start_from_data
@@ -36,6 +36,8 @@ class Model:
     train_indices, validation_indices
         Rows of ``adata`` that were trained on and validated on; None before training.
     """
+
+    setup_anndata = staticmethod(setup_anndata)
 
     def __init__(self, adata: AnnData | None, registry: Registry, arguments: dict):
         # NumPy's scalars are no JSON.
@@ -74,7 +76,7 @@ class Model:
         early_stopping: bool = True,
         patience: int = 10,
         learning_rate: float = 1e-2,
-        kl_warmup: float = 0.0,
+        kl_start: float = 1.0,
         accelerator: str = "auto",
         devices: int = 1,
         precision: str = "32",
@@ -99,8 +101,8 @@ class Model:
             ``patience`` epochs. The best weights of the second half are kept in any case.
         learning_rate
             Peak learning rate of Adam.
-        kl_warmup
-            Share of the planned steps over which the weight of z's KL rises to 1; it always gets there.
+        kl_start
+            Weight of z's KL at the first step; it goes to 1 over the first half of the planned steps.
         accelerator
             "auto", "cpu" or "gpu".
         devices
@@ -133,7 +135,7 @@ class Model:
         options = Options(
             max_epochs,
             learning_rate,
-            kl_warmup,
+            kl_start,
             patience if early_stopping else None,
             device,
             precision,
@@ -323,7 +325,6 @@ class Model:
             raise ValueError(f'library_size={library_size!r}; it takes a positive number or "latent".')
         if n_samples < 1:
             raise ValueError(f"n_samples={n_samples}; it takes a whole number from 1.")
-        adata = self._cells_of(adata)
         loader = self._loader(adata, indices, batch_size)
         genes = pd.Index(self.registry.genes) if gene_list is None else pd.Index(gene_list)
         values = expression.normalized_expression(
@@ -338,7 +339,8 @@ class Model:
         )
         if return_numpy or values.ndim == 3:
             return values
-        return pd.DataFrame(values, index=adata.obs_names[loader.index], columns=genes, copy=False)
+        names = (self.adata if adata is None else adata).obs_names[loader.index]
+        return pd.DataFrame(values, index=names, columns=genes, copy=False)
 
     def posterior_predictive_sample(
         self,

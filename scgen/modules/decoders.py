@@ -13,6 +13,8 @@ from scgen.modules.networks import MLP, full_precision
 
 #: Libraries are kept within exp(0) = 1 and exp(18.4) = 1e8 counts, theta within exp(+-18.4).
 MAX_LOG = 18.4
+#: Cells of the mean kind that are added to every batch before its rates are compared with the others'.
+SHRINKAGE = 50.0
 
 
 class Dispersion(nn.Module):
@@ -89,14 +91,29 @@ class CountDecoder(nn.Module):
         self.dispersion = dispersion
         self.zi_logits = nn.Linear(n_hidden, n_genes) if likelihood == "zinb" else None
 
-    def start_at(self, rate: Tensor, log_theta: Tensor, batch_offset: Tensor) -> None:
-        """Start rho at the genes' mean rates, theta and the batches' offsets at given values: (G,), (G,), (B, G)."""
+    def start_at(self, n: Tensor, total: Tensor, variance: Tensor, noise: float) -> None:
+        """Start rho, theta and the batches' offsets where the moments of the cells' rates put them.
+
+        Parameters
+        ----------
+        n, total
+            Number of cells (B,) and sum of their rates (B, G) in each batch.
+        variance
+            (G,) of the rates.
+        noise
+            Mean of 1 / l: times the mean rate, it is Poisson's share of the variance.
+        """
+        mean = total.sum(0) / n.sum()
+        mean = mean + 1e-3 * mean.mean()
+        # What Poisson leaves of the variance is mean^2 / theta.
+        theta = mean**2 / (variance - mean * noise).clamp(min=1e-12)
+        offset = ((total + SHRINKAGE * mean) / (n + SHRINKAGE)[:, None] / mean).log()
         with torch.no_grad():
-            self.scale.bias.copy_(rate.log() if self.normalised else rate + torch.log(-torch.expm1(-rate)))
+            self.scale.bias.copy_(mean.log() if self.normalised else mean + torch.log(-torch.expm1(-mean)))
             if self.batch_offset is not None:
-                self.batch_offset.copy_(batch_offset)
+                self.batch_offset.copy_(offset)
         if self.dispersion is not None:
-            self.dispersion.start_at(log_theta)
+            self.dispersion.start_at(theta.clamp(1e-2, 1e2).log())
 
     def forward(
         self, latents: dict[str, Tensor], cells: Cells
@@ -144,11 +161,11 @@ class GaussianDecoder(nn.Module):
         self.mean = nn.Linear(n_hidden if n_layers else n_latent, n_genes)
         self.log_scale = nn.Parameter(torch.zeros(n_genes))
 
-    def start_at(self, mean: Tensor, scale: Tensor) -> None:
-        """Start f at the genes' means and sigma at their standard deviations, (G,) each."""
+    def start_at(self, n: Tensor, total: Tensor, variance: Tensor, noise: float) -> None:
+        """Start f at the genes' means and sigma at their standard deviations; arguments as in `CountDecoder`."""
         with torch.no_grad():
-            self.mean.bias.copy_(mean)
-            self.log_scale.copy_(scale.clamp(min=1e-3).log())
+            self.mean.bias.copy_(total.sum(0) / n.sum())
+            self.log_scale.copy_(variance.sqrt().clamp(min=1e-3).log())
 
     def forward(self, latents: dict[str, Tensor], cells: Cells) -> Normal:
         h = latents["z"] if self.mlp is None else self.mlp(latents["z"], cells)

@@ -29,11 +29,6 @@ class VAE(nn.Module):
         self.decoder = decoder
 
     @property
-    def n_batches(self) -> int:
-        """Number of batches that the library's prior knows; 1 without a library."""
-        return len(self.priors["library"].mean) if "library" in self.priors else 1
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
