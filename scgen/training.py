@@ -98,7 +98,7 @@ def start_from_data(vae: nn.Module, loader: CellLoader) -> None:
         vae.priors["library"].fit(library[index, 0], batch[index])
     mean = total.sum(0) / n.sum()
     variance = (squares / n.sum() - mean**2).clamp(min=0)
-    vae.decoder.start_at(n, total, variance, float((-library[index].double()).exp().mean()))
+    vae.decoder.start_at(n, total, variance)
 
 
 @contextmanager
@@ -124,9 +124,9 @@ def choose_device(accelerator: str) -> torch.device:
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def default_epochs(n_cells: int) -> int:
-    """Return the number of passes over so many training cells."""
-    return 40
+def default_epochs(n_steps: int) -> int:
+    """Return the number of passes, of so many minibatches each: enough for 1250 steps, but 20 to 400 passes."""
+    return min(max(math.ceil(1250 / n_steps), 20), 400)
 
 
 def one_cycle(progress: float) -> float:
@@ -151,7 +151,7 @@ def fit(vae: nn.Module, training: CellLoader, validation: CellLoader | None, opt
     """
     # Adam's epsilon of the paper keeps rarely used weights from jumping.
     optimizer = torch.optim.Adam(vae.parameters(), lr=options.learning_rate, eps=0.01, weight_decay=1e-6, fused=True)
-    max_epochs = options.max_epochs or default_epochs(len(training.index))
+    max_epochs = options.max_epochs or default_epochs(len(training))
     n_steps = max_epochs * len(training)
     best = Best(vae, first_epoch=max_epochs // 2, patience=options.patience)
     rows, step = [], 0

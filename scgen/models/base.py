@@ -1,6 +1,6 @@
 """What every model does with an AnnData: train, answer, save, load."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ class Model:
     """
 
     setup_anndata = staticmethod(setup_anndata)
+    build: Callable[..., VAE]  # each model says how: build(registry, **arguments)
 
     def __init__(self, adata: AnnData | None, registry: Registry, arguments: dict):
         # NumPy's scalars are no JSON.
@@ -50,11 +51,6 @@ class Model:
         self.validation_indices: np.ndarray | None = None
         with seeded(arguments["seed"]):
             self.vae = self.build(registry, **arguments).eval()
-
-    @staticmethod
-    def build(registry: Registry, **arguments) -> VAE:
-        """Return the module; each model says how."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
@@ -75,7 +71,7 @@ class Model:
         train_size: float = 0.9,
         early_stopping: bool = True,
         patience: int = 10,
-        learning_rate: float = 1e-2,
+        learning_rate: float = 5e-3,
         kl_start: float = 1.0,
         accelerator: str = "auto",
         devices: int = 1,
@@ -91,7 +87,7 @@ class Model:
         Parameters
         ----------
         max_epochs
-            Passes over the training cells; None lets their number decide.
+            Passes over the training cells; None stands for 1250 minibatches, but 20 to 400 passes.
         batch_size
             Cells in a minibatch.
         train_size

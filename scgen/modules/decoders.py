@@ -35,12 +35,7 @@ class Dispersion(nn.Module):
         if kind == "gene-cell":
             self.head = nn.Linear(n_hidden, n_genes)
         else:
-            self.log_theta = nn.Parameter(torch.randn(*rows[kind], n_genes))
-
-    def start_at(self, log_theta: Tensor) -> None:
-        """Start every gene, (G,), at the given value."""
-        with torch.no_grad():
-            (self.head.bias if self.kind == "gene-cell" else self.log_theta).copy_(log_theta)
+            self.log_theta = nn.Parameter(torch.zeros(*rows[kind], n_genes))
 
     def forward(self, h: Tensor, cells: Cells) -> Tensor:
         if self.kind == "gene-cell":
@@ -91,29 +86,26 @@ class CountDecoder(nn.Module):
         self.dispersion = dispersion
         self.zi_logits = nn.Linear(n_hidden, n_genes) if likelihood == "zinb" else None
 
-    def start_at(self, n: Tensor, total: Tensor, variance: Tensor, noise: float) -> None:
-        """Start rho, theta and the batches' offsets where the moments of the cells' rates put them.
+    def start_at(self, n: Tensor, total: Tensor, variance: Tensor) -> None:
+        """Start rho and the batches' offsets where the means of the cells' rates put them.
+
+        theta is left at random near 1: started where the variance puts it, the model explains fine detail first, and
+        cell types were found apart less well (benchmarks/NOTES.md).
 
         Parameters
         ----------
         n, total
             Number of cells (B,) and sum of their rates (B, G) in each batch.
         variance
-            (G,) of the rates.
-        noise
-            Mean of 1 / l: times the mean rate, it is Poisson's share of the variance.
+            (G,) of the rates; not used.
         """
         mean = total.sum(0) / n.sum()
         mean = mean + 1e-3 * mean.mean()
-        # What Poisson leaves of the variance is mean^2 / theta.
-        theta = mean**2 / (variance - mean * noise).clamp(min=1e-12)
         offset = ((total + SHRINKAGE * mean) / (n + SHRINKAGE)[:, None] / mean).log()
         with torch.no_grad():
             self.scale.bias.copy_(mean.log() if self.normalised else mean + torch.log(-torch.expm1(-mean)))
             if self.batch_offset is not None:
                 self.batch_offset.copy_(offset)
-        if self.dispersion is not None:
-            self.dispersion.start_at(theta.clamp(1e-2, 1e2).log())
 
     def forward(
         self, latents: dict[str, Tensor], cells: Cells
@@ -161,7 +153,7 @@ class GaussianDecoder(nn.Module):
         self.mean = nn.Linear(n_hidden if n_layers else n_latent, n_genes)
         self.log_scale = nn.Parameter(torch.zeros(n_genes))
 
-    def start_at(self, n: Tensor, total: Tensor, variance: Tensor, noise: float) -> None:
+    def start_at(self, n: Tensor, total: Tensor, variance: Tensor) -> None:
         """Start f at the genes' means and sigma at their standard deviations; arguments as in `CountDecoder`."""
         with torch.no_grad():
             self.mean.bias.copy_(total.sum(0) / n.sum())

@@ -61,7 +61,7 @@ def test_the_bound_is_the_sum_of_its_parts(small):  # T7
 
 def test_truth_is_recovered():  # T21
     adata = scgen.simulate_cells(2000, 100, n_batches=2, mean_library=1000, batch_effect=0.7, seed=0)
-    model = train(model_of(adata), 60)
+    model = train(model_of(adata), None)
     theta = model.vae.decoder.dispersion.log_theta.detach().numpy()
     assert np.corrcoef(theta, adata.var["log_theta"])[0, 1] >= 0.8
     rho = model.get_normalized_expression(n_samples=10, return_numpy=True)
@@ -370,7 +370,7 @@ def test_size_factors_replace_the_library(small):
 
 def test_samples_look_like_the_data():
     adata = scgen.simulate_cells(1000, 50, n_batches=2, seed=1)
-    model = train(model_of(adata), 40)
+    model = train(model_of(adata), None)
     drawn = model.posterior_predictive_sample()
     x = adata.X.toarray()
     assert np.corrcoef(np.log1p(np.asarray(drawn.mean(0)).ravel()), np.log1p(x.mean(0)))[0, 1] > 0.98
