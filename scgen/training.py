@@ -26,6 +26,7 @@ class Options:
     max_epochs: int | None
     learning_rate: float
     kl_start: float
+    early_stopping: bool
     patience: int | None
     device: torch.device
     precision: str
@@ -85,20 +86,14 @@ def start_from_data(vae: nn.Module, loader: CellLoader) -> None:
 
     The moments are those of a cell's rates, x divided by its library (which is 1 where there is none).
     """
-    index = torch.from_numpy(loader.index)
-    batch, library = (loader.columns[name] for name in ("batch", "library"))
-    n = torch.bincount(batch[index], minlength=int(batch.max()) + 1).double()
-    total = torch.zeros(len(n), loader.store.shape[1], dtype=torch.float64)
-    squares = torch.zeros_like(total[0])
+    total, squares = 0.0, 0.0
     for cells in loader:
         rate = cells.counts.double() / cells.library.double().exp()
-        total.index_add_(0, cells.batch, rate)
-        squares += (rate**2).sum(0)
+        total, squares = total + rate.sum(0), squares + (rate**2).sum(0)
+    mean = total / len(loader.index)
+    vae.decoder.start_at(mean, (squares / len(loader.index) - mean**2).clamp(min=0))
     if "library" in vae.priors:
-        vae.priors["library"].fit(library[index, 0], batch[index])
-    mean = total.sum(0) / n.sum()
-    variance = (squares / n.sum() - mean**2).clamp(min=0)
-    vae.decoder.start_at(n, total, variance)
+        vae.priors["library"].fit(*(loader.columns[name][loader.index] for name in ("library", "batch")))
 
 
 @contextmanager
@@ -153,7 +148,8 @@ def fit(vae: nn.Module, training: CellLoader, validation: CellLoader | None, opt
     optimizer = torch.optim.Adam(vae.parameters(), lr=options.learning_rate, eps=0.01, weight_decay=1e-6, fused=True)
     max_epochs = options.max_epochs or default_epochs(len(training))
     n_steps = max_epochs * len(training)
-    best = Best(vae, first_epoch=max_epochs // 2, patience=options.patience)
+    patience = (options.patience or math.ceil(max_epochs / 4)) if options.early_stopping else None
+    best = Best(vae, first_epoch=max_epochs // 2, patience=patience)
     rows, step = [], 0
     with (
         seeded(options.seed),

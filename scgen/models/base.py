@@ -70,9 +70,9 @@ class Model:
         batch_size: int = 256,
         train_size: float = 0.9,
         early_stopping: bool = True,
-        patience: int = 10,
+        patience: int | None = None,
         learning_rate: float = 5e-3,
-        kl_start: float = 1.0,
+        kl_start: float = 4.0,
         accelerator: str = "auto",
         devices: int = 1,
         precision: str = "32",
@@ -94,11 +94,13 @@ class Model:
             Share of the cells trained on, of every batch alike; the others validate. Fixed by the first call.
         early_stopping, patience
             Whether to stop, in the second half of the planned epochs, when the validation bound has not risen for
-            ``patience`` epochs. The best weights of the second half are kept in any case.
+            ``patience`` epochs; None stands for a quarter of the planned ones. The best weights of the second half are
+            kept in any case.
         learning_rate
             Peak learning rate of Adam.
         kl_start
-            Weight of z's KL at the first step; it goes to 1 over the first half of the planned steps.
+            Weight of z's KL at the first step; it goes to 1 over the first half of the planned steps. Above 1, it
+            drives the batches out of z early; below, it is a warm-up.
         accelerator
             "auto", "cpu" or "gpu".
         devices
@@ -129,14 +131,7 @@ class Model:
         """
         device = choose_device(accelerator)
         options = Options(
-            max_epochs,
-            learning_rate,
-            kl_start,
-            patience if early_stopping else None,
-            device,
-            precision,
-            seed,
-            progress,
+            max_epochs, learning_rate, kl_start, early_stopping, patience, device, precision, seed, progress
         )
         options.check(batch_size, train_size, devices)
         adata = self._cells_of(None)

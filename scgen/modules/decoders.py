@@ -13,8 +13,6 @@ from scgen.modules.networks import MLP, full_precision
 
 #: Libraries are kept within exp(0) = 1 and exp(18.4) = 1e8 counts, theta within exp(+-18.4).
 MAX_LOG = 18.4
-#: Cells of the mean kind that are added to every batch before its rates are compared with the others'.
-SHRINKAGE = 50.0
 
 
 class Dispersion(nn.Module):
@@ -35,7 +33,7 @@ class Dispersion(nn.Module):
         if kind == "gene-cell":
             self.head = nn.Linear(n_hidden, n_genes)
         else:
-            self.log_theta = nn.Parameter(torch.zeros(*rows[kind], n_genes))
+            self.log_theta = nn.Parameter(torch.randn(*rows[kind], n_genes))
 
     def forward(self, h: Tensor, cells: Cells) -> Tensor:
         if self.kind == "gene-cell":
@@ -48,10 +46,7 @@ class Dispersion(nn.Module):
 
 
 class CountDecoder(nn.Module):
-    """Counts with mean mu = l rho, where rho = softmax(f(z, s) + a_s) sums to 1 over the genes.
-
-    a_s, which sums to 0 over the batches, is a place of its own for what a batch does to all its cells alike: z need
-    not carry it, and batches mix after fewer steps.
+    """Counts with mean mu = l rho, where rho = softmax(f(z, s)) sums to 1 over the genes.
 
     Parameters
     ----------
@@ -81,40 +76,24 @@ class CountDecoder(nn.Module):
         self.normalised = normalised
         self.mlp = MLP(n_latent, n_hidden, n_layers, n_categories, n_continuous)
         self.scale = nn.Linear(n_hidden, n_genes)
-        several = len(n_categories) > 0 and n_categories[0] > 1
-        self.batch_offset = nn.Parameter(torch.zeros(n_categories[0], n_genes)) if several else None
         self.dispersion = dispersion
         self.zi_logits = nn.Linear(n_hidden, n_genes) if likelihood == "zinb" else None
 
-    def start_at(self, n: Tensor, total: Tensor, variance: Tensor) -> None:
-        """Start rho and the batches' offsets where the means of the cells' rates put them.
+    def start_at(self, mean: Tensor, variance: Tensor) -> None:
+        """Start rho at the mean of the cells' rates, (G,); their variance is not used.
 
-        theta is left at random near 1: started where the variance puts it, the model explains fine detail first, and
-        cell types were found apart less well (benchmarks/NOTES.md).
-
-        Parameters
-        ----------
-        n, total
-            Number of cells (B,) and sum of their rates (B, G) in each batch.
-        variance
-            (G,) of the rates; not used.
+        theta is left at random about 1: started where the variance puts it, the model explains fine detail first, and
+        finds cell types apart less well (benchmarks/NOTES.md).
         """
-        mean = total.sum(0) / n.sum()
-        mean = mean + 1e-3 * mean.mean()
-        offset = ((total + SHRINKAGE * mean) / (n + SHRINKAGE)[:, None] / mean).log()
+        mean = mean + 1e-3 * mean.mean()  # a gene that no training cell expresses
         with torch.no_grad():
             self.scale.bias.copy_(mean.log() if self.normalised else mean + torch.log(-torch.expm1(-mean)))
-            if self.batch_offset is not None:
-                self.batch_offset.copy_(offset)
 
     def forward(
         self, latents: dict[str, Tensor], cells: Cells
     ) -> Poisson | NegativeBinomial | ZeroInflatedNegativeBinomial:
         h = self.mlp(latents["z"], cells)
         logits = full_precision(self.scale(h))
-        if self.batch_offset is not None:
-            # Only differences between batches can be told: each gene's offsets are taken about their mean.
-            logits = logits + (self.batch_offset - self.batch_offset.mean(0))[cells.batch]
         # softplus(x) is exp(x) to float32's precision below -15, where its own logarithm loses digits.
         log_rho = (
             log_softmax(logits, -1)
@@ -153,10 +132,10 @@ class GaussianDecoder(nn.Module):
         self.mean = nn.Linear(n_hidden if n_layers else n_latent, n_genes)
         self.log_scale = nn.Parameter(torch.zeros(n_genes))
 
-    def start_at(self, n: Tensor, total: Tensor, variance: Tensor) -> None:
-        """Start f at the genes' means and sigma at their standard deviations; arguments as in `CountDecoder`."""
+    def start_at(self, mean: Tensor, variance: Tensor) -> None:
+        """Start f at the genes' means and sigma at their standard deviations, from (G,) each."""
         with torch.no_grad():
-            self.mean.bias.copy_(total.sum(0) / n.sum())
+            self.mean.bias.copy_(mean)
             self.log_scale.copy_(variance.sqrt().clamp(min=1e-3).log())
 
     def forward(self, latents: dict[str, Tensor], cells: Cells) -> Normal:

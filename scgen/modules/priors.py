@@ -42,11 +42,11 @@ class LibraryPrior(nn.Module):
         Parameters
         ----------
         library
-            (N,) logarithms of the totals.
+            (N, 1) logarithms of the totals.
         batch
             (N,) codes; a batch without cells gets the pooled values.
         """
-        library = library.double()
+        library = library.double().flatten()
         n = torch.bincount(batch, minlength=len(self.mean)).double()
 
         def per_batch(values: Tensor) -> Tensor:

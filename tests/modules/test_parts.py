@@ -59,7 +59,7 @@ def test_batches_widen_only_what_sees_them(encode):
     alone, several = (SCVI.build(registry(30, n), **DEFAULTS | {"encode_covariates": encode}) for n in (1, 4))
     added = {name: size(several.posteriors[name]) - size(alone.posteriors[name]) for name in ("z", "library")}
     assert added == ({"z": 4 * 128, "library": 4 * 128} if encode else {"z": 0, "library": 0})
-    assert size(several.decoder) - size(alone.decoder) == 4 * (128 + 30)  # rows of the layer, and offsets of the genes
+    assert size(several.decoder) - size(alone.decoder) == 4 * 128
 
 
 def test_rows_added_are_one_hots_multiplied():
@@ -138,34 +138,13 @@ def test_a_layer_more_is_a_layer_more():
     assert len(MLP(5, 8, 3).layers) == 3
 
 
-def test_batch_offsets_are_identified():
-    vae = SCVI.build(registry(6, 3), **DEFAULTS).eval()
-    cells = some_cells(30, 6, 3)
-    latents = {"z": torch.randn(30, 10), "library": torch.full((30, 1), 4.0)}
-    before = vae.decoder(latents, cells).log_mu
-    with torch.no_grad():
-        vae.decoder.batch_offset += torch.randn(6)  # the same for all batches: no difference can be seen
-    torch.testing.assert_close(vae.decoder(latents, cells).log_mu, before)
-
-
-def test_batch_offsets_start_at_shrunken_log_ratios():
-    rng = np.random.default_rng(0)
-    batch = np.repeat([0, 1, 2], [300, 200, 1])  # the last cell, its whole batch, is not trained on
-    rate = np.array([[8, 1, 1, 4], [1, 8, 1, 4], [1, 1, 1, 1]])[batch]
-    counts = torch.from_numpy(rng.poisson(rate).astype(np.float32))
-    counts[:, 3] += 1
-    vae = SCVI.build(registry(4, 3), **DEFAULTS)
-    columns = {"library": counts.sum(1, keepdim=True).log(), "batch": torch.from_numpy(batch)}
-    columns |= {
-        "labels": columns["batch"] * 0,
-        "categorical": torch.zeros(501, 0).long(),
-        "continuous": torch.zeros(501, 0),
-    }
-    start_from_data(vae, CellLoader(MemoryStore(counts.numpy()), columns, np.arange(500)))
-    share, batch = (counts / counts.sum(1, keepdim=True)).double().numpy()[:500], batch[:500]
-    pooled = share.mean(0) * (1 + 1e-3 * share.mean() / share.mean(0))
-    for b, n in enumerate((300, 200, 0)):
-        mine = (share[batch == b].sum(0) + 50 * pooled) / (n + 50)
-        np.testing.assert_allclose(vae.decoder.batch_offset[b].detach(), np.log(mine / pooled), atol=1e-5)
-    assert vae.decoder.batch_offset[2].abs().max() < 1e-6  # no training cells: nothing is known of it
-    np.testing.assert_allclose(vae.decoder.scale.bias.exp().detach(), share.mean(0), rtol=1e-2)
+def test_what_is_known_from_the_start():
+    counts = torch.from_numpy(np.random.default_rng(0).poisson([8, 1, 1, 0], (500, 4)).astype(np.float32))
+    vae = SCVI.build(registry(4), **DEFAULTS)
+    none = torch.zeros(500, 0)
+    library, batch = counts.sum(1, keepdim=True).log(), torch.zeros(500, dtype=torch.int64)
+    columns = {"library": library, "batch": batch, "labels": batch, "categorical": none.long(), "continuous": none}
+    start_from_data(vae, CellLoader(MemoryStore(counts.numpy()), columns, np.arange(400)))
+    share = (counts / counts.sum(1, keepdim=True)).double()[:400].mean(0)
+    np.testing.assert_allclose(vae.decoder.scale.bias.exp().detach(), share + share.mean() * 1e-3, rtol=1e-5)
+    assert vae.priors["library"].mean[0].item() == pytest.approx(library[:400].mean().item(), rel=1e-5)
