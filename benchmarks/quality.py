@@ -61,7 +61,7 @@ def run_scgen(adata, train, test, seed, observed):
     embedding[train] = model.get_latent_representation()
     embedding[test] = model.get_latent_representation(adata, indices=test)
     seconds = {"train": trained - started, "embed": time.perf_counter() - trained}
-    elbo = np.mean([model.get_elbo(adata, indices=test, seed=draw).mean() for draw in range(5)])
+    elbo = np.mean([model.get_elbo(adata, indices=test, seed=draw) for draw in range(5)])
     return embedding, float(elbo), seconds | {"epochs": len(model.history)}
 
 

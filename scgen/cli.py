@@ -82,15 +82,19 @@ def _add_data_arguments(command: argparse.ArgumentParser) -> None:
 def _integrate(args: argparse.Namespace) -> int:
     report = args.report or args.output.with_name(f"{args.output.stem}_report")
     _check_output(args.output, args.overwrite)
+    existing = next(folder for folder in (report, *report.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"the folder {report} cannot be written: {existing} is a file, or not yours to write to.")
     if args.output.exists() and args.output.samefile(args.input):
         raise ValueError(f"{args.output} is the input, which is never overwritten; name another output.")
-    if (report / "model" / "model.json").exists() and not args.overwrite:
-        raise ValueError(f"{report} holds a model already; name another --report, or pass --overwrite.")
-    adata = _read(args.input)
-    _check_labels(adata, args.labels_key)
-
     from scgen import integration, reporting
 
+    names = ("model/model.json", reporting.SCORES, *reporting.PICTURES)
+    there = [name for name in names if (report / name).exists()]
+    if there and not args.overwrite:
+        raise ValueError(f"{report} holds {there[0]} already; name another --report, or pass --overwrite.")
+    adata = _read(args.input)
+    _check_labels(adata, args.labels_key)
     _say(f"{args.input}: {adata.n_obs} cells x {adata.n_vars} genes")
     model = integration.integrate(
         adata,
@@ -104,29 +108,24 @@ def _integrate(args: argparse.Namespace) -> int:
     )
     seconds = model.history["seconds"].sum()
     _say(f"trained {len(model.history)} epochs on {model.adata.n_vars} genes in {seconds:.0f} s")
+    model.save(report / "model", overwrite=args.overwrite)
     integration.cluster(adata, seed=args.seed)
     _write(adata, args.output)
     n_clusters = adata.obs["leiden_scgen"].nunique()
     _say(f"wrote {args.output}: obsm X_scgen and X_umap_scgen, obs leiden_scgen ({n_clusters} clusters)")
-    model.save(report / "model", overwrite=args.overwrite)
-    where = {"batch_key": args.batch_key, "labels_key": args.labels_key, "basis": "X_scgen"}
-    drawn = reporting.draw(model, adata, report, umap="X_umap_scgen", **where)
+    before = reporting.uncorrected(model)
+    colours = [key for key in (args.batch_key, args.labels_key, "leiden_scgen") if key is not None]
+    drawn = reporting.draw(model, adata, before, report, colours)
     _say(f"wrote {report / 'model'}, {', '.join(map(str, drawn))}")
-    _print_scores(lambda: reporting.scores(model, adata, **where), args.labels_key, report)
-    return OK
-
-
-def _print_scores(compute, labels_key: str | None, report: Path) -> None:
-    if labels_key is None:
+    if args.labels_key is None:
         _say("no scores: they compare with known labels; name their column with --labels-key")
-        return
+        return OK
     try:
-        table = compute()
+        table = reporting.scores(adata, before, report, batch_key=args.batch_key, labels_key=args.labels_key)
+        _say(table.to_string(float_format="{:.3f}".format))
     except (ImportError, ValueError) as error:
         _say(f"no scores: {error}")
-        return
-    table.to_csv(report / "scores.csv", float_format="%.4f")
-    print(table.to_string(float_format="{:.3f}".format))
+    return OK
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -156,6 +155,8 @@ def _simulate(args: argparse.Namespace) -> int:
 
 
 def _read(path: Path):
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; an h5ad file is needed.")
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in path.parent.glob("*.h5ad"))[:5]) if path.parent.is_dir() else ""
         raise ValueError(f"{path} is not there" + (f" (h5ad files beside it: {there})." if there else "."))
@@ -232,12 +233,16 @@ def _write_and_tell(adata, path: Path, sender) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    """Print; when nobody reads on, go on in silence, for the files are what was asked for."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(message, category, filename, lineno, file=None, line=None) -> None:
     """Show our own warnings as one line each; those of libraries are not for the user of a command."""
-    if issubclass(category, UserWarning) and f"{os.sep}scgen{os.sep}" in filename:
+    if issubclass(category, UserWarning) and Path(__file__).parent in Path(filename).parents:
         print(f"scgen: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

@@ -1,7 +1,7 @@
 """Integration in one call, shaped like scanpy's own, and the clustering that follows it."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from scgen.data.checks import Setup, check_types, findings, matrix_of, raise_errors
-from scgen.data.registry import setup_anndata
+from scgen.data.registry import check_writable, setup_anndata
 from scgen.data.stores import open_store, totals
 from scgen.models.scvi import SCVI
 
@@ -68,15 +68,16 @@ def integrate(
     >>> adata.obsm["X_scgen"].shape
     (100, 10)
     """
-    if not isinstance(key, Sequence):
+    if not isinstance(key, Iterable):
         raise TypeError(f"key={key!r}; it takes a column of adata.obs, or a list of columns.")
     keys = [key] if isinstance(key, str) else list(key)
     if not keys:
         raise ValueError('key is empty; name the column of the batches: integrate(adata, "batch").')
-    if n_top_genes is not None and n_top_genes < 1:
+    if n_top_genes is not None and (not isinstance(n_top_genes, int | np.integer) or n_top_genes < 1):
         raise ValueError(f"n_top_genes={n_top_genes}; it takes a whole number from 1, or None for all genes.")
     setup = Setup(layer=layer, batch_key=keys[0], categorical_covariate_keys=tuple(keys[1:]))
     check_types(adata, setup)
+    check_writable(adata)
     raise_errors(findings(adata, setup, empty_cells=False), "integrate")
     modelled, kept = modelled_part(adata, layer, keys, n_top_genes)
     setup_anndata(modelled, batch_key=keys[0], categorical_covariate_keys=keys[1:] or None)
@@ -102,6 +103,8 @@ def modelled_part(
     matrix = matrix_of(adata, layer)
     if not (sparse.issparse(matrix) or isinstance(matrix, np.ndarray)):
         matrix = matrix[:]  # on disk
+    if sparse.issparse(matrix):
+        matrix = sparse.csr_matrix(matrix)  # scanpy does not take sparse arrays
     genes = np.arange(adata.n_vars)
     kept = np.flatnonzero(totals(open_store(matrix)) > 0)
     if len(kept) and n_top_genes is not None and n_top_genes < adata.n_vars:
@@ -164,7 +167,8 @@ def cluster(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         sc.pp.neighbors(part, n_neighbors=min(15, len(kept)), use_rep=basis, key_added=key, random_state=seed)
-        sc.tl.umap(part, neighbors_key=key, random_state=seed)
+        # UMAP's own start needs more cells than dimensions.
+        sc.tl.umap(part, neighbors_key=key, random_state=seed, init_pos="spectral" if len(kept) > 10 else "random")
         sc.tl.leiden(
             part, resolution, neighbors_key=key, flavor="igraph", n_iterations=2, directed=False, random_state=seed
         )
@@ -174,9 +178,10 @@ def cluster(
     umap = np.full((adata.n_obs, 2), np.nan, np.float32)
     umap[kept] = part.obsm["X_umap"]
     adata.obsm[f"X_umap_{suffix}"] = umap
-    adata.obs[f"leiden_{suffix}"] = (
-        part.obs["leiden"].reindex(adata.obs_names) if len(kept) < adata.n_obs else part.obs["leiden"]
-    )
+    clusters = part.obs["leiden"].cat
+    codes = np.full(adata.n_obs, -1)
+    codes[kept] = clusters.codes
+    adata.obs[f"leiden_{suffix}"] = pd.Categorical.from_codes(codes, clusters.categories)
 
 
 def _spread(graph: sparse.coo_matrix, kept: np.ndarray, n: int) -> sparse.csr_matrix:

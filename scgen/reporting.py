@@ -14,40 +14,58 @@ from scgen.models.base import Model
 MAX_SCORED_CELLS = 20_000
 
 
-def draw(
-    model: Model, adata: AnnData, folder: Path, *, batch_key: str, labels_key: str | None, basis: str, umap: str
-) -> list[Path]:
-    """Draw ``umap.png``, before and after by batch, label and cluster, and ``training.png``; return their paths."""
-    kept = np.flatnonzero(np.isfinite(adata.obsm[basis]).all(axis=1))
-    before = np.full((adata.n_obs, 2), np.nan, np.float32)
-    before[kept] = _umap_of(uncorrected(model))
-    maps = {"uncorrected (PCA)": before, "scgen": adata.obsm[umap]}
-    colours = {key: adata.obs[key] for key in (batch_key, labels_key) if key is not None}
-    paths = [folder / "umap.png", folder / "training.png"]
+#: The names of what `draw` and `scores` write.
+PICTURES, SCORES = ("umap.png", "training.png"), "scores.csv"
+
+
+def draw(model: Model, adata: AnnData, before: np.ndarray, folder: Path, colours: list[str]) -> list[Path]:
+    """Draw the maps before and after, coloured by columns of obs, and the training curve; return the files' paths.
+
+    Parameters
+    ----------
+    model, adata
+        The model, and what `integrate` and `cluster` made of the cells.
+    before
+        `uncorrected` of the model.
+    folder
+        Where to write.
+    colours
+        Columns of obs.
+    """
+    kept = np.flatnonzero(np.isfinite(adata.obsm["X_scgen"]).all(axis=1))
+    xy = np.full((adata.n_obs, 2), np.nan, np.float32)
+    xy[kept] = _umap_of(before)
+    maps, colours = (
+        {"uncorrected (PCA)": xy, "scgen": adata.obsm["X_umap_scgen"]},
+        {key: adata.obs[key] for key in colours},
+    )
+    paths = [folder / name for name in PICTURES]
     plots.scatters(paths[0], maps, colours)
     plots.training_curve(paths[1], model.history)
     return paths
 
 
-def scores(model: Model, adata: AnnData, *, batch_key: str, labels_key: str, basis: str) -> pd.DataFrame:
-    """Return the scores of uncorrected PCA and of the embedding; see `integration_scores`."""
-    kept = np.flatnonzero(np.isfinite(adata.obsm[basis]).all(axis=1))
-    before, after, obs = uncorrected(model), np.asarray(adata.obsm[basis])[kept], adata.obs.iloc[kept]
+def scores(adata: AnnData, before: np.ndarray, folder: Path, *, batch_key: str, labels_key: str) -> pd.DataFrame:
+    """Return, and write, the scores of uncorrected PCA and of the embedding; see `integration_scores`."""
+    kept = np.flatnonzero(np.isfinite(adata.obsm["X_scgen"]).all(axis=1))
+    after, obs = np.asarray(adata.obsm["X_scgen"])[kept], adata.obs.iloc[kept]
     labelled = np.flatnonzero(obs[labels_key].notna())
     chosen = np.sort(np.random.default_rng(0).permutation(labelled)[:MAX_SCORED_CELLS])
-    return integration_scores(
+    table = integration_scores(
         {"uncorrected PCA": before[chosen], "scgen": after[chosen]},
         obs[batch_key].iloc[chosen],
         obs[labels_key].iloc[chosen],
         before[chosen],
     )
+    table.to_csv(folder / SCORES, float_format="%.4f")
+    return table
 
 
 def uncorrected(model: Model, n_components: int = 30) -> np.ndarray:
     """Return the principal components of the model's cells and genes, log-normalised."""
     import scanpy as sc
 
-    copy = AnnData(model.adata.X.astype(np.float32))
+    copy = AnnData(model.adata.X.astype(np.float32))  # astype copies: the counts stay as they are
     sc.pp.normalize_total(copy, target_sum=1e4)
     sc.pp.log1p(copy)
     sc.pp.pca(copy, n_comps=min(n_components, min(copy.shape) - 1), random_state=0)
@@ -59,5 +77,5 @@ def _umap_of(embedding: np.ndarray) -> np.ndarray:
 
     copy = AnnData(obsm={"X_emb": embedding}, obs=pd.DataFrame(index=np.arange(len(embedding)).astype(str)))
     sc.pp.neighbors(copy, n_neighbors=min(15, len(embedding)), use_rep="X_emb", random_state=0)
-    sc.tl.umap(copy, random_state=0)
+    sc.tl.umap(copy, random_state=0, init_pos="spectral" if len(embedding) > 10 else "random")
     return copy.obsm["X_umap"]

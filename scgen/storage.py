@@ -26,7 +26,7 @@ class ModelFileError(ValueError):
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that ``path`` holds either what it held before or all of ``data``, even after a power cut."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".scgen-partial-")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -59,7 +59,8 @@ def write(folder: str | Path, description: dict, tensors: dict[str, Tensor], ove
     write_atomically(folder / name, weights)
     write_atomically(folder / "model.json", text.encode())
     for path in folder.iterdir():
-        if path.name != name and (_WEIGHTS.fullmatch(path.name) or path.name.startswith(".partial-")):
+        ours = _WEIGHTS.fullmatch(path.name) or path.name.startswith(".scgen-partial-")
+        if ours and path.name != name and path.is_file():
             path.unlink(missing_ok=True)
 
 

@@ -84,11 +84,11 @@ class NonFiniteLoss(FloatingPointError):
 def start_from_data(vae: nn.Module, loader: CellLoader) -> None:
     """Start what the training cells tell without training: the library's prior, and the decoder at their moments.
 
-    The moments are those of a cell's rates, x divided by its library (which is 1 where there is none).
+    The moments are those of a cell's rates: x divided by its library, where the model has one.
     """
     total, squares = 0.0, 0.0
     for cells in loader:
-        rate = cells.counts.double() / cells.library.double().exp()
+        rate = cells.counts.double() / (cells.library.double().exp() if "library" in vae.posteriors else 1)
         total, squares = total + rate.sum(0), squares + (rate**2).sum(0)
     mean = total / len(loader.index)
     vae.decoder.start_at(mean, (squares / len(loader.index) - mean**2).clamp(min=0))
@@ -132,12 +132,14 @@ def one_cycle(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - rise) / (1 - rise)))
 
 
-def fit(vae: nn.Module, training: CellLoader, validation: CellLoader | None, options: Options) -> pd.DataFrame:
-    """Train ``vae`` in place and return the history, a row per epoch.
+def fit(
+    vae: nn.Module, training: CellLoader, validation: CellLoader | None, options: Options, rows: list[dict]
+) -> None:
+    """Train ``vae`` in place and append to ``rows`` what each finished epoch brought.
 
     Weights are compared, and training stopped early, only in the second half of the planned epochs: before it the
     learning rate is high and batches are still mixing, whatever the bound says. An interrupt (Ctrl-C) ends training
-    and keeps the best weights so far.
+    and keeps the best weights so far; before the first epoch is over, it is raised.
 
     Raises
     ------
@@ -150,7 +152,7 @@ def fit(vae: nn.Module, training: CellLoader, validation: CellLoader | None, opt
     n_steps = max_epochs * len(training)
     patience = (options.patience or math.ceil(max_epochs / 4)) if options.early_stopping else None
     best = Best(vae, first_epoch=max_epochs // 2, patience=patience)
-    rows, step = [], 0
+    step = 0
     with (
         seeded(options.seed),
         tqdm(total=max_epochs, desc="training", unit="epoch", disable=not options.progress) as bar,
@@ -180,13 +182,14 @@ def fit(vae: nn.Module, training: CellLoader, validation: CellLoader | None, opt
                 if best.stop_after(epoch, row.get("elbo_validation", math.nan)):
                     break
         except KeyboardInterrupt:
+            if not rows:
+                raise
             logger.warning("training interrupted after %d epochs; the best weights so far are kept", len(rows))
         except NonFiniteLoss:
             best.restore(last=True)
             raise
     best.restore()
     vae.eval()
-    return pd.DataFrame(rows)
 
 
 @dataclass
@@ -237,7 +240,10 @@ def evaluate(vae: nn.Module, loader: CellLoader | None, device: torch.device) ->
     sums: dict[str, float] = {}
     with seeded(0):
         for cells in loader:
-            elbo = vae(cells.to(device))
+            cells = cells.to(device)
+            elbo = vae(cells)
+            if not torch.isfinite(elbo.value).all():
+                raise blame(vae, cells)
             parts = {"elbo": elbo.value, "log_likelihood": elbo.log_likelihood} | {
                 f"kl_{k}": v for k, v in elbo.kl.items()
             }

@@ -32,7 +32,7 @@ def test_in_place_and_nothing_else(cells):
     pd.testing.assert_frame_equal(cells.obs, before.obs)
     pd.testing.assert_frame_equal(cells.var, before.var)
     assert set(cells.obsm) == set(before.obsm) | {"X_scgen"}
-    assert set(cells.uns) == {"scgen"}
+    assert set(cells.uns) == {"scgen", "simulation"}
 
 
 def test_through_scanpy_and_files(cells, tmp_path):

@@ -105,7 +105,7 @@ def test_a_file_in_the_folders_place_is_kept(tmp_path):
 
 def test_what_is_left_in_the_folder(folder):
     (folder / "notes.txt").write_text("mine")
-    (folder / ".partial-of-a-crash").write_text("left over")
+    (folder / ".scgen-partial-of-a-crash").write_text("left over")
     for value in (NEW, OLD, NEW, NEW):
         save(folder, value, overwrite=True)
     assert {path.name for path in folder.iterdir()} == {"model.json", "notes.txt", weights_of(folder).name}

@@ -67,6 +67,11 @@ def check_types(adata: AnnData, setup: Setup) -> None:
             f"adata is a {type(adata).__name__}, not an AnnData. Read a file with anndata.read_h5ad(path), or wrap a "
             "matrix of cells x genes: AnnData(X)."
         )
+    check_setup(setup)
+
+
+def check_setup(setup: Setup) -> None:
+    """Raise TypeError where a name is no string, or a list no list."""
     for name in ("layer", "batch_key", "labels_key", "size_factor_key"):
         value = getattr(setup, name)
         if value is not None and not isinstance(value, str):

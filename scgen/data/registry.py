@@ -1,7 +1,8 @@
 """What of an AnnData the models read: recorded by `setup_anndata`, and remembered by a model as a `Registry`."""
 
+import hashlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -66,11 +67,7 @@ def setup_anndata(
     setup = _setup(adata, locals())
     found = findings(adata, setup)
     raise_errors(found, "setup_anndata")
-    if adata.isbacked and adata.is_view:
-        raise ValueError(
-            "adata is a view of a backed AnnData, to which nothing can be written. Set up the whole object and pass "
-            "indices=, or load the view: adata = adata.to_memory()."
-        )
+    check_writable(adata)
     for finding in found:
         warnings.warn(str(finding), stacklevel=2)
     # h5ad has no portable None, and reads empty lists back as floats: what is not set is not written.
@@ -80,6 +77,17 @@ def setup_anndata(
         if value not in (None, ())
     }
     adata.uns["scgen"] = {**adata.uns.get("scgen", {}), "setup": record}
+
+
+def check_writable(adata: AnnData) -> None:
+    """Raise where ``adata.uns["scgen"]`` could not be written."""
+    if adata.isbacked and adata.is_view:
+        raise ValueError(
+            "adata is a view of a backed AnnData, to which nothing can be written. Set up the whole object and pass "
+            "indices=, or load the view: adata = adata.to_memory()."
+        )
+    if not isinstance(adata.uns.get("scgen", {}), Mapping):
+        raise ValueError(f'adata.uns["scgen"] holds {adata.uns["scgen"]!r}, not ours: del adata.uns["scgen"] first.')
 
 
 def check(
@@ -179,22 +187,26 @@ class Registry:
     scaling: dict[str, tuple[float, float]]
 
     @classmethod
-    def of(cls, adata: AnnData) -> "Registry":
-        """Read what `setup_anndata` recorded, and check ``adata`` again as it is now."""
+    def of(cls, adata: AnnData, labels: bool = True) -> "Registry":
+        """Read what `setup_anndata` recorded, with or without the labels, and check ``adata`` again as it is now."""
         record = adata.uns.get("scgen", {}).get("setup") if isinstance(adata, AnnData) else {}
         if record is None:
             raise ValueError(
                 'adata.uns["scgen"]["setup"] is not there: this AnnData was not set up. Call '
                 "scgen.setup_anndata(adata, layer=..., batch_key=...) first."
             )
-        setup = _setup(adata, dict(record))
+        setup = _setup(adata, dict(record) if labels else {**record, "labels_key": None})
         raise_errors(findings(adata, setup), "the model")
         categories = {
             key: _names(adata.obs[key].astype("category").cat.remove_unused_categories())
             for key in setup.categorical.values()
         }
         values = {key: adata.obs[key].to_numpy(float) for key in setup.continuous_covariate_keys}
-        scaling = {key: (float(v.mean()), float(v.std()) or 1.0) for key, v in values.items()}
+        # A constant's deviation is rounding noise: dividing by it would blow up whatever differs later.
+        scaling = {
+            key: (v.mean(), v.std() if v.std() > 1e-8 * max(1, abs(v.mean())) else 1.0) for key, v in values.items()
+        }
+        scaling = {key: (float(mean), float(sd)) for key, (mean, sd) in scaling.items()}
         return cls(setup, [str(name) for name in adata.var_names], categories, scaling)
 
     @property
@@ -215,6 +227,12 @@ class Registry:
     def store(self, adata: AnnData) -> MemoryStore | BackedStore:
         """Return the values of the model's genes, found by name, in the model's order."""
         return open_store(matrix_of(adata, self.setup.layer), self._gene_columns(adata))
+
+    def fingerprint(self, adata: AnnData) -> dict[str, int | str]:
+        """Return number of cells and a hash of names and totals: equal for the same cells in the same order."""
+        digest = hashlib.sha256("\n".join(adata.obs_names).encode())
+        digest.update(np.round(totals(self.store(adata)), 3).tobytes())
+        return {"n_cells": adata.n_obs, "sha256": digest.hexdigest()}
 
     def check_new(self, adata: AnnData) -> None:
         """Raise where another AnnData lacks what the model reads, or has it in a wrong form."""

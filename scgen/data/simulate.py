@@ -45,7 +45,8 @@ def simulate_cells(
     -------
     AnnData with counts in ``X`` (CSR, float32) and in ``obs`` "batch", "cell_type" and the true "log_library". The
     truth: ``obsm["true_z"]``, ``layers["true_scale"]`` (rho, cells x genes), ``var`` "log_theta" and "zi_logit",
-    ``varm["batch_offset"]``. A cell that got no counts gets one, in its most expressed gene.
+    ``varm["batch_offset"]``; the arguments in ``uns["simulation"]``. A cell that got no counts gets one, in its most
+    expressed gene.
 
     Raises
     ------
@@ -110,5 +111,10 @@ def simulate_cells(
         ),
         obsm={"true_z": z},
         varm={"batch_offset": offsets.T},
+        uns={
+            "simulation": sizes
+            | {"batch_effect": batch_effect, "type_effect": type_effect, "zero_inflation": zero_inflation}
+            | {"mean_library": mean_library, "seed": seed}
+        },
         layers={"true_scale": np.exp(log_rho).astype(np.float32)},
     )

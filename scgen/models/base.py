@@ -1,16 +1,21 @@
 """What every model does with an AnnData: train, answer, save, load."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
+from torch import Tensor
 
 from scgen.analysis import expression, inference, sampling
 from scgen.data.loader import CellLoader, split
 from scgen.data.registry import Registry, setup_anndata
+from scgen.data.stores import BackedStore, MemoryStore
 from scgen.models import files
 from scgen.modules.vae import VAE
 from scgen.training import NonFiniteLoss, Options, choose_device, fit, seeded, start_from_data
@@ -33,6 +38,8 @@ class Model:
     history
         A row per epoch: elbo_train, elbo_validation and its parts (nats per cell; higher is better), kl_weight,
         seconds.
+    trainings
+        The options of each call of `train`.
     train_indices, validation_indices
         Rows of ``adata`` that were trained on and validated on; None before training.
     """
@@ -40,13 +47,21 @@ class Model:
     setup_anndata = staticmethod(setup_anndata)
     build: Callable[..., VAE]  # each model says how: build(registry, **arguments)
 
-    def __init__(self, adata: AnnData | None, registry: Registry, arguments: dict):
+    def __init__(self, adata: AnnData, registry: Registry, arguments: dict):
+        self.assemble(registry, arguments)
+        self.adata, self.fingerprint = adata, registry.fingerprint(adata)
+
+    def assemble(self, registry: Registry, arguments: dict) -> None:
+        """Make the module, without cells."""
         # NumPy's scalars are no JSON.
         arguments = {
             name: value.item() if isinstance(value, np.generic) else value for name, value in arguments.items()
         }
-        self.adata, self.registry, self.arguments = adata, registry, arguments
+        self.registry, self.arguments = registry, arguments
+        self.adata: AnnData | None = None
+        self.fingerprint: dict | None = None
         self.history = pd.DataFrame()
+        self.trainings: list[dict] = []
         self.train_indices: np.ndarray | None = None
         self.validation_indices: np.ndarray | None = None
         with seeded(arguments["seed"]):
@@ -135,28 +150,30 @@ class Model:
         )
         options.check(batch_size, train_size, devices)
         adata = self._cells_of(None)
-        store = self.registry.store(adata)
-        columns = self.registry.columns(adata, store)
+        store, columns = self._read(adata)
         rng = np.random.default_rng(seed)
         if self.train_indices is None:
             training, validation = split(columns["batch"].numpy(), train_size, rng)
             if len(training) < 2:
                 raise ValueError(f"adata has {adata.n_obs} cell; at least 2 are needed to train.")
-            self.train_indices, self.validation_indices = training, validation
             if not self.is_trained:  # a loaded model goes on from its weights
                 start_from_data(self.vae, CellLoader(store, columns, training))
+            self.train_indices, self.validation_indices = training, validation
         held_out = np.sort(rng.permutation(self.validation_indices)[:MAX_VALIDATION_CELLS])
+        rows: list[dict] = self.history.to_dict(orient="records")
+        self.trainings.append(asdict(options) | {"device": str(device), "batch_size": batch_size})
         try:
-            history = fit(
+            fit(
                 self.vae.to(device),
                 CellLoader(store, columns, self.train_indices, batch_size, rng),
                 CellLoader(store, columns, held_out) if len(held_out) else None,
                 options,
+                rows,
             )
         except NonFiniteLoss as error:
             raise FloatingPointError(error.names(adata.obs_names, self.registry.genes, learning_rate)) from error
-        history.index = pd.RangeIndex(len(self.history) + 1, len(self.history) + len(history) + 1, name="epoch")
-        self.history = pd.concat([self.history, history]) if len(self.history) else history
+        finally:
+            self.history = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="epoch"))
 
     def get_latent_representation(
         self,
@@ -183,7 +200,7 @@ class Model:
         batch_size
             Cells computed at a time.
         seed
-            Seed of the draw.
+            Seed of the draw, which also depends on ``batch_size``.
 
         Returns
         -------
@@ -296,7 +313,8 @@ class Model:
         Returns
         -------
         A table cells x genes; an array (n_samples, cells, genes) if draws are not averaged. Values sum to
-        ``library_size`` over all genes. With ``gene_likelihood="normal"`` they are the means f(z, s).
+        ``library_size`` over all genes, but with size factors they are rates per unit of these. With
+        ``gene_likelihood="normal"`` they are the means f(z, s).
 
         Raises
         ------
@@ -307,17 +325,19 @@ class Model:
         """
         if batch is not None and transform_batch is not None:
             raise ValueError("batch and transform_batch are the same thing; give one of them.")
-        unknown = [gene for gene in gene_list or () if gene not in self.registry.genes]
-        if unknown:
+        if isinstance(gene_list, str):
+            raise TypeError(f"gene_list={gene_list!r} is a string where a list belongs: gene_list=[{gene_list!r}].")
+        genes = pd.Index(self.registry.genes if gene_list is None else gene_list)
+        unknown = genes.difference(pd.Index(self.registry.genes))
+        if len(unknown):
             raise ValueError(
                 f"the model has no genes {', '.join(unknown[:5])} (it has {', '.join(self.registry.genes[:5])}, ...)."
             )
-        if not (library_size == "latent" or (isinstance(library_size, int | float) and library_size > 0)):
+        if library_size != "latent" and not (isinstance(library_size, Real) and 0 < library_size < math.inf):
             raise ValueError(f'library_size={library_size!r}; it takes a positive number or "latent".')
         if n_samples < 1:
             raise ValueError(f"n_samples={n_samples}; it takes a whole number from 1.")
         loader = self._loader(adata, indices, batch_size)
-        genes = pd.Index(self.registry.genes) if gene_list is None else pd.Index(gene_list)
         values = expression.normalized_expression(
             self.vae,
             loader,
@@ -358,7 +378,9 @@ class Model:
         -------
         (n, G) in CSR form, or ``n_samples`` of them.
         """
-        (code,) = self._batch_codes(None if batch is None else [batch])
+        if n_samples < 1:
+            raise ValueError(f"n_samples={n_samples}; it takes a whole number from 1.")
+        (code,) = self._batch_codes(batch)[:1]
         drawn = sampling.posterior_predictive(self.vae, self._loader(adata, indices, batch_size), code, n_samples, seed)
         return drawn[0] if n_samples == 1 else drawn
 
@@ -380,6 +402,8 @@ class Model:
         AnnData with counts in ``X``, the batch and ``library`` in ``obs``, z in ``obsm["z"]``.
         """
         self._require_training()
+        if n < 1:
+            raise ValueError(f"n={n}; it takes a whole number from 1.")
         rng = np.random.default_rng(seed)
         cells = self.registry.blank_cells(n, None if batch is None else self.registry.batch_code(batch), rng)
         x, latents = sampling.prior_predictive(self.vae, cells, seed)
@@ -439,11 +463,14 @@ class Model:
     def _loader(self, adata: AnnData | None, indices: Sequence[int] | None, batch_size: int) -> CellLoader:
         """Return the cells asked about, in their order."""
         self._require_training()
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}; it takes a whole number from 1.")
         adata = self._cells_of(adata)
-        store = self.registry.store(adata)
         index = np.arange(adata.n_obs)
         if indices is not None:
-            indices = np.asarray(indices)
+            indices = np.atleast_1d(np.asarray(indices))
+            if indices.ndim > 1 or (indices.size and indices.dtype.kind not in "iub"):
+                raise ValueError("indices takes row numbers, or one True or False for each cell.")
             if indices.dtype == bool and len(indices) != adata.n_obs:
                 raise ValueError(f"indices is a mask of {len(indices)} for {adata.n_obs} cells.")
             try:
@@ -452,12 +479,26 @@ class Model:
                 raise ValueError(f"indices: {error}; adata has {adata.n_obs} cells.") from None
         if not len(index):
             raise ValueError("no cells are asked about: indices is empty.")
-        return CellLoader(store, self.registry.columns(adata, store), index, batch_size)
+        return CellLoader(*self._read(adata), index, batch_size)
+
+    def _read(self, adata: AnnData) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]]:
+        """Return values and columns of all cells; raise if the model's own cells are no longer what they were."""
+        store = self.registry.store(adata)
+        if adata is self.adata and self.registry.fingerprint(adata) != self.fingerprint:
+            raise ValueError(
+                "the model's AnnData has changed since the model was made: other cells, or other values in "
+                f"{self.registry.setup.where}. Keep the counts in a layer of their own, "
+                'setup_anndata(adata, layer="counts"), or pass adata= with the counts.'
+            )
+        return store, self.registry.columns(adata, store)
 
     def _batch_codes(self, batch: str | Sequence[str] | None) -> list[int | None]:
         if batch is None or (isinstance(batch, str) and batch == "observed"):
             return [None]
-        return [self.registry.batch_code(name) for name in ([batch] if isinstance(batch, str) else batch)]
+        names = list(batch) if isinstance(batch, list | tuple | np.ndarray | pd.Index) else [batch]
+        if not names:
+            raise ValueError(f"batch is an empty list; the model knows: {', '.join(self.registry.batches)}.")
+        return [self.registry.batch_code(name) for name in names]
 
 
 def _draw(mean: np.ndarray, variance: np.ndarray, seed: int) -> np.ndarray:

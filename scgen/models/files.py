@@ -1,6 +1,5 @@
 """A model as files: what of it is plain JSON, what is tensors, and how both make a model again."""
 
-import hashlib
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -12,9 +11,8 @@ from anndata import AnnData
 
 from scgen import __version__ as scgen_version
 from scgen import storage
-from scgen.data.checks import Setup
+from scgen.data.checks import Setup, check_setup
 from scgen.data.registry import Registry
-from scgen.data.stores import totals
 from scgen.storage import ModelFileError
 
 
@@ -27,7 +25,8 @@ def save(model, folder: str | Path, overwrite: bool) -> None:
         "versions": {"scgen-vae": scgen_version}
         | {name: metadata.version(name) for name in ("torch", "anndata", "numpy")},
         "history": {"epoch": model.history.index.tolist(), **model.history.to_dict(orient="list")},
-        "data": None if model.adata is None else fingerprint(model.adata, model.registry),
+        "trainings": model.trainings,
+        "data": model.fingerprint,
     }
     tensors = {f"vae.{name}": tensor for name, tensor in model.vae.state_dict().items()}
     if model.train_indices is not None:
@@ -47,44 +46,39 @@ def load(cls: type, folder: str | Path, adata: AnnData | None):
         model = cls.__new__(cls)
         # Built without memory first: a description may claim any size, the weights have one.
         with torch.device("meta"):
-            cls.__base__.__init__(model, None, registry, dict(description["arguments"]))
+            model.assemble(registry, dict(description["arguments"]))
         expected = {name: (tensor.dtype, tensor.shape) for name, tensor in model.vae.state_dict().items()}
         found = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
         if expected != found:
             wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
             raise ValueError(f"weights and arguments disagree about {', '.join(wrong[:3])}")
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise ValueError("weights are not finite")
         model.vae.load_state_dict(weights, assign=True)
         model.vae = model.vae.eval().requires_grad_(True)
         history = dict(description["history"])
         model.history = pd.DataFrame(history, index=pd.Index(history.pop("epoch"), name="epoch"))
-        data, split = description["data"], _split(tensors, description["data"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        model.trainings, model.fingerprint = list(description["trainings"]), description["data"]
+        if "train_indices" in tensors:
+            model.train_indices, model.validation_indices = _split(tensors, model.fingerprint["n_cells"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise ModelFileError(f"{folder}/model.json does not describe a model that scgen can build: {error}") from error
     if adata is not None:
         registry.check_new(adata)
         registry.columns(adata, registry.store(adata))
-        model.adata = adata
-        if split is not None and fingerprint(adata, registry) == data:
-            model.train_indices, model.validation_indices = split
+        model.adata, fingerprint = adata, registry.fingerprint(adata)
+        if fingerprint != model.fingerprint:  # other cells: the split is not theirs
+            model.fingerprint, model.train_indices, model.validation_indices = fingerprint, None, None
     return model
 
 
-def _split(tensors: dict[str, torch.Tensor], data: dict | None) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the rows of training and validation, which must be all rows, each once; None before training."""
-    if data is None or "train_indices" not in tensors:
-        return None
+def _split(tensors: dict[str, torch.Tensor], n_cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of training and validation, which must be all rows, each once."""
     training, validation = tensors["train_indices"].numpy(), tensors["validation_indices"].numpy()
     both = np.sort(np.concatenate([training, validation]))
-    if both.dtype.kind != "i" or not np.array_equal(both, np.arange(data["n_cells"])):
+    if both.dtype.kind != "i" or len(both) != n_cells or not np.array_equal(both, np.arange(len(both))):
         raise ValueError("training and validation cells are not all cells, each once")
     return training, validation
-
-
-def fingerprint(adata: AnnData, registry: Registry) -> dict[str, int | str]:
-    """Return number of cells and a hash of their names and totals: equal for the same cells in the same order."""
-    digest = hashlib.sha256("\n".join(adata.obs_names).encode())
-    digest.update(np.round(totals(registry.store(adata)), 3).tobytes())
-    return {"n_cells": adata.n_obs, "sha256": digest.hexdigest()}
 
 
 def _registry(plain: dict) -> Registry:
@@ -95,8 +89,10 @@ def _registry(plain: dict) -> Registry:
     repeated = any(len(set(values)) < len(values) for values in (genes, *categories.values()))
     if not genes or not all(isinstance(value, str) for value in strings) or repeated:
         raise ValueError("genes or categories are not lists of unique names")
+    setup = Setup(**setup)
+    check_setup(setup)
     return Registry(
-        Setup(**setup),
+        setup,
         list(genes),
         {key: list(values) for key, values in categories.items()},
         {key: (float(mean), float(sd)) for key, (mean, sd) in scaling.items()},

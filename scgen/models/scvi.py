@@ -81,7 +81,7 @@ class SCVI(Model):
     ):
         super().__init__(
             adata,
-            Registry.of(adata),
+            Registry.of(adata, labels=dispersion == "gene-label"),
             {
                 "n_latent": n_latent,
                 "n_hidden": n_hidden,
@@ -119,6 +119,14 @@ class SCVI(Model):
                 raise ValueError(f"{name}={value!r}; it takes a whole number from 1 to {most}.")
         if not isinstance(dropout_rate, int | float) or not 0 <= dropout_rate < 1:
             raise ValueError(f"dropout_rate={dropout_rate!r}; it takes a number from 0 to below 1.")
+        for name, flag in {
+            "use_observed_lib_size": use_observed_lib_size,
+            "encode_covariates": encode_covariates,
+        }.items():
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name}={flag!r}; it takes True or False.")
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed!r}; it takes a whole number from 0.")
         if gene_likelihood not in LIKELIHOODS:
             raise ValueError(f"gene_likelihood={gene_likelihood!r} is unknown; choose one of {', '.join(LIKELIHOODS)}.")
         if dispersion not in DISPERSIONS:
@@ -128,6 +136,8 @@ class SCVI(Model):
                 f'gene_likelihood="{gene_likelihood}" needs counts, but the data were set up with counts=False. Use '
                 'SCVI(adata, gene_likelihood="normal"), or setup_anndata on the counts.'
             )
+        if gene_likelihood == "normal" and registry.setup.size_factor_key is not None:
+            raise ValueError('gene_likelihood="normal" has no library: set the data up without size_factor_key.')
         if dispersion == "gene-label" and registry.setup.labels_key is None:
             raise ValueError('dispersion="gene-label" needs labels: setup_anndata(adata, labels_key=...).')
 

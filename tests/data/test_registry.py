@@ -771,7 +771,7 @@ def test_the_record_survives_files_and_is_all_that_is_written(good, tmp_path, ar
     getattr(good, f"write_{suffix}")(tmp_path / "cells")
     read = getattr(anndata, f"read_{suffix}")(tmp_path / "cells")
     assert Registry.of(read) == registry
-    assert set(good.uns) == {"kept", "scgen"}
+    assert set(good.uns) == {"kept", "scgen", "simulation"}
     assert good.X is x
     del good.uns["scgen"]
     assert_unchanged(good, before)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import scgen
@@ -65,6 +65,7 @@ def assert_same(found, expected):
 )
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_round_trip(tmp_path_factory, likelihood, dispersion, covariates, n_layers, observed):
+    assume(not (likelihood == "normal" and "size" in covariates))  # refused
     adata = scgen.simulate_cells(n_cells=40, n_genes=12, seed=3)
     adata.obs["donor"] = pd.Categorical(["d1", "d2"] * 20)
     adata.obs["share"] = np.linspace(0, 1, 40)
@@ -235,10 +236,15 @@ def test_the_split_comes_back_for_the_same_cells_only(folder, trained, cells):
     renamed, changed = cells.copy(), cells.copy()
     renamed.obs_names = renamed.obs_names + "x"
     changed.X.data[0] += 1
-    for other in (cells[::-1].copy(), cells[:100].copy(), renamed, changed, None):
+    for other in (cells[::-1].copy(), cells[:100].copy(), renamed, changed):
         loaded = scgen.SCVI.load(folder, other)
         assert loaded.train_indices is None
         assert loaded.validation_indices is None
+
+
+def test_the_split_outlives_a_copy_without_cells(folder, trained, cells, tmp_path):
+    scgen.SCVI.load(folder).save(tmp_path / "copy")
+    np.testing.assert_array_equal(scgen.SCVI.load(tmp_path / "copy", cells).train_indices, trained.train_indices)
 
 
 def test_training_goes_on(folder, trained, cells):

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import sparse
+from scipy import sparse, stats
 
 import scgen
 from scgen import training
 from scgen.analysis import inference
+from scgen.data.stores import MemoryStore
 from scgen.distributions import ZeroInflatedNegativeBinomial
 
 
@@ -183,17 +184,62 @@ def test_odd_cells_and_genes(small):  # T22
         model.get_latent_representation(new)
 
 
-def test_a_value_that_is_not_finite_is_named_and_good_weights_kept(small):
-    model = model_of(small)
-    train(model)
+def test_a_value_that_is_not_finite_is_named_and_good_weights_kept(small, monkeypatch):
+    model = train(model_of(small))
     good = {name: tensor.clone() for name, tensor in model.vae.state_dict().items()}
-    small.X[model.train_indices[7], 5] = np.nan  # damaged after all checks
-    with pytest.raises(FloatingPointError, match=rf"Cells: cell_{model.train_indices[7] + 1}; genes: gene_6\."):
+    row = model.train_indices[7]
+    # A value that is damaged after all checks, as by a failing disk.
+    monkeypatch.setattr(MemoryStore, "rows", damaged(MemoryStore.rows, row, 5))
+    with pytest.raises(FloatingPointError, match=rf"Cells: cell_{row + 1}; genes: gene_6\."):
+        train(model, 3)
+    assert all(torch.equal(good[name], tensor) for name, tensor in model.vae.state_dict().items())
+    monkeypatch.undo()
+    assert len(model.history) == 2
+    assert np.isfinite(model.get_elbo())
+
+
+def damaged(rows, row, column):
+    def read(self, index):
+        values = rows(self, index)
+        values[np.asarray(index) == row, column] = np.nan
+        return values
+
+    return read
+
+
+def test_cells_that_have_changed_are_refused(small):
+    model = train(model_of(small))
+    before = model.get_latent_representation()
+    counts = small.X.copy()
+    small.X = np.log1p(small.X.toarray())
+    for ask in (model.get_latent_representation, model.get_elbo, lambda: train(model)):
+        with pytest.raises(ValueError, match="has changed since"):
+            ask()
+    small.X = counts
+    assert np.array_equal(model.get_latent_representation(), before)
+
+
+def test_normal_likelihood_starts_at_the_values(small):
+    # On values set up as counts, too: they are not divided by a library that the model does not have.
+    model = train(model_of(small, gene_likelihood="normal"), 100)
+    x = small.X.toarray()
+    # About as good as a Gaussian for each gene by itself; divided by a library, it was 1e8 nats off.
+    assert model.get_elbo() > stats.norm(x.mean(0), x.std(0)).logpdf(x).sum(1).mean() - 5
+
+
+def test_a_first_training_interrupted_at_once_leaves_an_untrained_model(small, monkeypatch):
+    model = model_of(small)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scgen.models.base.start_from_data", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         train(model)
-    assert all(
-        torch.equal(good[name], tensor) for name, tensor in model.vae.state_dict().items() if "norms" not in name
-    )
-    assert all(tensor.isfinite().all() for tensor in model.vae.state_dict().values())
+    assert not model.is_trained
+    monkeypatch.undo()
+    train(model)
+    assert model.vae.priors["library"].mean.min() > 1  # started from the data after all
 
 
 def test_an_interrupt_keeps_what_was_learned(small, caplog):
@@ -345,7 +391,10 @@ def test_counterfactual_batches(small):
     np.testing.assert_allclose(
         draws.mean(0), model.get_normalized_expression(n_samples=4, return_numpy=True), rtol=1e-4
     )
+    everything = model.get_normalized_expression()
+    assert model.get_normalized_expression(gene_list=small.var_names[[3]]).equals(everything[["gene_4"]])
     for wrong in (
+        {"batch": []},
         {"batch": "batch_9"},
         {"gene_list": ["x"]},
         {"library_size": 0},
