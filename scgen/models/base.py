@@ -53,11 +53,7 @@ class Model:
 
     def assemble(self, registry: Registry, arguments: dict) -> None:
         """Make the module, without cells."""
-        # NumPy's scalars are no JSON.
-        arguments = {
-            name: value.item() if isinstance(value, np.generic) else value for name, value in arguments.items()
-        }
-        self.registry, self.arguments = registry, arguments
+        self.registry, self.arguments = registry, _plain(arguments)
         self.adata: AnnData | None = None
         self.fingerprint: dict | None = None
         self.history = pd.DataFrame()
@@ -65,7 +61,7 @@ class Model:
         self.train_indices: np.ndarray | None = None
         self.validation_indices: np.ndarray | None = None
         with seeded(arguments["seed"]):
-            self.vae = self.build(registry, **arguments).eval()
+            self.vae = self.build(registry, **self.arguments).eval()
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
@@ -161,7 +157,7 @@ class Model:
             self.train_indices, self.validation_indices = training, validation
         held_out = np.sort(rng.permutation(self.validation_indices)[:MAX_VALIDATION_CELLS])
         rows: list[dict] = self.history.to_dict(orient="records")
-        self.trainings.append(asdict(options) | {"device": str(device), "batch_size": batch_size})
+        self.trainings.append(_plain(asdict(options) | {"device": str(device), "batch_size": batch_size}))
         try:
             fit(
                 self.vae.to(device),
@@ -499,6 +495,11 @@ class Model:
         if not names:
             raise ValueError(f"batch is an empty list; the model knows: {', '.join(self.registry.batches)}.")
         return [self.registry.batch_code(name) for name in names]
+
+
+def _plain(values: dict) -> dict:
+    """Return the values with NumPy's scalars, which JSON does not hold, as Python's."""
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
 
 
 def _draw(mean: np.ndarray, variance: np.ndarray, seed: int) -> np.ndarray:

@@ -1,0 +1,30 @@
+"""Pictures are drawn whatever the categories are."""
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+
+from scgen import plots
+
+
+@pytest.mark.parametrize("n_categories", [1, 10, 20, 60])
+def test_maps(tmp_path, n_categories):
+    xy = np.random.default_rng(0).normal(size=(200, 2))
+    xy[3] = np.nan
+    labels = pd.Series(np.resize([f"c{i}" for i in range(n_categories)], 200), dtype="category")
+    labels[7] = np.nan
+    plots.scatters(tmp_path / "maps.png", {"before": xy, "after": -xy}, {"label": labels, "number": labels.cat.codes})
+    picture = matplotlib.image.imread(tmp_path / "maps.png")
+    assert picture.shape[1] > picture.shape[0] > 500
+    assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > n_categories  # a colour for each
+
+
+@pytest.mark.parametrize("n_epochs", [1, 50])
+@pytest.mark.parametrize("validation", [True, False])
+def test_training_curve(tmp_path, n_epochs, validation):
+    history = pd.DataFrame({"elbo_train": np.linspace(-900, -800, n_epochs)}, index=range(1, n_epochs + 1))
+    if validation:
+        history["elbo_validation"] = history["elbo_train"] - 5
+    plots.training_curve(tmp_path / "curve.png", history)
+    assert matplotlib.image.imread(tmp_path / "curve.png").std() > 0.01
