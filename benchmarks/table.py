@@ -37,4 +37,4 @@ def shown(part: str, values: list) -> str:
 
 
 if __name__ == "__main__":
-    print(table(sys.argv[1] if len(sys.argv) > 1 else "pbmc_10k_5k_cite").to_markdown())
+    print(table(sys.argv[1] if len(sys.argv) > 1 else "pbmc_10k_5k_cite").to_string())

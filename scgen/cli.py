@@ -1,6 +1,7 @@
 """The command ``scgen``: integrate, check, simulate."""
 
 import argparse
+import logging
 import multiprocessing
 import os
 import shutil
@@ -121,6 +122,7 @@ def _integrate(args: argparse.Namespace) -> int:
         _say("no scores: they compare with known labels; name their column with --labels-key")
         return OK
     try:
+        logging.disable(logging.WARNING)  # scib-metrics tells of every small label
         table = reporting.scores(adata, before, report, batch_key=args.batch_key, labels_key=args.labels_key)
         _say(table.to_string(float_format="{:.3f}".format))
     except (ImportError, ValueError) as error:

@@ -115,3 +115,10 @@ def test_bad_calls_change_nothing(cells, options, error, words):
         quick(cells, **{"key": "batch"} | options)
     assert set(cells.obsm) == set(before.obsm)
     assert "scgen" not in cells.uns
+
+
+def test_many_cells_have_neighbours():
+    # Beyond 8,000 cells scanpy asks another library for neighbours.
+    adata = anndata.AnnData(obsm={"X_scgen": np.random.default_rng(0).normal(size=(9000, 5)).astype(np.float32)})
+    sc.pp.neighbors(adata, use_rep="X_scgen")
+    assert adata.obsp["connectivities"].shape == (9000, 9000)
