@@ -21,7 +21,9 @@ def scatters(
     grid = figure.subplots(len(colours), len(maps), squeeze=False)
     order = np.random.default_rng(0).permutation(len(next(iter(maps.values()))))
     for row, (name, values) in zip(grid, colours.items(), strict=True):
-        codes, categories = pd.factorize(values.astype(object).where(values.notna(), "NaN").astype(str), sort=True)
+        column = values.astype("category").cat.remove_unused_categories().cat
+        categories = [*map(str, column.categories), *(["NaN"] if values.isna().any() else [])]
+        codes = np.where(column.codes < 0, len(categories) - 1, column.codes)
         palette = colormaps["tab10" if len(categories) <= 10 else "tab20" if len(categories) <= 20 else "nipy_spectral"]
         shades = palette(
             np.linspace(0.03, 0.97, len(categories)) if len(categories) > 20 else np.arange(len(categories))
