@@ -109,6 +109,7 @@ def _integrate(args: argparse.Namespace) -> int:
     )
     seconds = model.history["seconds"].sum()
     _say(f"trained {len(model.history)} epochs on {model.adata.n_vars} genes in {seconds:.0f} s")
+    (report / reporting.SCORES).unlink(missing_ok=True)  # of an earlier run
     model.save(report / "model", overwrite=args.overwrite)
     integration.cluster(adata, seed=args.seed)
     _write(adata, args.output)
@@ -176,6 +177,8 @@ def _read(path: Path):
 def _check_labels(adata, labels_key: str | None) -> None:
     from scgen.data.checks import nearest
 
+    if labels_key == "leiden_scgen":
+        raise ValueError("--labels-key leiden_scgen: this command writes that column; rename the old one first.")
     if labels_key is not None and labels_key not in adata.obs:
         closest = nearest(labels_key, list(adata.obs.columns))
         hint = f" Did you mean --labels-key {closest}?" if closest else ""

@@ -152,7 +152,7 @@ def fit(
     n_steps = max_epochs * len(training)
     patience = (options.patience or math.ceil(max_epochs / 4)) if options.early_stopping else None
     best = Best(vae, first_epoch=max_epochs // 2, patience=patience)
-    step = 0
+    step, n_before = 0, len(rows)
     with (
         seeded(options.seed),
         tqdm(total=max_epochs, desc="training", unit="epoch", disable=not options.progress) as bar,
@@ -181,13 +181,13 @@ def fit(
                 bar.set_postfix_str(" ".join(f"{name} {row[name]:.1f}" for name in row if name.startswith("elbo")))
                 if best.stop_after(epoch, row.get("elbo_validation", math.nan)):
                     break
-        except KeyboardInterrupt:
-            if not rows:
-                raise
-            logger.warning("training interrupted after %d epochs; the best weights so far are kept", len(rows))
-        except NonFiniteLoss:
+        except BaseException as error:
+            # Half an epoch is no result: whatever went wrong, the weights are those of a finished one.
             best.restore(last=True)
-            raise
+            if not isinstance(error, KeyboardInterrupt) or len(rows) == n_before:
+                vae.eval()
+                raise
+            logger.warning("interrupted after %d epochs; the best weights so far are kept", len(rows) - n_before)
     best.restore()
     vae.eval()
 

@@ -39,6 +39,8 @@ def integration_scores(
         raise ImportError('the scores need scib-metrics: pip install "scgen-vae[scores]"') from error
     if batch.nunique() < 2 or labels.nunique() < 2:
         raise ValueError("the scores need at least two batches and two labels.")
+    if labels.value_counts().max() < 2:
+        raise ValueError("the scores need labels that cells share; here each cell has its own.")
     obs = pd.DataFrame(
         {"batch": batch.astype(str).to_numpy(), "label": labels.astype(str).to_numpy()}, dtype="category"
     )

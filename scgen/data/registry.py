@@ -228,10 +228,13 @@ class Registry:
         """Return the values of the model's genes, found by name, in the model's order."""
         return open_store(matrix_of(adata, self.setup.layer), self._gene_columns(adata))
 
-    def fingerprint(self, adata: AnnData) -> dict[str, int | str]:
-        """Return number of cells and a hash of names and totals: equal for the same cells in the same order."""
+    def fingerprint(
+        self, adata: AnnData, store: MemoryStore | BackedStore, columns: dict[str, Tensor]
+    ) -> dict[str, int | str]:
+        """Return number of cells and a hash of their names, totals and columns: equal for the same cells in order."""
         digest = hashlib.sha256("\n".join(adata.obs_names).encode())
-        digest.update(np.round(totals(self.store(adata)), 3).tobytes())
+        for values in (totals(store), *(column.numpy() for column in columns.values())):
+            digest.update((np.round(values, 3) + 0.0).tobytes())  # no -0
         return {"n_cells": adata.n_obs, "sha256": digest.hexdigest()}
 
     def check_new(self, adata: AnnData) -> None:

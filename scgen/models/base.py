@@ -49,7 +49,8 @@ class Model:
 
     def __init__(self, adata: AnnData, registry: Registry, arguments: dict):
         self.assemble(registry, arguments)
-        self.adata, self.fingerprint = adata, registry.fingerprint(adata)
+        store = registry.store(adata)
+        self.adata, self.fingerprint = adata, registry.fingerprint(adata, store, registry.columns(adata, store))
 
     def assemble(self, registry: Registry, arguments: dict) -> None:
         """Make the module, without cells."""
@@ -169,6 +170,10 @@ class Model:
         except NonFiniteLoss as error:
             raise FloatingPointError(error.names(adata.obs_names, self.registry.genes, learning_rate)) from error
         finally:
+            if len(rows) == len(self.history):  # not one epoch: as if nothing had been asked
+                self.trainings.pop()
+                if not rows:
+                    self.train_indices = self.validation_indices = None
             self.history = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="epoch"))
 
     def get_latent_representation(
@@ -276,7 +281,7 @@ class Model:
         adata: AnnData | None = None,
         *,
         indices: Sequence[int] | None = None,
-        batch: str | Sequence[str] | None = None,
+        batch: str | Sequence[str] = "observed",
         library_size: float | str = 1,
         gene_list: Sequence[str] | None = None,
         n_samples: int = 1,
@@ -293,7 +298,7 @@ class Model:
         adata, indices, batch_size, seed
             As in `get_latent_representation`.
         batch
-            "observed" (or None): each cell in its own batch, which leaves the batch effect in. A name: all cells as if
+            "observed": each cell in its own batch, which leaves the batch effect in. A name: all cells as if
             from that batch. A list of names: the mean over them. ``["observed"]`` means a batch of that name.
         library_size
             The l common to all cells, or "latent" for each cell's own.
@@ -319,7 +324,7 @@ class Model:
         ValueError
             If a batch, gene or library size is not known.
         """
-        if batch is not None and transform_batch is not None:
+        if batch != "observed" and transform_batch is not None:
             raise ValueError("batch and transform_batch are the same thing; give one of them.")
         if isinstance(gene_list, str):
             raise TypeError(f"gene_list={gene_list!r} is a string where a list belongs: gene_list=[{gene_list!r}].")
@@ -480,13 +485,15 @@ class Model:
     def _read(self, adata: AnnData) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]]:
         """Return values and columns of all cells; raise if the model's own cells are no longer what they were."""
         store = self.registry.store(adata)
-        if adata is self.adata and self.registry.fingerprint(adata) != self.fingerprint:
+        columns = self.registry.columns(adata, store)
+        if adata is self.adata and self.registry.fingerprint(adata, store, columns) != self.fingerprint:
             raise ValueError(
-                "the model's AnnData has changed since the model was made: other cells, or other values in "
-                f"{self.registry.setup.where}. Keep the counts in a layer of their own, "
+                "the model's AnnData has changed since the model was made: other or renamed cells, other values in "
+                f"{self.registry.setup.where} or in the columns that the model reads. "
+                "Keep the counts in a layer of their own, "
                 'setup_anndata(adata, layer="counts"), or pass adata= with the counts.'
             )
-        return store, self.registry.columns(adata, store)
+        return store, columns
 
     def _batch_codes(self, batch: str | Sequence[str] | None) -> list[int | None]:
         if batch is None or (isinstance(batch, str) and batch == "observed"):

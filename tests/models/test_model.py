@@ -217,6 +217,9 @@ def test_cells_that_have_changed_are_refused(small):
             ask()
     small.X = counts
     assert np.array_equal(model.get_latent_representation(), before)
+    small.obs["batch"] = small.obs["batch"].to_numpy()[::-1]
+    with pytest.raises(ValueError, match="has changed since"):
+        model.get_latent_representation()
 
 
 def test_normal_likelihood_starts_at_the_values(small):
@@ -261,6 +264,33 @@ def test_an_interrupt_keeps_what_was_learned(small, caplog):
     assert 3 <= len(model.history) <= 5
     assert "interrupted" in caplog.text
     assert np.isfinite(model.get_latent_representation()).all()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_half_an_epoch_leaves_no_trace(small, monkeypatch, error):
+    model = train(model_of(small), 5)
+    answers = model.get_latent_representation(), model.history.copy(), list(model.trainings)
+    steps = []
+    original = torch.optim.Adam.step
+
+    def failing(self, *args):
+        steps.append(original(self, *args))
+        if len(steps) == 3:
+            raise error
+
+    for trained in (model, fresh := model_of(small, seed=4)):
+        steps.clear()
+        monkeypatch.setattr(torch.optim.Adam, "step", failing)
+        with pytest.raises(error):
+            train(trained, 5, batch_size=20)
+        monkeypatch.undo()
+    assert np.array_equal(model.get_latent_representation(), answers[0])
+    assert model.history.equals(answers[1])
+    assert model.trainings == answers[2]
+    # A model whose first training failed is as new: the split, too, is still to be chosen.
+    assert not fresh.is_trained
+    again = train(fresh, train_size=0.5).get_latent_representation()
+    assert np.array_equal(again, train(model_of(small, seed=4), train_size=0.5).get_latent_representation())
 
 
 @pytest.mark.parametrize(
