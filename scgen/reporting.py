@@ -12,8 +12,6 @@ from scgen.models.base import Model
 
 #: Scores are computed on at most so many cells, drawn at random.
 MAX_SCORED_CELLS = 20_000
-
-
 #: The names of what `draw` and `scores` write.
 PICTURES, SCORES = ("umap.png", "training.png"), "scores.csv"
 
@@ -35,12 +33,9 @@ def draw(model: Model, adata: AnnData, before: np.ndarray, folder: Path, colours
     kept = np.flatnonzero(np.isfinite(adata.obsm["X_scgen"]).all(axis=1))
     xy = np.full((adata.n_obs, 2), np.nan, np.float32)
     xy[kept] = _umap_of(before)
-    maps, colours = (
-        {"uncorrected (PCA)": xy, "scgen": adata.obsm["X_umap_scgen"]},
-        {key: adata.obs[key] for key in colours},
-    )
+    maps = {"uncorrected (PCA)": xy, "scgen": adata.obsm["X_umap_scgen"]}
     paths = [folder / name for name in PICTURES]
-    plots.scatters(paths[0], maps, colours)
+    plots.scatters(paths[0], maps, {key: adata.obs[key] for key in colours})
     plots.training_curve(paths[1], model.history)
     return paths
 

@@ -381,8 +381,11 @@ class Model:
         """
         if n_samples < 1:
             raise ValueError(f"n_samples={n_samples}; it takes a whole number from 1.")
-        (code,) = self._batch_codes(batch)[:1]
-        drawn = sampling.posterior_predictive(self.vae, self._loader(adata, indices, batch_size), code, n_samples, seed)
+        codes = self._batch_codes(batch)
+        if len(codes) > 1:
+            raise ValueError(f"batch={batch!r}; a sample comes from one batch. Name one, or None for each cell's own.")
+        loader = self._loader(adata, indices, batch_size)
+        drawn = sampling.posterior_predictive(self.vae, loader, codes[0], n_samples, seed)
         return drawn[0] if n_samples == 1 else drawn
 
     def sample_prior(self, n: int = 1000, batch: str | None = None, *, seed: int = 0) -> AnnData:
