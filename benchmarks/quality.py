@@ -1,7 +1,8 @@
-"""Quality and the time to it: ``python -m benchmarks.quality SET METHOD [--seed 0]``.
+"""Quality and the time to it: ``python -m benchmarks.quality run SET METHOD --seed 0``, then ``... quality score``.
 
 Each run is kept in ``benchmarks/results/quality`` under set, method, seed and the version (scgen: the commit) and is
-not repeated. ``python -m benchmarks.table`` prints the tables.
+not repeated. ``score`` adds the integration scores to every run that has none yet, in one process, because
+scib-metrics compiles for a minute. ``python -m benchmarks.table`` prints the tables.
 """
 
 import argparse
@@ -16,17 +17,23 @@ import numpy as np
 from benchmarks import protocol
 
 RESULTS = Path(__file__).parent / "results" / "quality"
+CACHE = Path(__file__).parent / "cache"
+
+#: Draws a cell for the marginal likelihood, of the test cells that `protocol.few` names.
+N_DRAWS = 100
 
 
 def run_pca(adata, train, test, seed):
-    return protocol.pca(adata), None, {}
+    return protocol.pca(adata), {}
 
 
 def run_harmonypy(adata, train, test, seed):
     import harmonypy
 
+    started = time.perf_counter()
     embedding = harmonypy.run_harmony(protocol.pca(adata), adata.obs, "batch", random_state=seed).Z_corr
-    return embedding if len(embedding) == adata.n_obs else embedding.T, None, {}
+    seconds = time.perf_counter() - started
+    return embedding if len(embedding) == adata.n_obs else embedding.T, {"seconds": seconds}
 
 
 def run_scvi_tools(adata, train, test, seed, observed):
@@ -38,31 +45,33 @@ def run_scvi_tools(adata, train, test, seed, observed):
     started = time.perf_counter()
     model = scvi.model.SCVI(reference, use_observed_lib_size=observed)
     model.train(enable_progress_bar=False)
-    trained = time.perf_counter()
     embedding = np.empty((adata.n_obs, 10), np.float32)
     embedding[train] = model.get_latent_representation()
+    seconds = time.perf_counter() - started
     embedding[test] = model.get_latent_representation(held_out)
-    seconds = {"train": trained - started, "embed": time.perf_counter() - trained}
     # The sign of get_elbo has changed between releases; an ELBO of counts is negative.
     elbo = -np.mean([abs(float(model.get_elbo(held_out))) for _ in range(5)])
-    return embedding, elbo, seconds | {"epochs": len(model.history["elbo_train"])}
+    few = adata[protocol.few(test)].copy()
+    marginal = model.get_marginal_ll(few, n_mc_samples=N_DRAWS, n_mc_samples_per_pass=10)
+    epochs = len(model.history["elbo_train"])
+    return embedding, {"seconds": seconds, "epochs": epochs, "test_elbo": float(elbo), "marginal": float(marginal)}
 
 
-def run_scgen(adata, train, test, seed, observed):
+def run_scgen(adata, train, test, seed, observed, precision="32"):
     import scgen
 
     reference = adata[train].copy()
     scgen.setup_anndata(reference, batch_key="batch")
     started = time.perf_counter()
     model = scgen.SCVI(reference, use_observed_lib_size=observed, seed=seed)
-    model.train(seed=seed, progress=False)
-    trained = time.perf_counter()
+    model.train(seed=seed, progress=False, precision=precision)
     embedding = np.empty((adata.n_obs, 10), np.float32)
     embedding[train] = model.get_latent_representation()
+    seconds = time.perf_counter() - started
     embedding[test] = model.get_latent_representation(adata, indices=test)
-    seconds = {"train": trained - started, "embed": time.perf_counter() - trained}
-    elbo = np.mean([model.get_elbo(adata, indices=test, seed=draw) for draw in range(5)])
-    return embedding, float(elbo), seconds | {"epochs": len(model.history)}
+    elbo = float(np.mean([model.get_elbo(adata, indices=test, seed=draw) for draw in range(5)]))
+    marginal = model.get_marginal_ll(adata, indices=protocol.few(test), n_mc_samples=N_DRAWS)
+    return embedding, {"seconds": seconds, "epochs": len(model.history), "test_elbo": elbo, "marginal": marginal}
 
 
 METHODS = {
@@ -72,6 +81,7 @@ METHODS = {
     "scvi-tools-latent": lambda *a: run_scvi_tools(*a, observed=False),
     "scgen-observed": lambda *a: run_scgen(*a, observed=True),
     "scgen-latent": lambda *a: run_scgen(*a, observed=False),
+    "scgen-latent-bf16": lambda *a: run_scgen(*a, observed=False, precision="bf16"),
 }
 
 
@@ -82,30 +92,39 @@ def tag(method: str) -> str:
     return version({"pca": "scanpy", "harmonypy": "harmonypy"}.get(method, "scvi-tools"))
 
 
+def run(name: str, method: str, seed: int) -> None:
+    path = RESULTS / f"{name}--{method}--{seed}--{tag(method)}.json"
+    if not path.exists():
+        adata, train, test = protocol.read(name)
+        embedding, details = METHODS[method](adata, train, test, seed)
+        CACHE.mkdir(exist_ok=True)
+        np.savez(CACHE / path.with_suffix(".npz").name, embedding=embedding)
+        result = {"set": name, "method": method, "seed": seed, "version": tag(method)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result | {"date": time.strftime("%Y-%m-%d")} | details, indent=1) + "\n")
+    print(path.read_text(), flush=True)
+
+
+def score() -> None:
+    for path in sorted(RESULTS.glob("*.json")):
+        result, cached = json.loads(path.read_text()), CACHE / path.with_suffix(".npz").name
+        if "scores" not in result and cached.exists():
+            adata, _, _ = protocol.read(result["set"])
+            result["scores"] = protocol.scores(result["set"], adata, np.load(cached)["embedding"])
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            print(path.stem, {name: round(value, 3) for name, value in result["scores"].items()}, flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("set", choices=protocol.SETS)
-    parser.add_argument("method", choices=METHODS)
-    parser.add_argument("--seed", type=int, default=0)
+    steps = parser.add_subparsers(dest="step", required=True)
+    one = steps.add_parser("run")
+    one.add_argument("set", choices=protocol.SETS)
+    one.add_argument("method", choices=METHODS)
+    one.add_argument("--seed", type=int, default=0)
+    steps.add_parser("score")
     args = parser.parse_args()
-    path = RESULTS / f"{args.set}--{args.method}--{args.seed}--{tag(args.method)}.json"
-    if path.exists():
-        print(path.read_text())
-        return
-    adata, train, test = protocol.read(args.set)
-    started = time.perf_counter()
-    embedding, elbo, details = METHODS[args.method](adata, train, test, args.seed)
-    seconds = time.perf_counter() - started if elbo is None else details.pop("train") + details.pop("embed")
-    print(f"{args.method}: {seconds:.1f} s, test ELBO {elbo}, {details}", flush=True)
-    result = {"set": args.set, "method": args.method, "seed": args.seed, "version": tag(args.method)}
-    result |= {"date": time.strftime("%Y-%m-%d"), "seconds": round(seconds, 2), "test_elbo": elbo} | details
-    cache = Path(__file__).parent / "cache"
-    cache.mkdir(exist_ok=True)
-    np.savez(cache / path.with_suffix(".npz").name, embedding=embedding)
-    result["scores"] = protocol.scores(adata, embedding, protocol.SETS[args.set][1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path.read_text())
+    run(args.set, args.method, args.seed) if args.step == "run" else score()
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ class Options:
             raise ValueError(f"learning_rate={self.learning_rate!r}; it takes a positive number.")
         if not 0 <= self.kl_start < math.inf:
             raise ValueError(f"kl_start={self.kl_start!r}; it takes a weight from 0.")
-        if self.precision not in ("32", "bf16"):
-            raise ValueError(f'precision={self.precision!r} is unknown; choose "32" or "bf16".')
+        if self.precision not in ("auto", "32", "bf16"):
+            raise ValueError(f'precision={self.precision!r} is unknown; choose "auto", "32" or "bf16".')
         if devices != 1:
             raise ValueError(f"devices={devices!r}: this version trains on one device; use devices=1.")
 
@@ -119,6 +119,14 @@ def choose_device(accelerator: str) -> torch.device:
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Say whether the device multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every release
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+
+
 def default_epochs(n_steps: int) -> int:
     """Return the number of passes, of so many minibatches each: enough for 1250 steps, but 20 to 400 passes."""
     return min(max(math.ceil(1250 / n_steps), 20), 400)
@@ -152,9 +160,11 @@ def fit(
     n_steps = max_epochs * len(training)
     patience = (options.patience or math.ceil(max_epochs / 4)) if options.early_stopping else None
     best = Best(vae, first_epoch=max_epochs // 2, patience=patience)
+    reduced = options.precision == "bf16" or (options.precision == "auto" and has_fast_bfloat16(options.device))
     step, n_before = 0, len(rows)
     with (
         seeded(options.seed),
+        vae.reduced_products(reduced),
         tqdm(total=max_epochs, desc="training", unit="epoch", disable=not options.progress) as bar,
     ):
         try:
@@ -165,8 +175,7 @@ def fit(
                     optimizer.param_groups[0]["lr"] = options.learning_rate * one_cycle(step / n_steps)
                     kl_weight = 1 + (options.kl_start - 1) * max(0.0, 1 - 2 * (step + 1) / n_steps)
                     cells = cells.to(options.device)
-                    with torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-                        elbo = vae(cells)
+                    elbo = vae(cells)
                     loss = elbo.loss(kl_weight)
                     if not torch.isfinite(loss):
                         raise blame(vae, cells)

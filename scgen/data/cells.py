@@ -1,6 +1,7 @@
 """One minibatch of cells as tensors: what every loader makes and every module reads."""
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ class Cells:
     categorical: Tensor
     continuous: Tensor
     index: Tensor
+
+    @cached_property
+    def log_counts(self) -> Tensor:
+        """log(1 + counts), (n, G): what the encoders of counts read, computed once for all of them."""
+        return torch.log1p(self.counts)
 
     def to(self, device: torch.device) -> "Cells":
         """Return the same cells on another device."""

@@ -7,6 +7,8 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from scgen.kernels import dispatch
+
 
 class MemoryStore:
     """A matrix in memory: dense, or sparse in any of scipy's formats.
@@ -27,7 +29,7 @@ class MemoryStore:
 
     def rows(self, index: np.ndarray) -> Tensor:
         """Return the rows ``index``, in its order, as a dense float32 tensor (n, G)."""
-        return _dense(self.matrix[index])
+        return dispatch.dense_rows(self.matrix, index) if sparse.issparse(self.matrix) else _dense(self.matrix[index])
 
     def blocks(self, n_rows: int = 8192) -> Iterator[tuple[int, np.ndarray | sparse.csr_matrix]]:
         """Iterate over (first row, block of rows as stored)."""

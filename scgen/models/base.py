@@ -87,7 +87,7 @@ class Model:
         kl_start: float = 4.0,
         accelerator: str = "auto",
         devices: int = 1,
-        precision: str = "32",
+        precision: str = "auto",
         seed: int = 0,
         progress: bool = True,
     ) -> None:
@@ -118,7 +118,8 @@ class Model:
         devices
             Number of devices: 1.
         precision
-            "32", or "bf16" for bfloat16 matrix products.
+            "bf16" takes the products of the widest layers in bfloat16, "32" all in float32; "auto" is "bf16" where the
+            device is faster so. Weights are float32 in any case, and so is what is asked of the trained model.
         seed
             Seed of the split, the order of the cells and all noise. The global generators are left alone.
         progress

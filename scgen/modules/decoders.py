@@ -9,7 +9,7 @@ from torch.nn.functional import log_softmax, softplus
 
 from scgen.data.cells import Cells
 from scgen.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from scgen.modules.networks import MLP, full_precision
+from scgen.modules.networks import MLP, WideLinear
 
 #: Libraries are kept within exp(0) = 1 and exp(18.4) = 1e8 counts, theta within exp(+-18.4).
 MAX_LOG = 18.4
@@ -31,13 +31,13 @@ class Dispersion(nn.Module):
         self.kind = kind
         rows = {"gene": (), "gene-batch": (n_batches,), "gene-label": (n_labels,)}
         if kind == "gene-cell":
-            self.head = nn.Linear(n_hidden, n_genes)
+            self.head = WideLinear(n_hidden, n_genes)
         else:
             self.log_theta = nn.Parameter(torch.randn(*rows[kind], n_genes))
 
     def forward(self, h: Tensor, cells: Cells) -> Tensor:
         if self.kind == "gene-cell":
-            log_theta = full_precision(self.head(h))
+            log_theta = self.head(h)
         elif self.kind == "gene":
             log_theta = self.log_theta
         else:
@@ -75,9 +75,9 @@ class CountDecoder(nn.Module):
         super().__init__()
         self.normalised = normalised
         self.mlp = MLP(n_latent, n_hidden, n_layers, n_categories, n_continuous)
-        self.scale = nn.Linear(n_hidden, n_genes)
+        self.scale = WideLinear(n_hidden, n_genes)
         self.dispersion = dispersion
-        self.zi_logits = nn.Linear(n_hidden, n_genes) if likelihood == "zinb" else None
+        self.zi_logits = WideLinear(n_hidden, n_genes) if likelihood == "zinb" else None
 
     def start_at(self, mean: Tensor, variance: Tensor) -> None:
         """Start rho at the mean of the cells' rates, (G,); their variance is not used.
@@ -93,7 +93,7 @@ class CountDecoder(nn.Module):
         self, latents: dict[str, Tensor], cells: Cells
     ) -> Poisson | NegativeBinomial | ZeroInflatedNegativeBinomial:
         h = self.mlp(latents["z"], cells)
-        logits = full_precision(self.scale(h))
+        logits = self.scale(h)
         # softplus(x) is exp(x) to float32's precision below -15, where its own logarithm loses digits.
         log_rho = (
             log_softmax(logits, -1)
@@ -106,7 +106,7 @@ class CountDecoder(nn.Module):
         log_theta = self.dispersion(h, cells)
         if self.zi_logits is None:
             return NegativeBinomial(log_mu, log_theta)
-        return ZeroInflatedNegativeBinomial(log_mu, log_theta, full_precision(self.zi_logits(h)))
+        return ZeroInflatedNegativeBinomial(log_mu, log_theta, self.zi_logits(h))
 
 
 class GaussianDecoder(nn.Module):
@@ -129,7 +129,7 @@ class GaussianDecoder(nn.Module):
     ):
         super().__init__()
         self.mlp = MLP(n_latent, n_hidden, n_layers, n_categories, n_continuous) if n_layers else None
-        self.mean = nn.Linear(n_hidden if n_layers else n_latent, n_genes)
+        self.mean = WideLinear(n_hidden if n_layers else n_latent, n_genes)
         self.log_scale = nn.Parameter(torch.zeros(n_genes))
 
     def start_at(self, mean: Tensor, variance: Tensor) -> None:
@@ -141,4 +141,4 @@ class GaussianDecoder(nn.Module):
     def forward(self, latents: dict[str, Tensor], cells: Cells) -> Normal:
         h = latents["z"] if self.mlp is None else self.mlp(latents["z"], cells)
         scale = self.log_scale.clamp(-MAX_LOG, MAX_LOG).exp() + 1e-4
-        return Normal(full_precision(self.mean(h)), scale, validate_args=False)
+        return Normal(self.mean(h), scale, validate_args=False)

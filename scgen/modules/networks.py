@@ -4,13 +4,37 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
 
 from scgen.data.cells import Cells
 
 
-def full_precision(x: Tensor) -> Tensor:
-    """Return x in float32 if a reduced-precision product made it; what was wider stays so."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+class WideLinear(nn.Linear):
+    """A linear layer from or to all genes, where nearly all of the arithmetic is.
+
+    Attributes
+    ----------
+    reduced
+        Whether its products are taken in bfloat16. Weights, bias and result are float32 in any case.
+    """
+
+    reduced = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.reduced:
+            return super().forward(x)
+        return linear(x.bfloat16(), self.weight.bfloat16()).float().add_(self.bias)
+
+
+class Dropout(nn.Dropout):
+    """Dropout from four random 16-bit numbers a draw: torch's own, one draw a unit, costs more than a hidden layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
+        return x * kept / (1 - self.p)
 
 
 class CovariateLinear(nn.Module):
@@ -33,14 +57,14 @@ class CovariateLinear(nn.Module):
         super().__init__()
         used = {i: n for i, n in enumerate(n_categories) if n > 1}
         bound = (n_in + sum(used.values()) + n_continuous) ** -0.5
-        self.linear = nn.Linear(n_in, n_out)
+        self.linear = WideLinear(n_in, n_out)
         self.rows = nn.ParameterDict({str(i): torch.empty(n, n_out).uniform_(-bound, bound) for i, n in used.items()})
         self.slopes = nn.Parameter(torch.empty(n_continuous, n_out).uniform_(-bound, bound)) if n_continuous else None
 
     def forward(self, x: Tensor, cells: Cells) -> Tensor:
         h = self.linear(x)
         for i, rows in self.rows.items():
-            h = h + rows[cells.batch if i == "0" else cells.categorical[:, int(i) - 1]]
+            h = h + embedding(cells.batch if i == "0" else cells.categorical[:, int(i) - 1], rows)
         return h if self.slopes is None else h + cells.continuous @ self.slopes
 
 
@@ -82,7 +106,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(CovariateLinear(n, n_hidden, n_categories, n_continuous) for n in widths)
         # Momentum and epsilon of the paper's code, in torch's convention.
         self.norms = nn.ModuleList(SliceBatchNorm(n_hidden, momentum=0.01, eps=1e-3) for _ in widths)
-        self.dropout = nn.Dropout(dropout_rate)
+        self.dropout = Dropout(dropout_rate)
 
     def forward(self, x: Tensor, cells: Cells) -> Tensor:
         for layer, norm in zip(self.layers, self.norms, strict=True):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from scgen.data.cells import Cells
 from scgen.distributions import DiagonalNormal, PointMass
-from scgen.modules.networks import MLP, full_precision
+from scgen.modules.networks import MLP
 
 
 def positive_variance(a: Tensor) -> Tensor:
@@ -46,8 +46,8 @@ class GaussianPosterior(nn.Module):
         self.log_variance = nn.Linear(n_hidden, n_latent)
 
     def forward(self, cells: Cells) -> DiagonalNormal:
-        h = self.mlp(torch.log1p(cells.counts) if self.log_input else cells.counts, cells)
-        return DiagonalNormal(full_precision(self.mean(h)), positive_variance(full_precision(self.log_variance(h))))
+        h = self.mlp(cells.log_counts if self.log_input else cells.counts, cells)
+        return DiagonalNormal(self.mean(h), positive_variance(self.log_variance(h)))
 
 
 class LibraryPosterior(GaussianPosterior):

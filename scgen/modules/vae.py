@@ -1,5 +1,8 @@
 """The variational auto-encoder: cells to evidence lower bound in one forward."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -7,6 +10,7 @@ from torch.distributions import Distribution
 from scgen.data.cells import Cells
 from scgen.distributions import PointMass
 from scgen.modules.elbo import Elbo, kl_divergence
+from scgen.modules.networks import WideLinear
 
 
 class VAE(nn.Module):
@@ -32,6 +36,18 @@ class VAE(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    @contextmanager
+    def reduced_products(self, reduced: bool) -> Iterator[None]:
+        """Within the block, take the products of the layers from and to all genes in bfloat16."""
+        wide = [part for part in self.modules() if isinstance(part, WideLinear) and max(part.weight.shape) >= 512]
+        for layer in wide:
+            layer.reduced = reduced
+        try:
+            yield
+        finally:
+            for layer in wide:
+                layer.reduced = False
 
     def infer(self, cells: Cells) -> dict[str, Distribution]:
         """Return q of every latent."""
