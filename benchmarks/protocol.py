@@ -50,10 +50,11 @@ def pca(adata: anndata.AnnData) -> np.ndarray:
     return copy.obsm["X_pca"]
 
 
-def scores(adata: anndata.AnnData, embedding: np.ndarray, labels: str) -> dict[str, float]:
-    """Return scib-metrics' default scores of one embedding, and bio, batch and total."""
+def scores(name: str, adata: anndata.AnnData, embedding: np.ndarray) -> dict[str, float]:
+    """Return scib-metrics' default scores of one embedding of a set, and bio, batch and total."""
     from scib_metrics.benchmark import BatchCorrection, Benchmarker, BioConservation
 
+    labels = SETS[name][1]
     adata = anndata.AnnData(
         adata.X, obs=adata.obs, var=adata.var, obsm={"X_pre": pca(adata), "X_emb": np.asarray(embedding)}
     )

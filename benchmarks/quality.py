@@ -57,7 +57,7 @@ def run_scvi_tools(adata, train, test, seed, observed):
     return embedding, {"seconds": seconds, "epochs": epochs, "test_elbo": float(elbo), "marginal": float(marginal)}
 
 
-def run_scgen(adata, train, test, seed, observed, precision="32"):
+def run_scgen(adata, train, test, seed, observed, precision="auto"):
     import scgen
 
     reference = adata[train].copy()
@@ -81,7 +81,7 @@ METHODS = {
     "scvi-tools-latent": lambda *a: run_scvi_tools(*a, observed=False),
     "scgen-observed": lambda *a: run_scgen(*a, observed=True),
     "scgen-latent": lambda *a: run_scgen(*a, observed=False),
-    "scgen-latent-bf16": lambda *a: run_scgen(*a, observed=False, precision="bf16"),
+    "scgen-latent-float32": lambda *a: run_scgen(*a, observed=False, precision="32"),
 }
 
 

@@ -23,7 +23,7 @@ def normalized_expression(
     loader: CellLoader,
     batches: Sequence[int | None],
     library_size: float | str,
-    genes: np.ndarray,
+    genes: np.ndarray | None,
     n_samples: int,
     return_mean: bool,
     seed: int,
@@ -39,7 +39,7 @@ def normalized_expression(
     library_size
         The common l, or "latent" for each cell's own.
     genes
-        Columns to keep.
+        Columns to keep; None for all.
     n_samples
         Draws of z from q.
     return_mean, seed
@@ -51,24 +51,29 @@ def normalized_expression(
     """
     vae.eval()
     keep = 1 if return_mean else n_samples
-    result = np.zeros((keep, len(loader.index), len(genes)), np.float32)
-    columns = torch.from_numpy(genes).to(vae.device)
-    start = 0
+    columns = slice(None) if genes is None else torch.from_numpy(genes).to(vae.device)
+    latent_library = "library" in vae.posteriors and library_size == "latent"
+    factor = 1 / (len(batches) * (n_samples // keep))
+    if "library" in vae.posteriors and not latent_library:
+        factor *= library_size
+    result, start = None, 0
     with seeded(seed):
         for cells in loader:
             cells = cells.to(vae.device)
-            q = vae.infer(cells)
+            q = {name: vae.posteriors[name](cells) for name in (("z", "library") if latent_library else ("z",))}
             rows = slice(start, start + len(cells))
             for draw in range(n_samples):
                 latents = {name: q[name].rsample_and_log_prob()[0] for name in q}
-                if "library" in q and library_size != "latent":
-                    latents["library"] = torch.zeros_like(latents["library"])
-                for batch in batches:
-                    likelihood = vae.decoder(latents, in_batch(cells, batch))
-                    values = (likelihood.mu if "library" in q else likelihood.mean)[:, columns]
-                    result[draw % keep, rows] += values.cpu().numpy()
+                for i, batch in enumerate(batches):
+                    values = vae.decoder.expression(latents, in_batch(cells, batch))[:, columns]
+                    if latent_library:
+                        values = values * vae.decoder.log_library(latents).exp()
+                    if factor != 1:
+                        values = values * factor
+                    if result is None:
+                        # NumPy's, which asks for large pages: half of the time went into its first touch.
+                        result = torch.from_numpy(np.empty((keep, len(loader.index), values.shape[1]), np.float32))
+                    # What comes first is written, not added to zeros: the result is large, and so is its traffic.
+                    result[draw % keep, rows] = values if draw < keep and i == 0 else result[draw % keep, rows] + values
             start += len(cells)
-    result /= len(batches) * (n_samples // keep)
-    if "library" in vae.posteriors and library_size != "latent":
-        result *= library_size
-    return result[0] if return_mean else result
+    return (result[0] if return_mean else result).numpy()

@@ -1,5 +1,7 @@
 """What the posterior says of each cell: its latents, and the parts of its evidence lower bound."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -20,6 +22,12 @@ def latent(vae: VAE, loader: CellLoader, name: str) -> tuple[np.ndarray, np.ndar
     return np.concatenate(means), np.concatenate(variances)
 
 
+def draw(mean: np.ndarray, variance: np.ndarray, seed: int) -> np.ndarray:
+    """Return a draw from each Gaussian."""
+    noise = np.random.default_rng(seed).standard_normal(mean.shape, dtype=np.float32)
+    return mean + np.sqrt(variance) * noise
+
+
 @torch.inference_mode()
 def bound(vae: VAE, loader: CellLoader, seed: int) -> dict[str, np.ndarray]:
     """Return log_likelihood and the KL of each latent, (n,) each, at one draw from q."""
@@ -31,3 +39,18 @@ def bound(vae: VAE, loader: CellLoader, seed: int) -> dict[str, np.ndarray]:
             for part, values in ({"log_likelihood": elbo.log_likelihood} | elbo.kl).items():
                 parts.setdefault(part, []).append(values.cpu().numpy())
     return {part: np.concatenate(values) for part, values in parts.items()}
+
+
+@torch.inference_mode()
+def marginal(vae: VAE, loader: CellLoader, n_draws: int, seed: int, at_once: int = 16) -> np.ndarray:
+    """Return the log-mean-exp of so many importance weights p(x, latents) / q(latents | x) for each cell, (n,)."""
+    vae.eval()
+    results = []
+    with seeded(seed):
+        for cells in loader:
+            cells, total = cells.to(vae.device), None
+            for start in range(0, n_draws, at_once):
+                some = vae.log_weights(cells, (min(at_once, n_draws - start),)).double().logsumexp(0)
+                total = some if total is None else torch.logaddexp(total, some)
+            results.append((total - math.log(n_draws)).cpu().numpy())
+    return np.concatenate(results)

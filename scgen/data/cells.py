@@ -6,6 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from scgen.kernels import dispatch
+
 
 @dataclass(frozen=True)
 class Cells:
@@ -14,7 +16,7 @@ class Cells:
     Attributes
     ----------
     counts
-        (n, G) float: what the likelihood describes, counts or normalised values.
+        (n, G) float: what the likelihood describes, counts or normalised values; dense, or for questions also CSR.
     library
         (n, 1) float: logarithm of the cell's total, or of its size factor.
     batch, labels
@@ -37,8 +39,13 @@ class Cells:
 
     @cached_property
     def log_counts(self) -> Tensor:
-        """log(1 + counts), (n, G): what the encoders of counts read, computed once for all of them."""
+        """log(1 + counts), (n, G), sparse if they are: what the encoders of counts read, computed once for all."""
         return torch.log1p(self.counts)
+
+    @cached_property
+    def dense_counts(self) -> Tensor:
+        """The counts, dense: what the likelihoods read."""
+        return dispatch.dense(self.counts) if self.counts.layout == torch.sparse_csr else self.counts
 
     def to(self, device: torch.device) -> "Cells":
         """Return the same cells on another device."""

@@ -228,27 +228,32 @@ class Registry:
         """Return the values of the model's genes, found by name, in the model's order."""
         return open_store(matrix_of(adata, self.setup.layer), self._gene_columns(adata))
 
-    def fingerprint(
-        self, adata: AnnData, store: MemoryStore | BackedStore, columns: dict[str, Tensor]
-    ) -> dict[str, int | str]:
+    def fingerprint(self, adata: AnnData, sums: np.ndarray, columns: dict[str, Tensor]) -> dict[str, int | str]:
         """Return number of cells and a hash of their names, totals and columns: equal for the same cells in order."""
         digest = hashlib.sha256("\n".join(adata.obs_names).encode())
-        for values in (totals(store), *(column.numpy() for column in columns.values())):
+        for values in (sums, *(column.numpy() for column in columns.values())):
             digest.update((np.round(values, 3) + 0.0).tobytes())  # no -0
         return {"n_cells": adata.n_obs, "sha256": digest.hexdigest()}
+
+    def read(self, adata: AnnData) -> tuple[MemoryStore | BackedStore, dict[str, Tensor], dict[str, int | str]]:
+        """Return the values, the columns and the fingerprint of all cells."""
+        store = self.store(adata)
+        sums = totals(store)
+        columns = self.columns(adata, sums)
+        return store, columns, self.fingerprint(adata, sums, columns)
 
     def check_new(self, adata: AnnData) -> None:
         """Raise where another AnnData lacks what the model reads, or has it in a wrong form."""
         check_types(adata, self.setup)
         raise_errors(findings(adata, self.setup, self._gene_columns(adata)), "the model")
 
-    def columns(self, adata: AnnData, store: MemoryStore | BackedStore) -> dict[str, Tensor]:
-        """Return, for all cells, the fields of `Cells` but for counts and index."""
+    def columns(self, adata: AnnData, sums: np.ndarray) -> dict[str, Tensor]:
+        """Return, for all cells, the fields of `Cells` but for counts and index; ``sums`` are the values' by cell."""
         setup, n = self.setup, adata.n_obs
         if setup.size_factor_key is not None:
             size = adata.obs[setup.size_factor_key].to_numpy(float)
         else:
-            size = totals(store) if setup.counts else np.ones(n)
+            size = sums if setup.counts else np.ones(n)
         codes = [self._codes(adata.obs, key) for key in setup.categorical_covariate_keys]
         values = [(adata.obs[key].to_numpy(float) - mean) / sd for key, (mean, sd) in self.scaling.items()]
         return {

@@ -1,5 +1,6 @@
 """Where the values of the cells lie, and how some rows of them become a dense tensor."""
 
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -27,9 +28,19 @@ class MemoryStore:
             self.matrix = self.matrix[:, columns]
         self.shape = self.matrix.shape
 
-    def rows(self, index: np.ndarray) -> Tensor:
-        """Return the rows ``index``, in its order, as a dense float32 tensor (n, G)."""
-        return dispatch.dense_rows(self.matrix, index) if sparse.issparse(self.matrix) else _dense(self.matrix[index])
+    def rows(self, index: np.ndarray, as_sparse: bool = False) -> Tensor:
+        """Return the rows ``index``, in its order, as a float32 tensor (n, G); sparse ones as CSR if so asked."""
+        if not sparse.issparse(self.matrix):
+            return _dense(self.matrix[index])
+        if not as_sparse:
+            return dispatch.dense_rows(self.matrix, index)
+        first, last = index[0], index[-1] + 1
+        if last - first != len(index) or (np.diff(index) != 1).any():
+            return _csr(self.matrix[index])
+        # Consecutive rows, which most questions are about, need no copy.
+        indptr = self.matrix.indptr[first : last + 1]
+        entries = slice(indptr[0], indptr[-1])
+        return _csr_of(indptr - indptr[0], self.matrix.indices[entries], self.matrix.data[entries], self.shape[1])
 
     def blocks(self, n_rows: int = 8192) -> Iterator[tuple[int, np.ndarray | sparse.csr_matrix]]:
         """Iterate over (first row, block of rows as stored)."""
@@ -52,11 +63,12 @@ class BackedStore:
         self.matrix, self.columns = matrix, columns
         self.shape = (matrix.shape[0], matrix.shape[1] if columns is None else len(columns))
 
-    def rows(self, index: np.ndarray) -> Tensor:
-        """Return the rows ``index``, in its order, as a dense float32 tensor (n, G)."""
+    def rows(self, index: np.ndarray, as_sparse: bool = False) -> Tensor:
+        """Return the rows ``index``, in its order, as a float32 tensor (n, G); sparse ones as CSR if so asked."""
         # Files are read in ascending order, each row once; the order asked for is restored here.
         ascending, inverse = np.unique(index, return_inverse=True)
-        return _dense(self._cut(self.matrix[ascending])[inverse])
+        rows = self._cut(self.matrix[ascending])[inverse]
+        return _csr(rows) if as_sparse and sparse.issparse(rows) else _dense(rows)
 
     def blocks(self, n_rows: int = 8192) -> Iterator[tuple[int, np.ndarray | sparse.csr_matrix]]:
         """Iterate over (first row, block of rows as stored)."""
@@ -76,8 +88,21 @@ def open_store(matrix, columns: np.ndarray | None = None) -> MemoryStore | Backe
 
 def totals(store: MemoryStore | BackedStore) -> np.ndarray:
     """Return the sum of each row, (N,) float64."""
-    # A product, since scipy's sum would add float32 values in float32, whatever dtype is asked for.
-    return np.concatenate([block @ np.ones(block.shape[1]) for _, block in store.blocks()])
+    if isinstance(store, MemoryStore):
+        return dispatch.row_sums(store.matrix)
+    return np.concatenate([dispatch.row_sums(block) for _, block in store.blocks()])
+
+
+def _csr(rows: sparse.csr_matrix | sparse.csr_array) -> Tensor:
+    return _csr_of(rows.indptr, rows.indices, rows.data, rows.shape[1])
+
+
+def _csr_of(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, n_columns: int) -> Tensor:
+    index = (torch.from_numpy(part.astype(np.int32, copy=False)) for part in (indptr, indices))
+    values = torch.from_numpy(data.astype(np.float32, copy=False))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(*index, values, (len(indptr) - 1, n_columns), check_invariants=False)
 
 
 def _dense(rows: np.ndarray | sparse.csr_matrix) -> Tensor:

@@ -1,11 +1,13 @@
 """The distributions of latents: a diagonal Gaussian, and a value known without doubt."""
 
+import math
+
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal, constraints, register_kl
+from torch.distributions import Distribution, constraints, register_kl
 
 
-class DiagonalNormal(Independent):
+class DiagonalNormal(Distribution):
     """Gaussian with independent components.
 
     Parameters
@@ -22,13 +24,40 @@ class DiagonalNormal(Independent):
     ((5, 3, 2), (5, 3))
     """
 
+    arg_constraints = {}
+    support = constraints.real_vector
+    has_rsample = True
+
     def __init__(self, mean: Tensor, variance: Tensor):
-        super().__init__(Normal(mean, variance.sqrt(), validate_args=False), 1, validate_args=False)
+        self._mean, self._variance = mean, variance
+        super().__init__(mean.shape[:-1], mean.shape[-1:], validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        return self._mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self._variance
+
+    def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        noise = torch.randn(self._extended_shape(sample_shape), dtype=self._mean.dtype, device=self._mean.device)
+        return self._mean + self._variance.sqrt() * noise
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        squares = (value - self._mean).square() / self._variance
+        return -0.5 * (squares + self._variance.log() + math.log(2 * math.pi)).sum(-1)
 
     def rsample_and_log_prob(self, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Return draws (*shape, ..., d) that carry gradients, and their log-density (*shape, ...)."""
         sample = self.rsample(shape)
         return sample, self.log_prob(sample)
+
+
+@register_kl(DiagonalNormal, DiagonalNormal)
+def _kl_of_gaussians(q: DiagonalNormal, p: DiagonalNormal) -> Tensor:
+    ratio = q.variance / p.variance
+    return 0.5 * (ratio - ratio.log() + (q.mean - p.mean).square() / p.variance - 1).sum(-1)
 
 
 class PointMass(Distribution):

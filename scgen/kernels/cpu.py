@@ -59,6 +59,32 @@ def dense_rows(matrix: sparse.csr_matrix | sparse.csr_array, rows: np.ndarray) -
     return dense
 
 
+def dense(rows: Tensor) -> Tensor:
+    """Return a CSR tensor (n, G) as a dense one."""
+    result = torch.empty(rows.shape)
+    _threads()
+    parts = (part.numpy() for part in (rows.crow_indices(), rows.col_indices(), rows.values()))
+    _fill_rows(*parts, np.arange(len(rows)), result.numpy())
+    return result
+
+
+def row_sums(matrix: sparse.csr_matrix | sparse.csr_array) -> np.ndarray:
+    """Return the sum of each row, (n,) float64, added in float64."""
+    sums = np.empty(matrix.shape[0])
+    _threads()
+    _sum_rows(matrix.indptr, matrix.data, sums)
+    return sums
+
+
+@njit(parallel=True, **COMPILED)
+def _sum_rows(indptr, data, sums):
+    for i in prange(len(sums)):
+        total = 0.0
+        for k in range(indptr[i], indptr[i + 1]):
+            total += float64(data[k])
+        sums[i] = total
+
+
 @njit(parallel=True, **COMPILED)
 def _fill_rows(indptr, indices, data, rows, dense):
     for i in prange(len(rows)):
@@ -74,8 +100,7 @@ def _exp(x):
     x = max(min(x, float32(87)), float32(-87))
     n = np.floor(x * float32(1.4426950408889634) + float32(0.5))
     r = x - n * float32(0.693359375) + n * float32(2.12194440e-4)  # ln 2 in two parts
-    p = float32(1 / 5040)
-    p = p * r + float32(1 / 720)
+    p = float32(1 / 720)
     p = p * r + float32(1 / 120)
     p = p * r + float32(1 / 24)
     p = p * r + float32(1 / 6)
@@ -92,8 +117,7 @@ def _log_ratio(m, k):
     """
     s = (m - k) / (TWO + m + k)
     q = s * s
-    p = float32(2 / 15)
-    p = p * q + float32(2 / 13)
+    p = float32(2 / 13)
     p = p * q + float32(2 / 11)
     p = p * q + float32(2 / 9)
     p = p * q + float32(2 / 7)
@@ -150,7 +174,7 @@ def _non_zero(x, log_mu, log_theta, theta, log1p_m):
     if x > SMALL:
         theta, log1p_m = math.exp(log_theta), math.log1p(math.exp(-abs(d)))
     # x d - (x + theta) softplus(d), without a difference of large terms.
-    power = -x * log1p_m - theta * (d + log1p_m) if d > 0.0 else x * d - (x + theta) * log1p_m
+    power = -x * (max(-d, 0.0) + log1p_m) - theta * (max(d, 0.0) + log1p_m)
     return power + log_theta if x == 1.0 else power + _log_rising(x, theta) - _log_factorial(x)
 
 

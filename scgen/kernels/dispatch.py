@@ -24,6 +24,21 @@ def dense_rows(matrix: sparse.csr_matrix | sparse.csr_array, rows: np.ndarray) -
     return torch.from_numpy(matrix[rows].toarray().astype(np.float32, copy=False))
 
 
+def dense(rows: Tensor) -> Tensor:
+    """Return a CSR tensor (n, G) as a dense one."""
+    if rows.device.type == "cpu" and rows.shape.numel() >= SMALLEST:
+        return importlib.import_module("scgen.kernels.cpu").dense(rows)
+    return rows.to_dense()
+
+
+def row_sums(matrix: np.ndarray | sparse.csr_matrix | sparse.csr_array) -> np.ndarray:
+    """Return the sum of each row, (n,) float64, added in float64."""
+    if sparse.issparse(matrix) and matrix.nnz >= SMALLEST:
+        return importlib.import_module("scgen.kernels.cpu").row_sums(matrix)
+    # A product, since scipy's sum would add float32 values in float32, whatever dtype is asked for.
+    return matrix @ np.ones(matrix.shape[1])
+
+
 def poisson_log_prob(counts: Tensor, log_mu: Tensor) -> Tensor:
     """Return x log(mu) - mu - log(x!)."""
     return _kernels(counts, log_mu).poisson_log_prob(counts, log_mu)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from scipy import sparse
 from torch import Tensor
@@ -49,8 +50,7 @@ class Model:
 
     def __init__(self, adata: AnnData, registry: Registry, arguments: dict):
         self.assemble(registry, arguments)
-        store = registry.store(adata)
-        self.adata, self.fingerprint = adata, registry.fingerprint(adata, store, registry.columns(adata, store))
+        self.adata, (_, _, self.fingerprint) = adata, registry.read(adata)
 
     def assemble(self, registry: Registry, arguments: dict) -> None:
         """Make the module, without cells."""
@@ -79,11 +79,11 @@ class Model:
         self,
         max_epochs: int | None = None,
         *,
-        batch_size: int = 256,
+        batch_size: int = 512,
         train_size: float = 0.9,
         early_stopping: bool = True,
         patience: int | None = None,
-        learning_rate: float = 5e-3,
+        learning_rate: float = 2e-2,
         kl_start: float = 4.0,
         accelerator: str = "auto",
         devices: int = 1,
@@ -99,7 +99,7 @@ class Model:
         Parameters
         ----------
         max_epochs
-            Passes over the training cells; None stands for 1250 minibatches, but 20 to 400 passes.
+            Passes over the training cells; None stands for 400 minibatches, but 10 to 400 passes.
         batch_size
             Cells in a minibatch.
         train_size
@@ -184,7 +184,7 @@ class Model:
         indices: Sequence[int] | None = None,
         give_mean: bool = True,
         return_dist: bool = False,
-        batch_size: int = 1024,
+        batch_size: int = 4096,
         seed: int = 0,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Return z of each cell: the mean of q(z | x, s), or a draw from it.
@@ -222,7 +222,7 @@ class Model:
         mean, variance = inference.latent(self.vae, self._loader(adata, indices, batch_size), "z")
         if return_dist:
             return mean, variance
-        return mean if give_mean else _draw(mean, variance, seed)
+        return mean if give_mean else inference.draw(mean, variance, seed)
 
     def get_latent_library_size(
         self,
@@ -241,7 +241,7 @@ class Model:
         if "library" not in self.vae.posteriors:
             raise ValueError('gene_likelihood="normal" has no library size.')
         mean, variance = inference.latent(self.vae, self._loader(adata, indices, batch_size), "library")
-        return np.exp(mean + variance / 2 if give_mean else _draw(mean, variance, seed))
+        return np.exp(mean + variance / 2 if give_mean else inference.draw(mean, variance, seed))
 
     def get_elbo(
         self,
@@ -277,6 +277,28 @@ class Model:
         error = -inference.bound(self.vae, self._loader(adata, indices, batch_size), seed)["log_likelihood"]
         return float(error.mean(dtype=np.float64)) if return_mean else error
 
+    def get_marginal_ll(
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Sequence[int] | None = None,
+        n_mc_samples: int = 1000,
+        return_mean: bool = True,
+        batch_size: int = 128,
+        seed: int = 0,
+    ) -> float | np.ndarray:
+        """Return the estimate of log p(x), in nats per cell, from importance-weighted draws of the latents.
+
+        log (1/K) sum_k p(x, z_k, l_k) / q(z_k, l_k | x), with K = ``n_mc_samples`` draws from q: never below `get_elbo`
+        in expectation, and closer to log p(x) from below the more draws (Burda et al. 2016).
+        ``return_mean=False`` returns one value per cell, (n,). Other parameters and errors are those of
+        `get_latent_representation`.
+        """
+        if not isinstance(n_mc_samples, int | np.integer) or n_mc_samples < 1:
+            raise ValueError(f"n_mc_samples={n_mc_samples!r}; it takes a whole number from 1.")
+        values = inference.marginal(self.vae, self._loader(adata, indices, batch_size), n_mc_samples, seed)
+        return float(values.mean()) if return_mean else values
+
     def get_normalized_expression(
         self,
         adata: AnnData | None = None,
@@ -288,7 +310,7 @@ class Model:
         n_samples: int = 1,
         return_mean: bool = True,
         return_numpy: bool = False,
-        batch_size: int = 256,
+        batch_size: int = 1024,
         seed: int = 0,
         transform_batch: str | Sequence[str] | None = None,
     ) -> pd.DataFrame | np.ndarray:
@@ -345,7 +367,7 @@ class Model:
             loader,
             self._batch_codes(batch if transform_batch is None else transform_batch),
             library_size,
-            pd.Index(self.registry.genes).get_indexer(genes),
+            None if gene_list is None else pd.Index(self.registry.genes).get_indexer(genes),
             n_samples,
             return_mean or n_samples == 1,
             seed,
@@ -484,13 +506,13 @@ class Model:
                 raise ValueError(f"indices: {error}; adata has {adata.n_obs} cells.") from None
         if not len(index):
             raise ValueError("no cells are asked about: indices is empty.")
-        return CellLoader(*self._read(adata), index, batch_size)
+        as_sparse = self.vae.device.type == "cpu" and torch.backends.mkl.is_available()
+        return CellLoader(*self._read(adata), index, batch_size, as_sparse=as_sparse)
 
     def _read(self, adata: AnnData) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]]:
         """Return values and columns of all cells; raise if the model's own cells are no longer what they were."""
-        store = self.registry.store(adata)
-        columns = self.registry.columns(adata, store)
-        if adata is self.adata and self.registry.fingerprint(adata, store, columns) != self.fingerprint:
+        store, columns, fingerprint = self.registry.read(adata)
+        if adata is self.adata and fingerprint != self.fingerprint:
             raise ValueError(
                 "the model's AnnData has changed since the model was made: other or renamed cells, other values in "
                 f"{self.registry.setup.where} or in the columns that the model reads. "
@@ -511,8 +533,3 @@ class Model:
 def _plain(values: dict) -> dict:
     """Return the values with NumPy's scalars, which JSON does not hold, as Python's."""
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
-
-
-def _draw(mean: np.ndarray, variance: np.ndarray, seed: int) -> np.ndarray:
-    noise = np.random.default_rng(seed).standard_normal(mean.shape, dtype=np.float32)
-    return mean + np.sqrt(variance) * noise

@@ -65,8 +65,7 @@ def load(cls: type, folder: str | Path, adata: AnnData | None):
         raise ModelFileError(f"{folder}/model.json does not describe a model that scgen can build: {error}") from error
     if adata is not None:
         registry.check_new(adata)
-        store = registry.store(adata)
-        model.adata, fingerprint = adata, registry.fingerprint(adata, store, registry.columns(adata, store))
+        model.adata, (_, _, fingerprint) = adata, registry.read(adata)
         if fingerprint != model.fingerprint:  # other cells: the split is not theirs
             model.fingerprint, model.train_indices, model.validation_indices = fingerprint, None, None
     return model

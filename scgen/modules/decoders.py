@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
-from torch.nn.functional import log_softmax, softplus
+from torch.nn.functional import log_softmax, softmax, softplus
 
 from scgen.data.cells import Cells
 from scgen.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
@@ -89,6 +89,11 @@ class CountDecoder(nn.Module):
         with torch.no_grad():
             self.scale.bias.copy_(mean.log() if self.normalised else mean + torch.log(-torch.expm1(-mean)))
 
+    def expression(self, latents: dict[str, Tensor], cells: Cells) -> Tensor:
+        """Return rho (..., n, G), the mean of the counts for each unit of the library."""
+        logits = self.scale(self.mlp(latents["z"], cells))
+        return softmax(logits, -1) if self.normalised else softplus(logits)
+
     def forward(
         self, latents: dict[str, Tensor], cells: Cells
     ) -> Poisson | NegativeBinomial | ZeroInflatedNegativeBinomial:
@@ -100,13 +105,17 @@ class CountDecoder(nn.Module):
             if self.normalised
             else torch.where(logits < -15, logits, softplus(logits.clamp(min=-15)).log())
         )
-        log_mu = latents["library"].clamp(0 if self.normalised else -MAX_LOG, MAX_LOG) + log_rho
+        log_mu = self.log_library(latents) + log_rho
         if self.dispersion is None:
             return Poisson(log_mu)
         log_theta = self.dispersion(h, cells)
         if self.zi_logits is None:
             return NegativeBinomial(log_mu, log_theta)
         return ZeroInflatedNegativeBinomial(log_mu, log_theta, self.zi_logits(h))
+
+    def log_library(self, latents: dict[str, Tensor]) -> Tensor:
+        """Return log l (..., n, 1), kept in its range."""
+        return latents["library"].clamp(0 if self.normalised else -MAX_LOG, MAX_LOG)
 
 
 class GaussianDecoder(nn.Module):
@@ -138,7 +147,10 @@ class GaussianDecoder(nn.Module):
             self.mean.bias.copy_(mean)
             self.log_scale.copy_(variance.sqrt().clamp(min=1e-3).log())
 
+    def expression(self, latents: dict[str, Tensor], cells: Cells) -> Tensor:
+        """Return the means f(z, s), (..., n, G)."""
+        return self.mean(latents["z"] if self.mlp is None else self.mlp(latents["z"], cells))
+
     def forward(self, latents: dict[str, Tensor], cells: Cells) -> Normal:
-        h = latents["z"] if self.mlp is None else self.mlp(latents["z"], cells)
         scale = self.log_scale.clamp(-MAX_LOG, MAX_LOG).exp() + 1e-4
-        return Normal(self.mean(h), scale, validate_args=False)
+        return Normal(self.expression(latents, cells), scale, validate_args=False)

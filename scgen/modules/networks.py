@@ -21,6 +21,8 @@ class WideLinear(nn.Linear):
     reduced = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.layout == torch.sparse_csr:
+            return torch.addmm(self.bias, x, self.weight.T)
         if not self.reduced:
             return super().forward(x)
         return linear(x.bfloat16(), self.weight.bfloat16()).float().add_(self.bias)

@@ -14,6 +14,7 @@ from scipy.stats.contingency import association
 import scgen
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry, cramers_v
+from scgen.data.stores import totals
 
 N, G = 60, 20
 
@@ -616,7 +617,7 @@ def assert_cells(adata, x):
     registry = Registry.of(adata)
     store = registry.store(adata)
     rows = np.arange(10)
-    (cells,) = CellLoader(store, registry.columns(adata, store), rows)
+    (cells,) = CellLoader(store, registry.columns(adata, totals(store)), rows)
     obs = adata.obs
     assert cells.counts.numpy().dtype == np.float32
     np.testing.assert_array_equal(cells.counts.numpy(), x[rows].astype(np.float32))
@@ -683,7 +684,7 @@ def test_booleans_are_counts(good, convert):
 def test_size_factors_replace_the_library(good):
     scgen.setup_anndata(good, size_factor_key="size_factor")
     registry = Registry.of(good)
-    library = registry.columns(good, registry.store(good))["library"].numpy()[:, 0]
+    library = registry.columns(good, totals(registry.store(good)))["library"].numpy()[:, 0]
     np.testing.assert_allclose(library, np.log(good.obs["size_factor"]), rtol=1e-6)
 
 
@@ -722,7 +723,7 @@ def test_batches_of_any_type(good, values, categorical):
     good.obs["run"] = column.astype("category") if categorical else column
     scgen.setup_anndata(good, batch_key="run")
     registry = Registry.of(good)
-    codes = registry.columns(good, registry.store(good))["batch"].numpy()
+    codes = registry.columns(good, totals(registry.store(good)))["batch"].numpy()
     # Two cells have the same code if, and only if, they have the same value.
     np.testing.assert_array_equal(codes[:, None] == codes, column.to_numpy()[:, None] == column.to_numpy())
     assert len(set(registry.batches)) == len(set(values))
@@ -736,7 +737,7 @@ def test_unused_categories_are_dropped(good):
     scgen.setup_anndata(good, batch_key="batch")
     registry = Registry.of(good)
     assert registry.batches == ["batch_2", "batch_1"]
-    codes = registry.columns(good, registry.store(good))["batch"].numpy()
+    codes = registry.columns(good, totals(registry.store(good)))["batch"].numpy()
     np.testing.assert_array_equal(codes, (good.obs["batch"] == "batch_1").astype(int))
     pd.testing.assert_frame_equal(good.obs, before)
 

@@ -199,8 +199,8 @@ def test_a_value_that_is_not_finite_is_named_and_good_weights_kept(small, monkey
 
 
 def damaged(rows, row, column):
-    def read(self, index):
-        values = rows(self, index)
+    def read(self, index, as_sparse=False):
+        values = rows(self, index, as_sparse)
         values[np.asarray(index) == row, column] = np.nan
         return values
 

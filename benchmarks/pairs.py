@@ -1,0 +1,98 @@
+"""Measure scgen beside scvi-tools: each figure in a fresh process, in turns, on a quiet machine.
+
+The files under ``benchmarks/results/speed`` are keyed by what was measured, the versions and the number of cores, and
+what is there is not measured again. Ratios are of one round, and their median is what counts: the machine's own speed
+varies more between rounds than within one.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "speed"
+PACKAGES = ("scgen", "scvi-tools")
+
+
+def busy_share(seconds: float = 1.0) -> float:
+    """Return the share of all cores' time that went to work within some seconds."""
+
+    def jiffies():
+        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(fields) - fields[3] - fields[4], sum(fields)
+
+    work, total = jiffies()
+    time.sleep(seconds)
+    later_work, later_total = jiffies()
+    return (later_work - work) / max(later_total - total, 1)
+
+
+def commit() -> str:
+    return subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+
+
+def once(package: str, task: str, n_cells: int, n_genes: int, options: list[str]) -> dict:
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.tasks", package, task, str(n_cells), str(n_genes)]
+    done = subprocess.run(command + options, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measure(
+    task: str,
+    n_cells: int,
+    n_genes: int,
+    ours: tuple[str, ...] = (),
+    theirs: tuple[str, ...] = (),
+    rounds: int = 5,
+    label: str = "",
+) -> dict:
+    """Return the kept result of one comparison; measure it first if there is none."""
+    name = "--".join([task, label or "default", f"{n_cells}x{n_genes}", commit(), f"{os.cpu_count()}cores"])
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        if (share := busy_share()) > 0.1:
+            sys.exit(f"the machine is busy ({share:.0%} of its cores): a figure taken now would be worth nothing.")
+        from benchmarks.tasks import cells
+
+        cells(n_cells, n_genes)
+        found = {package: [] for package in PACKAGES}
+        for _ in range(rounds):
+            for package, options in zip(PACKAGES, (ours, theirs), strict=True):
+                found[package].append(once(package, task, n_cells, n_genes, list(options)))
+        result = {
+            "task": task,
+            "label": label,
+            "cells": n_cells,
+            "genes": n_genes,
+            "options": {"scgen": ours, "scvi-tools": theirs},
+            "date": time.strftime("%Y-%m-%d"),
+            "versions": {"scgen": commit(), "scvi-tools": version("scvi-tools"), "torch": version("torch")},
+            "rounds": found,
+            "ratios": {
+                figure: statistics.median(
+                    b[figure] / a[figure] for a, b in zip(found["scgen"], found["scvi-tools"], strict=True)
+                )
+                for figure in found["scgen"][0]
+            },
+        }
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    result = json.loads(path.read_text())
+    show(result)
+    return result
+
+
+def show(result: dict) -> None:
+    """Print the medians of both packages and the median ratio."""
+    for figure, ratio in result["ratios"].items():
+        ours, theirs = (statistics.median(one[figure] for one in result["rounds"][package]) for package in PACKAGES)
+        what = f"{result['task']} {result['label']} {result['cells']} x {result['genes']}: {figure}"
+        print(f"{what:70s} {ours:9.3f} {theirs:9.3f}   ratio {ratio:.2f}", flush=True)

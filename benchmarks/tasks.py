@@ -1,0 +1,128 @@
+"""What is measured, one task a process: ``python -m benchmarks.tasks PACKAGE TASK CELLS GENES [NAME=VALUE ...]``.
+
+Prints one line of JSON. ``benchmarks.pairs`` runs these in turns, scgen and scvi-tools, on the same simulated counts:
+negative binomial, about a tenth of them not zero, in two batches.
+"""
+
+import json
+import resource
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+CACHE = Path(__file__).parent / "cache"
+
+
+def cells(n_cells: int, n_genes: int) -> anndata.AnnData:
+    """Return the simulated cells, made once and kept."""
+    path = CACHE / f"simulated-{n_cells}-{n_genes}.h5ad"
+    if not path.exists():
+        rng = np.random.default_rng(0)
+        share = rng.dirichlet(np.full(n_genes, 0.3))
+        blocks = []
+        for start in range(0, n_cells, 4000):
+            n = min(4000, n_cells - start)
+            mu = rng.lognormal(0, 0.4, (n, 1)) * share * (n_genes * 0.17)
+            blocks.append(sparse.csr_matrix(rng.poisson(rng.gamma(1.0, mu)).astype(np.float32)))
+        batch = pd.Categorical(rng.integers(0, 2, n_cells).astype(str))
+        made = anndata.AnnData(sparse.vstack(blocks).tocsr(), obs=pd.DataFrame({"batch": batch}))
+        made.obs_names, made.var_names = made.obs_names.astype(str), made.var_names.astype(str)
+        CACHE.mkdir(exist_ok=True)
+        made.write_h5ad(path)
+    return anndata.read_h5ad(path)
+
+
+def model_of(package: str, adata, observed: bool):
+    if package == "scgen":
+        import scgen
+
+        scgen.setup_anndata(adata, batch_key="batch")
+        return scgen.SCVI(adata, use_observed_lib_size=observed)
+    import scvi
+
+    scvi.settings.seed = 0
+    scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
+    return scvi.model.SCVI(adata, use_observed_lib_size=observed)
+
+
+def trained(package: str, adata, observed: bool, epochs: int, batch_size: int | None, precision: str | None):
+    """Return a model trained for some epochs, and the seconds of each."""
+    model = model_of(package, adata, observed)
+    size = {} if batch_size is None else {"batch_size": batch_size}
+    if package == "scgen":
+        model.train(epochs, progress=False, **size, **({} if precision is None else {"precision": precision}))
+        return model, model.history["seconds"].tolist()
+    import lightning
+
+    class Clock(lightning.pytorch.Callback):
+        seconds = ()
+
+        def on_train_epoch_start(self, *_):
+            self.started = time.perf_counter()
+
+        def on_train_epoch_end(self, *_):
+            self.seconds = (*self.seconds, time.perf_counter() - self.started)
+
+    clock = Clock()
+    model.train(epochs, enable_progress_bar=False, callbacks=[clock], **size)
+    return model, list(clock.seconds)
+
+
+def step(package, n_cells, n_genes, observed="0", epochs="4", batch_size=None, precision=None):
+    """Return the median seconds of an epoch, as ``train`` runs it, but for the first."""
+    size = None if batch_size is None else int(batch_size)
+    _, seconds = trained(package, cells(n_cells, n_genes), observed == "1", int(epochs), size, precision)
+    return {"seconds": float(np.median(seconds[1:])), "first": seconds[0], "peak_mb": peak()}
+
+
+def questions(package, n_cells, n_genes, observed="0"):
+    """Return the seconds that each question to a model takes, the best of three after a first one."""
+    adata = cells(n_cells, n_genes)
+    model, _ = trained(package, adata, observed == "1", 1, None, None)
+    some, few = np.arange(20_000), np.arange(1000)
+    asked = {
+        "latent": lambda: model.get_latent_representation(),
+        "elbo": lambda: model.get_elbo(),
+        "normalised expression": lambda: model.get_normalized_expression(indices=some),
+        "marginal likelihood": lambda: model.get_marginal_ll(indices=few, n_mc_samples=100),
+    }
+    figures = {}
+    for name, ask in asked.items():
+        times = []
+        for _ in range(4 if name == "latent" else 3):
+            started = time.perf_counter()
+            ask()
+            times.append(time.perf_counter() - started)
+        figures[name] = min(times[1:])
+    return figures
+
+
+def imports(package, n_cells, n_genes):
+    """Return the seconds that the import takes."""
+    started = time.perf_counter()
+    __import__("scgen" if package == "scgen" else "scvi")
+    return {"seconds": time.perf_counter() - started, "peak_mb": peak()}
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main():
+    warnings.filterwarnings("ignore")
+    package, task, n_cells, n_genes, *options = sys.argv[1:]
+    chosen = dict(option.split("=") for option in options)
+    figures = {"step": step, "questions": questions, "imports": imports}[task](
+        package, int(n_cells), int(n_genes), **chosen
+    )
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
