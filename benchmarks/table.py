@@ -1,40 +1,94 @@
-"""Print the quality table of a set from the results kept: ``python -m benchmarks.table [SET]``."""
+"""Print what was measured: ``python -m benchmarks.table [quality SET | speed]``; ``speed`` also draws it.
+
+Of each method and comparison, the newest version counts.
+"""
 
 import json
+import statistics
 import sys
 
 import pandas as pd
 
-from benchmarks import quality
+from benchmarks import pairs, protocol, quality
 
 
-def table(name: str) -> pd.DataFrame:
-    """Return a row per method: mean (and spread over seeds) of scores, test ELBO and seconds, of its newest version."""
+def quality_table(name: str) -> pd.DataFrame:
+    """Return a row per method: mean (and spread over seeds) of scores, likelihoods and seconds."""
     runs = [json.loads(path.read_text()) for path in sorted(quality.RESULTS.glob(f"{name}--*.json"))]
     rows = {}
     for method in quality.METHODS:
         mine = [run for run in runs if run["method"] == method]
         if not mine:
             continue
-        newest = max(mine, key=lambda run: run["date"])["version"]
+        newest = max(mine, key=lambda run: (run["date"], run.get("marginal") is not None))["version"]
         mine = [run for run in mine if run["version"] == newest]
-        columns = {part: [run["scores"][part] for run in mine] for part in ("bio", "batch", "total")}
-        columns["iLISI"] = [run["scores"]["iLISI"] for run in mine]
-        columns["test ELBO"] = [run["test_elbo"] for run in mine]
-        columns["seconds"] = [run["seconds"] for run in mine]
+        scores = [run.get("scores", {}) for run in mine]
+        columns = {part: [score.get(part) for score in scores] for part in ("bio", "batch", "total", "iLISI")}
+        columns["test ELBO"] = [run.get("test_elbo") for run in mine]
+        columns["marginal"] = [run.get("marginal") for run in mine]
+        columns["seconds"] = [run.get("seconds") for run in mine]
         columns["epochs"] = [run.get("epochs") for run in mine]
         rows[f"{method} {newest}"] = {"seeds": len(mine)} | {part: shown(part, v) for part, v in columns.items()}
     return pd.DataFrame(rows).T
 
 
 def shown(part: str, values: list) -> str:
-    if values[0] is None:
+    digits = {"test ELBO": 1, "marginal": 1, "seconds": 0, "epochs": 0}.get(part, 3)
+    series = pd.Series(values, dtype=float).dropna()
+    if series.empty:
         return ""
-    digits = {"test ELBO": 1, "seconds": 0, "epochs": 0}.get(part, 3)
-    series = pd.Series(values, dtype=float)
-    spread = f" ± {series.std():.{digits}f}" if len(values) > 1 else ""
+    spread = f" ± {series.std():.{digits}f}" if len(series) > 1 else ""
     return f"{series.mean():.{digits}f}{spread}"
 
 
+def speed_table() -> pd.DataFrame:
+    """Return a row per figure: medians of both packages, and median and range of the ratio within a round."""
+    newest = {}
+    for path in sorted(pairs.RESULTS.glob("*.json"), key=lambda path: path.stat().st_mtime):
+        result = json.loads(path.read_text())
+        newest[result["task"], result["label"], result["cells"], result["genes"]] = result
+    rows = []
+    for result in newest.values():
+        ours, theirs = (result["rounds"][package] for package in pairs.PACKAGES)
+        for figure in result["ratios"]:
+            ratios = [b[figure] / a[figure] for a, b in zip(ours, theirs, strict=True)]
+            rows.append(
+                {
+                    "measured": f"{result['task']} {result['label']}: {figure}",
+                    "cells x genes": f"{result['cells']} x {result['genes']}",
+                    "scgen": round(statistics.median(one[figure] for one in ours), 3),
+                    "scvi-tools": round(statistics.median(one[figure] for one in theirs), 3),
+                    "ratio": f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                    "rounds": len(ratios),
+                    "version": result["versions"]["scgen"],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def draw(table: pd.DataFrame, path) -> None:
+    """Draw how many times as long, or as much, scvi-tools takes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.3 * len(table)), layout="constrained")
+    names = table["measured"] + ", " + table["cells x genes"]
+    ratios = table["ratio"].str.split().str[0].astype(float)
+    bars = axes.barh(names, ratios, color="#4477aa")
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set(xlabel="scvi-tools / scgen, median of the rounds", xscale="log")
+    figure.savefig(path, dpi=120)
+
+
 if __name__ == "__main__":
-    print(table(sys.argv[1] if len(sys.argv) > 1 else "pbmc_10k_5k_cite").to_string())
+    if sys.argv[1:] == ["speed"]:
+        found = speed_table()
+        print(found.to_string())
+        draw(found, pairs.RESULTS.parent / "speed.png")
+    else:
+        for one in sys.argv[2:] or protocol.SETS:
+            print(f"\n{one}\n{quality_table(one).to_string()}")
