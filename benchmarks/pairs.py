@@ -1,8 +1,8 @@
 """Measure scgen beside scvi-tools: each figure in a fresh process, in turns, on a quiet machine.
 
-The files under ``benchmarks/results/speed`` are keyed by what was measured, the versions and the number of cores, and
-what is there is not measured again. Ratios are of one round, and their median is what counts: the machine's own speed
-varies more between rounds than within one.
+The files under ``benchmarks/results/speed`` are keyed by what was measured, our commit and the number of cores; what is
+there is not measured again. Ratios are of one round, and their median is what counts: the machine's own speed varies
+more between rounds than within one.
 """
 
 import json
@@ -32,9 +32,17 @@ def busy_share(seconds: float = 1.0) -> float:
 
 
 def commit() -> str:
-    return subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
+    """Return the commit; a result of uncommitted code could not be told from the next one's."""
+    command = ["git", "describe", "--always", "--dirty"]
+    name = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    if name.endswith("-dirty"):
+        sys.exit("there are changes that are not committed: commit them first, so that the result says what it is of.")
+    return name
+
+
+def refuse_if_busy() -> None:
+    if (share := busy_share()) > 0.1:
+        sys.exit(f"the machine is busy ({share:.0%} of its cores): a figure taken now would be worth nothing.")
 
 
 def once(package: str, task: str, n_cells: int, n_genes: int, options: list[str]) -> dict:
@@ -58,13 +66,11 @@ def measure(
     name = "--".join([task, label or "default", f"{n_cells}x{n_genes}", commit(), f"{os.cpu_count()}cores"])
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        if (share := busy_share()) > 0.1:
-            sys.exit(f"the machine is busy ({share:.0%} of its cores): a figure taken now would be worth nothing.")
-        from benchmarks.tasks import cells
-
-        cells(n_cells, n_genes)
+        if task != "imports":
+            once("scgen", "simulate", n_cells, n_genes, [])
         found = {package: [] for package in PACKAGES}
         for _ in range(rounds):
+            refuse_if_busy()
             for package, options in zip(PACKAGES, (ours, theirs), strict=True):
                 found[package].append(once(package, task, n_cells, n_genes, list(options)))
         result = {
@@ -73,7 +79,7 @@ def measure(
             "cells": n_cells,
             "genes": n_genes,
             "options": {"scgen": ours, "scvi-tools": theirs},
-            "date": time.strftime("%Y-%m-%d"),
+            "measured": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "versions": {"scgen": commit(), "scvi-tools": version("scvi-tools"), "torch": version("torch")},
             "rounds": found,
             "ratios": {

@@ -7,7 +7,6 @@ scib-metrics compiles for a minute. ``python -m benchmarks.table`` prints the ta
 
 import argparse
 import json
-import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import protocol
+from benchmarks.pairs import busy_share, commit
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 CACHE = Path(__file__).parent / "cache"
@@ -88,20 +88,25 @@ METHODS = {
 def tag(method: str) -> str:
     """Return the version under which a run is kept: a peer's release, or our commit."""
     if method.startswith("scgen"):
-        return subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+        return commit()
     return version({"pca": "scanpy", "harmonypy": "harmonypy"}.get(method, "scvi-tools"))
 
 
 def run(name: str, method: str, seed: int) -> None:
-    path = RESULTS / f"{name}--{method}--{seed}--{tag(method)}.json"
+    kept_as = tag(method)
+    path = RESULTS / f"{name}--{method}--{seed}--{kept_as}.json"
     if not path.exists():
+        busy = busy_share() > 0.1
         adata, train, test = protocol.read(name)
         embedding, details = METHODS[method](adata, train, test, seed)
         CACHE.mkdir(exist_ok=True)
         np.savez(CACHE / path.with_suffix(".npz").name, embedding=embedding)
-        result = {"set": name, "method": method, "seed": seed, "version": tag(method)}
+        result = {"set": name, "method": method, "seed": seed, "version": kept_as}
+        result |= {"date": time.strftime("%Y-%m-%d"), "measured": time.strftime("%Y-%m-%dT%H:%M:%S")} | details
+        if busy or busy_share() > 0.1:
+            result |= {"seconds": None, "busy": True}  # another process ran beside it: its time is no measurement
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result | {"date": time.strftime("%Y-%m-%d")} | details, indent=1) + "\n")
+        path.write_text(json.dumps(result, indent=1) + "\n")
     print(path.read_text(), flush=True)
 
 

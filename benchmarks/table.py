@@ -1,4 +1,4 @@
-"""Print what was measured: ``python -m benchmarks.table [quality SET | speed]``; ``speed`` also draws it.
+"""Print what was measured: ``python -m benchmarks.table quality [SET]``, or ``speed``, which is also drawn.
 
 Of each method and comparison, the newest version counts.
 """
@@ -20,7 +20,7 @@ def quality_table(name: str) -> pd.DataFrame:
         mine = [run for run in runs if run["method"] == method]
         if not mine:
             continue
-        newest = max(mine, key=lambda run: (run["date"], run.get("marginal") is not None))["version"]
+        newest = max(mine, key=lambda run: run.get("measured", run["date"]))["version"]
         mine = [run for run in mine if run["version"] == newest]
         scores = [run.get("scores", {}) for run in mine]
         columns = {part: [score.get(part) for score in scores] for part in ("bio", "batch", "total", "iLISI")}
@@ -44,8 +44,8 @@ def shown(part: str, values: list) -> str:
 def speed_table() -> pd.DataFrame:
     """Return a row per figure: medians of both packages, and median and range of the ratio within a round."""
     newest = {}
-    for path in sorted(pairs.RESULTS.glob("*.json"), key=lambda path: path.stat().st_mtime):
-        result = json.loads(path.read_text())
+    results = [json.loads(path.read_text()) for path in pairs.RESULTS.glob("*.json")]
+    for result in sorted(results, key=lambda result: result["measured"]):
         newest[result["task"], result["label"], result["cells"], result["genes"]] = result
     rows = []
     for result in newest.values():
@@ -89,6 +89,8 @@ if __name__ == "__main__":
         found = speed_table()
         print(found.to_string())
         draw(found, pairs.RESULTS.parent / "speed.png")
-    else:
+    elif sys.argv[1:2] == ["quality"]:
         for one in sys.argv[2:] or protocol.SETS:
             print(f"\n{one}\n{quality_table(one).to_string()}")
+    else:
+        sys.exit(__doc__)

@@ -33,6 +33,10 @@ class Options:
     seed: int
     progress: bool
 
+    def __post_init__(self):
+        if self.precision == "auto":
+            object.__setattr__(self, "precision", "bf16" if has_fast_bfloat16(self.device) else "32")
+
     def check(self, batch_size: int, train_size: float, devices: int) -> None:
         """Raise ValueError where these, or the other arguments of `Model.train`, are out of their range."""
         for name, value, least in (
@@ -48,7 +52,7 @@ class Options:
             raise ValueError(f"learning_rate={self.learning_rate!r}; it takes a positive number.")
         if not 0 <= self.kl_start < math.inf:
             raise ValueError(f"kl_start={self.kl_start!r}; it takes a weight from 0.")
-        if self.precision not in ("auto", "32", "bf16"):
+        if self.precision not in ("32", "bf16"):
             raise ValueError(f'precision={self.precision!r} is unknown; choose "auto", "32" or "bf16".')
         if devices != 1:
             raise ValueError(f"devices={devices!r}: this version trains on one device; use devices=1.")
@@ -160,30 +164,30 @@ def fit(
     n_steps = max_epochs * len(training)
     patience = (options.patience or math.ceil(max_epochs / 4)) if options.early_stopping else None
     best = Best(vae, first_epoch=max_epochs // 2, patience=patience)
-    reduced = options.precision == "bf16" or (options.precision == "auto" and has_fast_bfloat16(options.device))
+    reduced = options.precision == "bf16"
     step, n_before = 0, len(rows)
     with (
         seeded(options.seed),
-        vae.reduced_products(reduced),
         tqdm(total=max_epochs, desc="training", unit="epoch", disable=not options.progress) as bar,
     ):
         try:
             for epoch in range(max_epochs):
                 started, sums = time.perf_counter(), 0.0
                 vae.train()
-                for cells in training:
-                    optimizer.param_groups[0]["lr"] = options.learning_rate * one_cycle(step / n_steps)
-                    kl_weight = 1 + (options.kl_start - 1) * max(0.0, 1 - 2 * (step + 1) / n_steps)
-                    cells = cells.to(options.device)
-                    elbo = vae(cells)
-                    loss = elbo.loss(kl_weight)
-                    if not torch.isfinite(loss):
-                        raise blame(vae, cells)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    sums += elbo.value.detach().sum()
-                    step += 1
+                with vae.reduced_products(reduced):
+                    for cells in training:
+                        optimizer.param_groups[0]["lr"] = options.learning_rate * one_cycle(step / n_steps)
+                        kl_weight = 1 + (options.kl_start - 1) * max(0.0, 1 - 2 * (step + 1) / n_steps)
+                        cells = cells.to(options.device)
+                        elbo = vae(cells)
+                        loss = elbo.loss(kl_weight)
+                        if not torch.isfinite(loss):
+                            raise blame(vae, cells)
+                        optimizer.zero_grad()
+                        loss.backward()
+                        optimizer.step()
+                        sums += elbo.value.detach().sum()
+                        step += 1
                 row = {"elbo_train": float(sums) / len(training.index), **evaluate(vae, validation, options.device)}
                 rows.append(row | {"kl_weight": kl_weight, "seconds": time.perf_counter() - started})
                 bar.update()

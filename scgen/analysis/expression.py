@@ -70,6 +70,7 @@ def normalized_expression(
                         values = values * vae.decoder.log_library(latents).exp()
                     if factor != 1:
                         values = values * factor
+                    values = values.cpu()
                     if result is None:
                         # NumPy's, which asks for large pages: half of the time went into its first touch.
                         result = torch.from_numpy(np.empty((keep, len(loader.index), values.shape[1]), np.float32))

@@ -1,6 +1,6 @@
 """New cells: from the prior, or from what the posterior says of given ones."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ from scgen.data.cells import Cells
 from scgen.data.loader import CellLoader
 from scgen.modules.vae import VAE
 from scgen.training import seeded
+
+#: Of `Cells`.
+FIELDS = [field.name for field in fields(Cells)]
 
 
 @torch.inference_mode()
@@ -41,7 +44,7 @@ def prior_predictive(vae: VAE, cells: Cells, seed: int, n_at_once: int = 1024) -
     with seeded(seed):
         for start in range(0, len(cells), n_at_once):
             rows = slice(start, start + n_at_once)
-            some = replace(cells, **{field: getattr(cells, field)[rows] for field in vars(cells)})
+            some = replace(cells, **{field: getattr(cells, field)[rows] for field in FIELDS})
             some = some.to(vae.device)
             drawn = {}
             for name, prior in vae.priors.items():

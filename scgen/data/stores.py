@@ -35,7 +35,8 @@ class MemoryStore:
         if not as_sparse:
             return dispatch.dense_rows(self.matrix, index)
         first, last = index[0], index[-1] + 1
-        if last - first != len(index) or (np.diff(index) != 1).any():
+        consecutive = last - first == len(index) and (np.diff(index) == 1).all()
+        if not (consecutive and self.matrix.has_canonical_format):
             return _csr(self.matrix[index])
         # Consecutive rows, which most questions are about, need no copy.
         indptr = self.matrix.indptr[first : last + 1]
@@ -88,17 +89,19 @@ def open_store(matrix, columns: np.ndarray | None = None) -> MemoryStore | Backe
 
 def totals(store: MemoryStore | BackedStore) -> np.ndarray:
     """Return the sum of each row, (N,) float64."""
-    if isinstance(store, MemoryStore):
+    if isinstance(store, MemoryStore) and sparse.issparse(store.matrix):
         return dispatch.row_sums(store.matrix)
     return np.concatenate([dispatch.row_sums(block) for _, block in store.blocks()])
 
 
 def _csr(rows: sparse.csr_matrix | sparse.csr_array) -> Tensor:
+    rows.sum_duplicates()  # a function of the stored entries is to be one of the values
     return _csr_of(rows.indptr, rows.indices, rows.data, rows.shape[1])
 
 
 def _csr_of(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, n_columns: int) -> Tensor:
-    index = (torch.from_numpy(part.astype(np.int32, copy=False)) for part in (indptr, indices))
+    dtype = np.int32 if indptr[-1] < 2**31 else np.int64
+    index = (torch.from_numpy(part.astype(dtype, copy=False)) for part in (indptr, indices))
     values = torch.from_numpy(data.astype(np.float32, copy=False))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")

@@ -30,7 +30,8 @@ class DiagonalNormal(Distribution):
 
     def __init__(self, mean: Tensor, variance: Tensor):
         self._mean, self._variance = mean, variance
-        super().__init__(mean.shape[:-1], mean.shape[-1:], validate_args=False)
+        shape = torch.broadcast_shapes(mean.shape, variance.shape)
+        super().__init__(shape[:-1], shape[-1:], validate_args=False)
 
     @property
     def mean(self) -> Tensor:

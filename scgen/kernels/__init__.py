@@ -1,1 +1,1 @@
-"""The count log-likelihoods, one file a device; nothing else of scgen knows a device."""
+"""What is computed differently on each device: the count log-likelihoods, and sparse rows made dense."""

@@ -1,24 +1,36 @@
 """For CPUs, compiled by numba: rows of a sparse matrix, and the log-likelihoods of `reference`, fused, in float32.
 
 Zeros, nine tenths of the entries, run through loops without branches, which the compiler vectorises. Non-zeros are put
-right after that, one by one in float64, and up to a count of 16 without log-gamma functions. Value and gradient come
-from one pass.
+right after that, one by one in float64 (their slopes but for the log-gamma part are float32), and up to a count of 16
+without log-gamma functions. Value and gradient come from one pass.
 
 With d = log mu - log theta and u = -theta softplus(d) - zi, a zero has log NB = -theta softplus(d) and log ZINB =
 softplus(u) - softplus(-zi); every softplus and sigmoid is made of m = exp(-|x|) and log(1 + m).
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from numba import config, njit, prange, set_num_threads
+from numba import config, get_num_threads, njit, prange, set_num_threads
 from scipy import sparse
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+
+def _can_cache() -> bool:
+    """Say whether numba finds a folder that it may write compiled code to."""
+    try:
+        njit(cache=True)(_can_cache)
+    except RuntimeError:
+        return False
+    return True
+
+
 # "numpy": division without a check for zero, which would keep loops from being vectorised.
-COMPILED = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}, "nogil": True, "cache": True}
+COMPILED = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}, "nogil": True, "cache": _can_cache()}
 float32, float64, int32, int64 = np.float32, np.float64, np.int32, np.int64
 ZERO, ONE, TWO = float32(0), float32(1), float32(2)
 
@@ -53,26 +65,26 @@ def zero_inflated_negative_binomial_log_prob(
 
 def dense_rows(matrix: sparse.csr_matrix | sparse.csr_array, rows: np.ndarray) -> Tensor:
     """Return the rows of a CSR matrix, in the order asked for, as a dense float32 tensor (n, G)."""
-    dense = torch.empty(len(rows), matrix.shape[1])
-    _threads()
-    _fill_rows(matrix.indptr, matrix.indices, matrix.data, rows, dense.numpy())
-    return dense
+    dense = np.empty((len(rows), matrix.shape[1]), float32)
+    with _threads():
+        _fill_rows(matrix.indptr, matrix.indices, matrix.data, rows, dense)
+    return torch.from_numpy(dense)
 
 
 def dense(rows: Tensor) -> Tensor:
     """Return a CSR tensor (n, G) as a dense one."""
-    result = torch.empty(rows.shape)
-    _threads()
+    result = np.empty(rows.shape, float32)
     parts = (part.numpy() for part in (rows.crow_indices(), rows.col_indices(), rows.values()))
-    _fill_rows(*parts, np.arange(len(rows)), result.numpy())
-    return result
+    with _threads():
+        _fill_rows(*parts, np.arange(len(rows)), result)
+    return torch.from_numpy(result)
 
 
 def row_sums(matrix: sparse.csr_matrix | sparse.csr_array) -> np.ndarray:
     """Return the sum of each row, (n,) float64, added in float64."""
     sums = np.empty(matrix.shape[0])
-    _threads()
-    _sum_rows(matrix.indptr, matrix.data, sums)
+    with _threads():
+        _sum_rows(matrix.indptr, matrix.data, sums)
     return sums
 
 
@@ -254,14 +266,18 @@ def _negative_binomial(
                         dt[g] += _rising_slope(wide, float64(t[g]))
 
 
-def _threads() -> int:
-    """Let numba use as many threads as torch does, and return how many."""
-    n_torch = torch.get_num_threads()
+@contextmanager
+def _threads() -> Iterator[int]:
+    """Within the block, let numba use as many threads as torch does; neither's setting is changed by it."""
+    n_torch, n_numba = torch.get_num_threads(), get_num_threads()
     n_threads = min(n_torch, config.NUMBA_NUM_THREADS)
     set_num_threads(n_threads)
     if torch.get_num_threads() != n_torch:  # numba's first launch sets the number of the pool that they share
         torch.set_num_threads(n_torch)
-    return n_threads
+    try:
+        yield n_threads
+    finally:
+        set_num_threads(n_numba)
 
 
 def _rows(values: Tensor, shape: torch.Size) -> Tensor:
@@ -279,8 +295,9 @@ class _Poisson(torch.autograd.Function):
         gradient = ctx.needs_input_grad[1]
         value = torch.empty_like(log_mu)
         d_log_mu = torch.empty_like(log_mu) if gradient else value
-        _threads()
-        _poisson(*(tensor.detach().numpy() for tensor in (counts, log_mu)), gradient, value.numpy(), d_log_mu.numpy())
+        inputs = (tensor.detach().numpy() for tensor in (counts, log_mu))
+        with _threads():
+            _poisson(*inputs, gradient, value.numpy(), d_log_mu.numpy())
         ctx.save_for_backward(d_log_mu)
         return value
 
@@ -300,7 +317,9 @@ class _NegativeBinomial(torch.autograd.Function):
         value = torch.empty_like(log_mu)
         slopes = [torch.empty_like(log_mu) for _ in range(2 + inflated)] if gradient else [value]
         inputs, outputs = ([t.detach().numpy() for t in tensors] for tensors in (inputs, (value, *slopes)))
-        _negative_binomial(_threads(), *inputs, inflated, gradient, *outputs, *outputs[-1:] * (4 - len(outputs)))
+        unused = outputs[-1:] * (4 - len(outputs))  # arrays that are not written
+        with _threads() as n_threads:
+            _negative_binomial(n_threads, *inputs, inflated, gradient, *outputs, *unused)
         ctx.save_for_backward(*slopes)
         ctx.one_theta = len(log_theta) == 1
         return value

@@ -118,8 +118,9 @@ class Model:
         devices
             Number of devices: 1.
         precision
-            "bf16" takes the products of the widest layers in bfloat16, "32" all in float32; "auto" is "bf16" where the
-            device is faster so. Weights are float32 in any case, and so is what is asked of the trained model.
+            "bf16" takes the products of layers from or to 512 genes and more in bfloat16, "32" all in float32; "auto"
+            is "bf16" where the device is faster so, and ``trainings`` tells. Weights are float32 in any case, and so
+            are the validation bound and what is asked of the trained model.
         seed
             Seed of the split, the order of the cells and all noise. The global generators are left alone.
         progress
@@ -155,7 +156,7 @@ class Model:
             if len(training) < 2:
                 raise ValueError(f"adata has {adata.n_obs} cell; at least 2 are needed to train.")
             if not self.is_trained:  # a loaded model goes on from its weights
-                start_from_data(self.vae, CellLoader(store, columns, training))
+                start_from_data(self.vae, CellLoader(store, columns, training, 256))
             self.train_indices, self.validation_indices = training, validation
         held_out = np.sort(rng.permutation(self.validation_indices)[:MAX_VALIDATION_CELLS])
         rows: list[dict] = self.history.to_dict(orient="records")
@@ -164,7 +165,7 @@ class Model:
             fit(
                 self.vae.to(device),
                 CellLoader(store, columns, self.train_indices, batch_size, rng),
-                CellLoader(store, columns, held_out) if len(held_out) else None,
+                CellLoader(store, columns, held_out, batch_size) if len(held_out) else None,
                 options,
                 rows,
             )
@@ -202,7 +203,7 @@ class Model:
         batch_size
             Cells computed at a time.
         seed
-            Seed of the draw, which also depends on ``batch_size``.
+            Seed of the draw.
 
         Returns
         -------
@@ -288,6 +289,8 @@ class Model:
         seed: int = 0,
     ) -> float | np.ndarray:
         """Return the estimate of log p(x), in nats per cell, from importance-weighted draws of the latents.
+
+        Where the library is observed, it is that of log p(x | l), which compares only with its like.
 
         log (1/K) sum_k p(x, z_k, l_k) / q(z_k, l_k | x), with K = ``n_mc_samples`` draws from q: never below `get_elbo`
         in expectation, and closer to log p(x) from below the more draws (Burda et al. 2016).

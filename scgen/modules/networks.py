@@ -10,7 +10,7 @@ from scgen.data.cells import Cells
 
 
 class WideLinear(nn.Linear):
-    """A linear layer from or to all genes, where nearly all of the arithmetic is.
+    """A linear layer that may be from or to all genes, where nearly all of the arithmetic is; it reads CSR tensors too.
 
     Attributes
     ----------
@@ -35,8 +35,9 @@ class Dropout(nn.Dropout):
         if not self.training or self.p == 0:
             return x
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
-        return x * kept / (1 - self.p)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)
+        kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+        return x * kept / (1 - dropped / 2**16)
 
 
 class CovariateLinear(nn.Module):

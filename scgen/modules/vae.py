@@ -39,11 +39,11 @@ class VAE(nn.Module):
 
     @contextmanager
     def reduced_products(self, reduced: bool) -> Iterator[None]:
-        """Within the block, take the products of the layers from and to all genes in bfloat16."""
+        """Within the block, take the products of the layers from or to 512 units and more in bfloat16."""
         wide = [part for part in self.modules() if isinstance(part, WideLinear) and max(part.weight.shape) >= 512]
-        for layer in wide:
-            layer.reduced = reduced
         try:
+            for layer in wide:
+                layer.reduced = reduced
             yield
         finally:
             for layer in wide:

@@ -4,12 +4,14 @@ import anndata
 import h5py
 import numpy as np
 import pytest
+import torch
 import zarr
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
 from scgen.data.stores import BackedStore, MemoryStore, open_store, totals
+from scgen.kernels import dispatch
 
 N, G = 23, 11
 SPARSE = ("csr_matrix", "csc_matrix", "coo_matrix", "csr_array", "csc_array", "coo_array", "lil_matrix")
@@ -18,6 +20,14 @@ FORMATS = ("c_order", "f_order", *SPARSE, "uncanonical", *ON_DISK)
 #: Rows in any order, with repeats; and columns likewise, but each once, or all of them.
 ROWS = st.lists(st.integers(0, N - 1), min_size=1, max_size=40).map(np.array)
 COLUMNS = st.none() | st.lists(st.integers(0, G - 1), min_size=1, max_size=G, unique=True).map(np.array)
+
+
+@pytest.fixture(params=[0, 2**14], ids=["compiled", "plain"])
+def smallest(request):
+    """Let the compiled kernels, made for large matrices, do these small ones too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "SMALLEST", request.param)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +66,8 @@ def test_store_by_where_the_matrix_lies(matrices, name):
 
 @pytest.mark.parametrize("name", FORMATS)
 @given(rows=ROWS, columns=COLUMNS)
-@settings(max_examples=30, deadline=None)
-def test_rows_are_those_of_the_dense_matrix(matrices, dense, name, rows, columns):
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_are_those_of_the_dense_matrix(matrices, dense, smallest, name, rows, columns):
     store = open_store(matrices[name], columns)
     expected = (dense if columns is None else dense[:, columns])[rows]
     values = store.rows(rows)
@@ -65,12 +75,26 @@ def test_rows_are_those_of_the_dense_matrix(matrices, dense, name, rows, columns
     assert values.numpy().dtype == np.float32
     assert values.is_contiguous()
     np.testing.assert_array_equal(values.numpy(), expected)
+    # A function of the stored entries must be one of the values.
+    as_stored = store.rows(rows, as_sparse=True)
+    assert as_stored.dtype == torch.float32
+    np.testing.assert_allclose(torch.log1p(as_stored).to_dense().numpy(), np.log1p(expected), rtol=1e-6)
+    if as_stored.layout == torch.sparse_csr:
+        np.testing.assert_array_equal(dispatch.dense(as_stored).numpy(), expected)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_consecutive_rows_are_not_copied(matrices, dense, first):
+    matrix = matrices["csr_matrix"]
+    some = MemoryStore(matrix).rows(np.arange(first, first + 12), as_sparse=True)
+    assert np.shares_memory(some.values().numpy(), matrix.data)
+    np.testing.assert_array_equal(some.to_dense().numpy(), dense[first : first + 12])
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @given(columns=COLUMNS, n_rows=st.integers(1, N + 2))
-@settings(max_examples=15, deadline=None)
-def test_blocks_and_totals(matrices, dense, name, columns, n_rows):
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_blocks_and_totals(matrices, dense, smallest, name, columns, n_rows):
     store = open_store(matrices[name], columns)
     expected = dense if columns is None else dense[:, columns]
     blocks = list(store.blocks(n_rows))

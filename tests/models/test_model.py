@@ -19,6 +19,8 @@ from scgen import training
 from scgen.analysis import inference
 from scgen.data.stores import MemoryStore
 from scgen.distributions import ZeroInflatedNegativeBinomial
+from scgen.kernels import dispatch
+from scgen.training import seeded
 
 
 def model_of(adata, **arguments):
@@ -341,9 +343,11 @@ def test_untrained_models_say_so(small):
         model_of(small).get_latent_representation()
 
 
+@pytest.mark.parametrize("smallest", [0, 2**14], ids=["compiled", "plain"])
 @pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson", "normal"])
 @pytest.mark.parametrize("dispersion", ["gene", "gene-batch", "gene-label", "gene-cell"])
-def test_every_model_answers_everything(small, likelihood, dispersion):
+def test_every_model_answers_everything(small, monkeypatch, likelihood, dispersion, smallest):
+    monkeypatch.setattr(dispatch, "SMALLEST", smallest)
     small.obs["donor"] = np.resize(["a", "b", "c"], 120)
     small.obs["age"] = np.linspace(20, 60, 120)
     scgen.setup_anndata(
@@ -356,6 +360,9 @@ def test_every_model_answers_everything(small, likelihood, dispersion):
     model = train(scgen.SCVI(small, gene_likelihood=likelihood, dispersion=dispersion, n_layers=2, n_latent=3))
     assert model.get_latent_representation().shape == (120, 3)
     assert np.isfinite(model.get_elbo())
+    # In expectation the bound rises with the draws; over 120 cells the noise is far smaller than the rise.
+    few, many = (model.get_marginal_ll(n_mc_samples=n) for n in (1, 40))
+    assert few < many
     drawn = model.posterior_predictive_sample()
     assert drawn.shape == (120, 20)
     sampled = model.sample_prior(50, batch="batch_2")
@@ -370,6 +377,43 @@ def test_every_model_answers_everything(small, likelihood, dispersion):
     else:
         with pytest.raises(ValueError, match="no library"):
             model.get_latent_library_size()
+
+
+def test_compiled_and_plain_kernels_agree(small, monkeypatch):
+    answers = []
+    for smallest in (0, 2**14):
+        monkeypatch.setattr(dispatch, "SMALLEST", smallest)
+        model = train(model_of(small), 5)
+        answers.append((model.get_latent_representation(), model.get_elbo()))
+    np.testing.assert_allclose(answers[0][0], answers[1][0], atol=1e-3)
+    assert answers[0][1] == pytest.approx(answers[1][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [7, 30])
+def test_marginal_likelihood_is_the_mean_weight(small, at_once):
+    model = train(model_of(small))
+    loader = model._loader(None, None, 120)
+    estimate = inference.marginal(model.vae, loader, 30, seed=0, at_once=at_once)
+    with seeded(0), torch.inference_mode():
+        (cells,) = loader
+        chunks = [model.vae.log_weights(cells, (min(at_once, 30 - start),)) for start in range(0, 30, at_once)]
+    weights = torch.cat(chunks).double()
+    assert len(weights) == 30
+    np.testing.assert_allclose(estimate, weights.exp().mean(0).log(), rtol=1e-6)
+
+
+def test_bfloat16_where_layers_are_wide(small):
+    adata = scgen.simulate_cells(n_cells=300, n_genes=600, n_batches=2, seed=0)
+    scgen.setup_anndata(adata, batch_key="batch")
+    elbos = {}
+    for precision in ("32", "bf16"):
+        model = scgen.SCVI(adata)
+        model.train(10, precision=precision, progress=False)
+        elbos[precision] = model.get_elbo()
+        assert not any(getattr(part, "reduced", False) for part in model.vae.modules())
+        assert model.trainings[-1]["precision"] == precision
+    assert elbos["bf16"] != elbos["32"]
+    assert elbos["bf16"] == pytest.approx(elbos["32"], rel=2e-3)
 
 
 def test_rows_come_in_the_order_asked_for(small, tmp_path):

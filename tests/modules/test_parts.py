@@ -12,7 +12,7 @@ from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry
 from scgen.data.stores import MemoryStore
 from scgen.models.scvi import SCVI
-from scgen.modules.networks import MLP, CovariateLinear, SliceBatchNorm
+from scgen.modules.networks import MLP, CovariateLinear, Dropout, SliceBatchNorm
 from scgen.modules.priors import LibraryPrior
 from scgen.training import start_from_data
 
@@ -148,3 +148,19 @@ def test_what_is_known_from_the_start():
     share = (counts / counts.sum(1, keepdim=True)).double()[:400].mean(0)
     np.testing.assert_allclose(vae.decoder.scale.bias.exp().detach(), share + share.mean() * 1e-3, rtol=1e-5)
     assert vae.priors["library"].mean[0].item() == pytest.approx(library[:400].mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.999999])
+def test_dropout_drops_its_share_and_keeps_the_mean(rate):
+    torch.manual_seed(0)
+    x = torch.ones(1000, 999)  # no multiple of four
+    y = Dropout(rate)(x)
+    kept = y > 0
+    n = x.numel()
+    assert abs(kept.sum().item() - n * (1 - rate)) < 5 * (n * rate * (1 - rate)) ** 0.5 + n * 2**-16
+    if rate < 0.9:
+        assert y.mean().item() == pytest.approx(1, abs=0.01)
+        # Neighbours, which share a random number, are independent all the same.
+        pairs = (kept.flatten()[:-1] & kept.flatten()[1:]).float().mean().item()
+        assert pairs == pytest.approx((1 - rate) ** 2, abs=0.005)
+    assert torch.equal(Dropout(rate).eval()(x), x)
