@@ -132,8 +132,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def default_epochs(n_steps: int) -> int:
-    """Return the number of passes, of so many minibatches each: enough for 400 steps, but 10 to 400 passes."""
-    return min(max(math.ceil(400 / n_steps), 10), 400)
+    """Return the number of passes, of so many minibatches each: enough for 400 steps, but 25 to 400 passes."""
+    return min(max(math.ceil(400 / n_steps), 25), 400)
 
 
 def one_cycle(progress: float) -> float:

@@ -99,7 +99,7 @@ class Model:
         Parameters
         ----------
         max_epochs
-            Passes over the training cells; None stands for 400 minibatches, but 10 to 400 passes.
+            Passes over the training cells; None stands for 400 minibatches, but 25 to 400 passes.
         batch_size
             Cells in a minibatch.
         train_size
