@@ -2,7 +2,7 @@
 
 Each run is kept in ``benchmarks/results/quality`` under set, method, seed and the version (scgen: the commit) and is
 not repeated. ``score`` adds the integration scores to every run that has none yet, in one process, because
-scib-metrics compiles for a minute. ``python -m benchmarks.table`` prints the tables.
+scib-metrics compiles for a minute. ``python -m benchmarks.table quality`` prints the tables.
 """
 
 import argparse

@@ -48,8 +48,7 @@ def poisson_log_prob(counts: Tensor, log_mu: Tensor) -> Tensor:
 def negative_binomial_log_prob(counts: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
     """Return what the function of this name in `reference` returns."""
     shape = torch.broadcast_shapes(counts.shape, log_mu.shape, log_theta.shape)
-    theta_rows = log_theta[None] if log_theta.shape == shape[-1:] else _rows(log_theta.expand(shape), shape)
-    parameters = _rows(log_mu.expand(shape), shape), theta_rows
+    parameters = _rows(log_mu.expand(shape), shape), _theta_rows(log_theta, shape)
     return _NegativeBinomial.apply(_rows(counts, shape), *parameters, None).reshape(shape)
 
 
@@ -58,8 +57,11 @@ def zero_inflated_negative_binomial_log_prob(
 ) -> Tensor:
     """Return what the function of this name in `reference` returns."""
     shape = torch.broadcast_shapes(counts.shape, log_mu.shape, log_theta.shape, zi_logits.shape)
-    theta_rows = log_theta[None] if log_theta.shape == shape[-1:] else _rows(log_theta.expand(shape), shape)
-    parameters = _rows(log_mu.expand(shape), shape), theta_rows, _rows(zi_logits.expand(shape), shape)
+    parameters = (
+        _rows(log_mu.expand(shape), shape),
+        _theta_rows(log_theta, shape),
+        _rows(zi_logits.expand(shape), shape),
+    )
     return _NegativeBinomial.apply(_rows(counts, shape), *parameters).reshape(shape)
 
 
@@ -285,6 +287,11 @@ def _rows(values: Tensor, shape: torch.Size) -> Tensor:
     if values.shape != shape[len(shape) - values.dim() :]:
         values = values.expand(shape)
     return values.reshape(-1, shape[-1]).contiguous()
+
+
+def _theta_rows(log_theta: Tensor, shape: torch.Size) -> Tensor:
+    """Return log theta as one row where it is a gene's own, else as all of them."""
+    return log_theta[None] if log_theta.shape == shape[-1:] else _rows(log_theta.expand(shape), shape)
 
 
 class _Poisson(torch.autograd.Function):
