@@ -19,11 +19,13 @@ ALLOWED = {
     "models": ("__version__", "analysis", "training", "modules", "data", "storage", "models.base", "models.files"),
     "analysis": ("training", "modules", "distributions", "data", "analysis"),
     "modules": ("distributions", "data.cells", "modules.networks", "modules.flows", "modules.elbo"),
-    "distributions": ("kernels.dispatch", "distributions"),
+    "distributions": ("kernels.dispatch", "kernels.reference", "distributions"),
     "data": ("kernels.dispatch", "data"),
     "data.simulate": ("distributions",),
     "kernels": (),
     "kernels.dispatch": ("kernels",),
+    "kernels.cpu": ("kernels.functions", "kernels.rows"),
+    "kernels.functions": ("kernels.rows",),
 }
 MAY_NAME_ANNDATA = ("data", "models", "analysis", "integration", "reporting", "cli")
 FILES = sorted(ROOT.rglob("*.py"))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from scgen.kernels import dispatch
+from scgen.kernels import dispatch, reference
 
 # A Gamma draw above this makes torch's Poisson sampler return negative numbers or hang.
 _MAX_RATE = 1e8
@@ -50,7 +50,7 @@ class Poisson(_Counts):
         return self.mu
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return dispatch.poisson_log_prob(value, self.log_mu)
+        return reference.poisson_log_prob(value, self.log_mu)
 
     @torch.no_grad()
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
@@ -90,7 +90,7 @@ class NegativeBinomial(_Counts):
         return self.mu + self.mu**2 / self.theta
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return dispatch.negative_binomial_log_prob(value, self.log_mu, self.log_theta)
+        return reference.negative_binomial_log_prob(value, self.log_mu, self.log_theta)
 
     @torch.no_grad()
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
@@ -134,10 +134,78 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
         return self.mean * (1 + self.mu / self.theta + pi * self.mu)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return dispatch.zero_inflated_negative_binomial_log_prob(value, self.log_mu, self.log_theta, self.zi_logits)
+        return reference.zero_inflated_negative_binomial_log_prob(value, self.log_mu, self.log_theta, self.zi_logits)
 
     @torch.no_grad()
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         counts = super().sample(sample_shape)
         kept = torch.bernoulli(torch.sigmoid(-self.zi_logits).expand(counts.shape))
         return counts * kept
+
+
+class CellCounts(Distribution):
+    """The counts of all genes of a cell, independent given their means mu = l softmax(logits + bias).
+
+    One draw is a whole cell: `log_prob` sums over the genes, and writes no array of the parameters on its way.
+
+    Parameters
+    ----------
+    logits, bias
+        (..., n, G) and (G,).
+    log_library
+        log l, (..., n, 1).
+    log_theta
+        As in `NegativeBinomial`; None makes the counts Poisson.
+    zi_logits, zi_bias
+        (..., n, G) and (G,), of `ZeroInflatedNegativeBinomial` in sum; None for no zero inflation.
+    normalised
+        False takes logits + bias for log(mu / l) as they are.
+
+    Examples
+    --------
+    >>> import torch
+    >>> cells = CellCounts(torch.zeros(3, 2), torch.zeros(2), torch.zeros(3, 1))
+    >>> cells.log_prob(torch.zeros(3, 2))
+    tensor([-1., -1., -1.])
+    """
+
+    arg_constraints = {}
+    support = constraints.independent(constraints.nonnegative_integer, 1)
+
+    def __init__(
+        self,
+        logits: Tensor,
+        bias: Tensor,
+        log_library: Tensor,
+        log_theta: Tensor | None = None,
+        zi_logits: Tensor | None = None,
+        zi_bias: Tensor | None = None,
+        normalised: bool = True,
+    ):
+        self.parameters = logits, bias, log_library, log_theta, zi_logits, zi_bias, normalised
+        super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=False)
+
+    @property
+    def base_dist(self) -> Poisson | NegativeBinomial | ZeroInflatedNegativeBinomial:
+        """Each gene's own distribution, over (..., n, G)."""
+        logits, bias, log_library, log_theta, zi_logits, zi_bias, normalised = self.parameters
+        log_mu = reference.log_mean(logits, bias, log_library, normalised)
+        if log_theta is None:
+            return Poisson(log_mu)
+        if zi_logits is None:
+            return NegativeBinomial(log_mu, log_theta)
+        return ZeroInflatedNegativeBinomial(log_mu, log_theta, zi_logits + zi_bias)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.base_dist.mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self.base_dist.variance
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return dispatch.cells_log_prob(value, *self.parameters)
+
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        return self.base_dist.sample(sample_shape)

@@ -30,7 +30,7 @@ class DiagonalNormal(Distribution):
 
     def __init__(self, mean: Tensor, variance: Tensor):
         self._mean, self._variance = mean, variance
-        shape = torch.broadcast_shapes(mean.shape, variance.shape)
+        shape = mean.shape if mean.shape == variance.shape else torch.broadcast_shapes(mean.shape, variance.shape)
         super().__init__(shape[:-1], shape[-1:], validate_args=False)
 
     @property
@@ -42,7 +42,8 @@ class DiagonalNormal(Distribution):
         return self._variance
 
     def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        noise = torch.randn(self._extended_shape(sample_shape), dtype=self._mean.dtype, device=self._mean.device)
+        shape = torch.Size(sample_shape) + self._batch_shape + self._event_shape
+        noise = torch.randn(shape, dtype=self._mean.dtype, device=self._mean.device)
         return self._mean + self._variance.sqrt() * noise
 
     def log_prob(self, value: Tensor) -> Tensor:

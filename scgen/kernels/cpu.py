@@ -1,342 +1,322 @@
-"""For CPUs, compiled by numba: rows of a sparse matrix, and the log-likelihoods of `reference`, fused, in float32.
+"""For CPUs, compiled by numba: log p(counts) of whole cells, and its gradient, in float32.
 
-Zeros, nine tenths of the entries, run through loops without branches, which the compiler vectorises. Non-zeros are put
-right after that, one by one in float64 (their slopes but for the log-gamma part are float32), and up to a count of 16
-without log-gamma functions. Value and gradient come from one pass.
+A row of genes goes through small loops over blocks that stay in the innermost cache; nothing of the size of the
+minibatch is written but the gradients themselves. Zeros, nine tenths of the entries, run through loops without
+branches, which the compiler vectorises. Non-zeros are put right after that, one by one in float64 (their slopes but
+for the log-gamma part are float32), and up to a count of 16 without log-gamma functions.
 
 With d = log mu - log theta and u = -theta softplus(d) - zi, a zero has log NB = -theta softplus(d) and log ZINB =
 softplus(u) - softplus(-zi); every softplus and sigmoid is made of m = exp(-|x|) and log(1 + m).
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
-from numba import config, get_num_threads, njit, prange, set_num_threads
-from scipy import sparse
+from numba import njit, prange, types
+from numba.extending import overload
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from scgen.kernels.functions import SMALL, exp, log_factorial, non_zero, rising_slope, twice_artanh
+from scgen.kernels.rows import COMPILED, threads
 
-def _can_cache() -> bool:
-    """Say whether numba finds a folder that it may write compiled code to."""
-    try:
-        njit(cache=True)(_can_cache)
-    except RuntimeError:
-        return False
-    return True
-
-
-# "numpy": division without a check for zero, which would keep loops from being vectorised.
-COMPILED = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}, "nogil": True, "cache": _can_cache()}
-float32, float64, int32, int64 = np.float32, np.float64, np.int32, np.int64
+float32, float64, int64, uint16, uint32 = np.float32, np.float64, np.int64, np.uint16, np.uint32
 ZERO, ONE, TWO = float32(0), float32(1), float32(2)
+POISSON, NEGATIVE_BINOMIAL, ZERO_INFLATED = range(3)
 
-#: Up to here, ratios of gamma functions are products.
-SMALL = 16.0
-LOG_FACTORIAL = np.array([math.lgamma(k + 1) for k in range(int(SMALL) + 1)])
-
-
-def poisson_log_prob(counts: Tensor, log_mu: Tensor) -> Tensor:
-    """Return what the function of this name in `reference` returns."""
-    shape = torch.broadcast_shapes(counts.shape, log_mu.shape)
-    return _Poisson.apply(_rows(counts, shape), _rows(log_mu.expand(shape), shape)).reshape(shape)
+#: Genes at a time: what the loops keep of so many fits into the innermost cache.
+BLOCK = 512
 
 
-def negative_binomial_log_prob(counts: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
-    """Return what the function of this name in `reference` returns."""
-    shape = torch.broadcast_shapes(counts.shape, log_mu.shape, log_theta.shape)
-    parameters = _rows(log_mu.expand(shape), shape), _theta_rows(log_theta, shape)
-    return _NegativeBinomial.apply(_rows(counts, shape), *parameters, None).reshape(shape)
+def cells_log_prob(
+    counts: Tensor,
+    logits: Tensor,
+    bias: Tensor,
+    log_library: Tensor,
+    log_theta: Tensor | None,
+    zi_logits: Tensor | None,
+    zi_bias: Tensor | None,
+    normalised: bool,
+    weights: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Return the values of `reference.cells_log_prob`, (R,), and the gradient of their sum by each parameter.
 
-
-def zero_inflated_negative_binomial_log_prob(
-    counts: Tensor, log_mu: Tensor, log_theta: Tensor, zi_logits: Tensor
-) -> Tensor:
-    """Return what the function of this name in `reference` returns."""
-    shape = torch.broadcast_shapes(counts.shape, log_mu.shape, log_theta.shape, zi_logits.shape)
-    parameters = (
-        _rows(log_mu.expand(shape), shape),
-        _theta_rows(log_theta, shape),
-        _rows(zi_logits.expand(shape), shape),
-    )
-    return _NegativeBinomial.apply(_rows(counts, shape), *parameters).reshape(shape)
-
-
-def dense_rows(matrix: sparse.csr_matrix | sparse.csr_array, rows: np.ndarray) -> Tensor:
-    """Return the rows of a CSR matrix, in the order asked for, as a dense float32 tensor (n, G)."""
-    dense = np.empty((len(rows), matrix.shape[1]), float32)
-    with _threads():
-        _fill_rows(matrix.indptr, matrix.indices, matrix.data, rows, dense)
-    return torch.from_numpy(dense)
-
-
-def dense(rows: Tensor) -> Tensor:
-    """Return a CSR tensor (n, G) as a dense one."""
-    result = np.empty(rows.shape, float32)
-    parts = (part.numpy() for part in (rows.crow_indices(), rows.col_indices(), rows.values()))
-    with _threads():
-        _fill_rows(*parts, np.arange(len(rows)), result)
-    return torch.from_numpy(result)
-
-
-def row_sums(matrix: sparse.csr_matrix | sparse.csr_array) -> np.ndarray:
-    """Return the sum of each row, (n,) float64, added in float64."""
-    sums = np.empty(matrix.shape[0])
-    with _threads():
-        _sum_rows(matrix.indptr, matrix.data, sums)
-    return sums
-
-
-@njit(parallel=True, **COMPILED)
-def _sum_rows(indptr, data, sums):
-    for i in prange(len(sums)):
-        total = 0.0
-        for k in range(indptr[i], indptr[i + 1]):
-            total += float64(data[k])
-        sums[i] = total
-
-
-@njit(parallel=True, **COMPILED)
-def _fill_rows(indptr, indices, data, rows, dense):
-    for i in prange(len(rows)):
-        out = dense[i]
-        out[:] = ZERO
-        for k in range(indptr[rows[i]], indptr[rows[i] + 1]):
-            out[indices[k]] += float32(data[k])
-
-
-@njit(inline="always", **COMPILED)
-def _exp(x):
-    """Return exp(x) to float32's precision, without a branch, for x within +-87 (outside, of +-87)."""
-    x = max(min(x, float32(87)), float32(-87))
-    n = np.floor(x * float32(1.4426950408889634) + float32(0.5))
-    r = x - n * float32(0.693359375) + n * float32(2.12194440e-4)  # ln 2 in two parts
-    p = float32(1 / 720)
-    p = p * r + float32(1 / 120)
-    p = p * r + float32(1 / 24)
-    p = p * r + float32(1 / 6)
-    p = p * r + float32(1 / 2)
-    p = p * r * r + r + ONE
-    return p * int32((int32(n) + int32(127)) << int32(23)).view(float32)
-
-
-@njit(inline="always", **COMPILED)
-def _log_ratio(m, k):
-    """Return log((1 + m) / (1 + k)) for m and k in [0, 1], to float32's relative precision.
-
-    It is 2 artanh of s = (m - k) / (2 + m + k), which is within a third of 0.
+    Parameters
+    ----------
+    counts, logits, bias, log_library, log_theta, zi_logits, zi_bias, normalised
+        As there, contiguous; the logits float32 or bfloat16, all else float32.
+    weights
+        (R,) weights of the values in that sum; None leaves the gradient out.
     """
-    s = (m - k) / (TWO + m + k)
-    q = s * s
-    p = float32(2 / 13)
-    p = p * q + float32(2 / 11)
-    p = p * q + float32(2 / 9)
-    p = p * q + float32(2 / 7)
-    p = p * q + float32(2 / 5)
-    p = p * q + float32(2 / 3)
-    p = p * q + TWO
-    return p * s
+    gradient, n_rows, n_genes = weights is not None, *logits.shape
+    kind = POISSON if log_theta is None else NEGATIVE_BINOMIAL if zi_logits is None else ZERO_INFLATED
+    nothing, nothing_of_logits = torch.empty(1, n_genes), logits[:1]
+    value = torch.empty(n_rows)
+    d_library = torch.empty(n_rows)
+    with threads() as n_parts:
+        # Sums over cells are taken by each thread for itself.
+        sums = torch.zeros(3, n_parts, n_genes) if gradient else nothing.expand(3, 1, n_genes).contiguous()
+        d_bias, d_zi_bias, d_theta = sums
+        d_logits = torch.empty_like(logits) if gradient else nothing_of_logits
+        d_zi_logits = torch.empty_like(zi_logits) if gradient and kind == ZERO_INFLATED else nothing_of_logits
+        if gradient and kind != POISSON and len(log_theta) > 1:
+            d_theta = torch.zeros(n_rows, n_genes)
+        inputs = (
+            counts,
+            logits,
+            bias,
+            log_library,
+            nothing if kind == POISSON else log_theta,
+            nothing if kind == POISSON else log_theta.exp(),
+            zi_logits if kind == ZERO_INFLATED else nothing_of_logits,
+            zi_bias if kind == ZERO_INFLATED else bias,
+            weights if gradient else value,
+        )
+        outputs = value, d_logits, d_bias, d_library, d_theta, d_zi_logits, d_zi_bias
+        _cells(n_parts, kind, normalised, gradient, *map(_array, inputs), *map(_array, outputs))
+    if not gradient:
+        return value, ()
+    if kind != POISSON:
+        d_theta = d_theta.sum(0, keepdim=True) if len(log_theta) == 1 else d_theta.view(-1, *log_theta.shape).sum(0)
+    return value, (
+        d_logits,
+        d_bias.sum(0),
+        d_library,
+        None if kind == POISSON else d_theta,
+        d_zi_logits if kind == ZERO_INFLATED else None,
+        d_zi_bias.sum(0) if kind == ZERO_INFLATED else None,
+    )
 
 
-@njit(**COMPILED)
-def _log_factorial(x):
-    return LOG_FACTORIAL[int(x)] if x <= SMALL and x == math.floor(x) else math.lgamma(x + 1.0)
-
-
-@njit(**COMPILED)
-def _digamma(x):
-    """Return the derivative of lgamma: the recurrence up to 8, then the asymptotic series."""
-    below = 0.0
-    while x < 8.0:
-        below += 1.0 / x
-        x += 1.0
-    q = 1.0 / (x * x)
-    return math.log(x) - 0.5 / x - q * (1 / 12 - q * (1 / 120 - q * (1 / 252 - q * (1 / 240 - q / 132)))) - below
-
-
-@njit(**COMPILED)
-def _log_rising(x, theta):
-    """Return lgamma(x + theta) - lgamma(theta)."""
-    if x > SMALL or x != math.floor(x):
-        return math.lgamma(x + theta) - math.lgamma(theta)
-    product, k = theta, 1.0
-    while k < x:
-        product *= theta + k
-        k += 1.0
-    return math.log(product)
-
-
-@njit(**COMPILED)
-def _rising_slope(x, theta):
-    """Return the derivative of `_log_rising` by log theta."""
-    if x > SMALL or x != math.floor(x):
-        return theta * (_digamma(x + theta) - _digamma(theta))
-    total, k = 1.0, 1.0
-    while k < x:
-        total += theta / (theta + k)
-        k += 1.0
-    return total
-
-
-@njit(**COMPILED)
-def _non_zero(x, log_mu, log_theta, theta, log1p_m):
-    """Return log NB(x), where theta and log(1 + exp(-|d|)) come in float32, enough for small counts."""
-    d = log_mu - log_theta
-    if x > SMALL:
-        theta, log1p_m = math.exp(log_theta), math.log1p(math.exp(-abs(d)))
-    # x d - (x + theta) softplus(d), without a difference of large terms.
-    power = -x * (max(-d, 0.0) + log1p_m) - theta * (max(d, 0.0) + log1p_m)
-    return power + log_theta if x == 1.0 else power + _log_rising(x, theta) - _log_factorial(x)
+def _array(tensor: Tensor) -> np.ndarray:
+    """Return the tensor's own memory; numpy has no bfloat16, which therefore comes as its bits."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
 
 
 @njit(parallel=True, **COMPILED)
-def _poisson(counts, log_mu, gradient, value, d_log_mu):
-    n_rows, n_genes = log_mu.shape
-    for r in prange(n_rows):
-        x, lm, v = counts[r % len(counts)], log_mu[r], value[r]
-        for g in range(n_genes):
-            v[g] = -_exp(lm[g])
-        if gradient:
-            dm = d_log_mu[r]
-            for g in range(n_genes):
-                dm[g] = x[g] + v[g]
-        for g in range(n_genes):
-            if x[g] != ZERO:
-                wide, log_m = float64(x[g]), float64(lm[g])
-                mu = math.exp(log_m) if wide > SMALL else -float64(v[g])
-                v[g] = wide * log_m - mu - _log_factorial(wide)
-
-
-@njit(parallel=True, **COMPILED)
-def _negative_binomial(
+def _cells(
     n_parts,
+    kind,
+    normalised,
+    gradient,
     counts,
-    log_mu,
+    logits,
+    bias,
+    log_library,
     log_theta,
     theta,
     zi_logits,
-    inflated,
-    gradient,
+    zi_bias,
+    weights,
     value,
-    d_log_mu,
-    d_log_theta,
+    d_logits,
+    d_bias,
+    d_library,
+    d_theta,
     d_zi_logits,
+    d_zi_bias,
 ):
-    n_rows, n_genes = log_mu.shape
+    n_rows, n_genes = logits.shape
     for index in prange(n_parts):
         part = int64(index)  # it is unsigned, and with signed numbers would become a float
-        m, log1p_m, m_zero, m_zi, own = np.ones((5, n_genes), float32)
+        # One by one: the parts of an unpacked array count as not contiguous, and their loops do not become vectors.
+        log_mu, share, d_mu = np.empty(n_genes, float32), np.zeros(n_genes, float32), np.empty(n_genes, float32)
+        v, d_lt = np.empty(BLOCK, float32), np.empty(BLOCK, float32)
+        zi, dz = np.empty(BLOCK, float32), np.empty(BLOCK, float32)
+        room = np.empty((8, BLOCK), float32)
         for r in range(n_rows * part // n_parts, n_rows * (part + 1) // n_parts):
-            x, lm, zi, v = counts[r % len(counts)], log_mu[r], zi_logits[r % len(zi_logits)], value[r]
-            lt, t = log_theta[r % len(log_theta)], theta[r % len(theta)]
-            for g in range(n_genes):
-                d = lm[g] - lt[g]
-                m[g] = _exp(-abs(d))
-                log1p_m[g] = _log_ratio(m[g], ZERO)
-                v[g] = -t[g] * (max(d, ZERO) + log1p_m[g])
-            if inflated:
-                for g in range(n_genes):
-                    u = v[g] - zi[g]
-                    m_zero[g], m_zi[g] = _exp(-abs(u)), _exp(-abs(zi[g]))
-                    # max(u, 0) - max(-zi, 0), which would lose digits to a large zi
-                    v[g] = (v[g] if u > ZERO else min(zi[g], ZERO)) + _log_ratio(m_zero[g], m_zi[g])
-            if gradient:
-                dm, dt, dz = d_log_mu[r], d_log_theta[r], d_zi_logits[r % len(d_zi_logits)]
-                if inflated:
-                    for g in range(n_genes):
-                        d = lm[g] - lt[g]
-                        u = -t[g] * (max(d, ZERO) + log1p_m[g]) - zi[g]
-                        # The share of a zero that is the negative binomial's own; what is not zero is all its own.
-                        own[g] = ONE if x[g] != ZERO else (ONE if u > ZERO else m_zero[g]) / (ONE + m_zero[g])
-                        dz[g] = (m_zi[g] if zi[g] > ZERO else ONE) / (ONE + m_zi[g]) - own[g]
-                for g in range(n_genes):
-                    d = lm[g] - lt[g]
-                    larger = ONE / (ONE + m[g])
-                    sigmoid, rest = (larger, m[g] * larger) if d > ZERO else (m[g] * larger, larger)
-                    dm[g] = x[g] * rest - own[g] * t[g] * sigmoid
-                    dt[g] = own[g] * t[g] * (sigmoid - max(d, ZERO) - log1p_m[g]) - x[g] * rest
-            for g in range(n_genes):
-                if x[g] != ZERO:
-                    wide = float64(x[g])
-                    v[g] = _non_zero(wide, float64(lm[g]), float64(lt[g]), float64(t[g]), float64(log1p_m[g]))
-                    if inflated:
-                        v[g] -= max(zi[g], ZERO) + _log_ratio(m_zi[g], ZERO)
+            w = weights[r]
+            _add(logits[r], bias, log_mu)
+            shift, scale = log_library[r], ZERO
+            if normalised:
+                largest = _largest(log_mu)
+                _exponentials(log_mu, largest, share)
+                total = _sum(share)
+                shift, scale = shift - largest - float32(math.log(total)), float32(1 / total)
+            _shift(log_mu, shift)
+            sum_of_values = 0.0
+            for start in range(0, n_genes, BLOCK):
+                stop = min(start + BLOCK, n_genes)
+                n = stop - start
+                x, lm, dm = counts[r % len(counts)][start:stop], log_mu[start:stop], d_mu[start:stop]
+                if kind == POISSON:
+                    _poisson(x, lm, v[:n], dm)
+                else:
+                    row = r % len(log_theta)
+                    lt, t = log_theta[row][start:stop], theta[row][start:stop]
+                    if kind == ZERO_INFLATED:
+                        _add(zi_logits[r][start:stop], zi_bias[start:stop], zi[:n])
+                    inflated = kind == ZERO_INFLATED
+                    _negative_binomial(x, lm, lt, t, zi[:n], inflated, gradient, v[:n], dm, d_lt[:n], dz[:n], room)
                     if gradient:
-                        dt[g] += _rising_slope(wide, float64(t[g]))
+                        _accumulate(w, d_lt[:n], d_theta[part if len(log_theta) == 1 else r][start:stop])
+                        if inflated:
+                            _store(w, dz[:n], d_zi_logits[r][start:stop], d_zi_bias[part][start:stop])
+                sum_of_values += _sum(v[:n])
+            value[r] = sum_of_values
+            if gradient:
+                slope = float32(_sum(d_mu))
+                d_library[r] = w * slope
+                _subtract(d_mu, share, scale * slope)
+                _store(w, d_mu, d_logits[r], d_bias[part])
 
 
-@contextmanager
-def _threads() -> Iterator[int]:
-    """Within the block, let numba use as many threads as torch does; neither's setting is changed by it."""
-    n_torch, n_numba = torch.get_num_threads(), get_num_threads()
-    n_threads = min(n_torch, config.NUMBA_NUM_THREADS)
-    set_num_threads(n_threads)
-    if torch.get_num_threads() != n_torch:  # numba's first launch sets the number of the pool that they share
-        torch.set_num_threads(n_torch)
-    try:
-        yield n_threads
-    finally:
-        set_num_threads(n_numba)
+@njit(**COMPILED)
+def _negative_binomial(x, lm, lt, t, zi, inflated, gradient, v, dm, dt, dz, room):
+    """Write log NB or ZINB, and its slopes by log mu, log theta and zi, of some genes of one cell.
+
+    The loops are many because a compiler that cannot tell which arrays overlap gives up on more than some in one.
+    """
+    n_genes = len(x)
+    d, m, log1p_m, larger = room[0][:n_genes], room[1][:n_genes], room[2][:n_genes], room[3][:n_genes]
+    own, m_zero, m_zi, inverse = room[4][:n_genes], room[5][:n_genes], room[6][:n_genes], room[7][:n_genes]
+    for g in range(n_genes):
+        d[g] = lm[g] - lt[g]
+        m[g] = exp(-abs(d[g]))
+    for g in range(n_genes):
+        product = ONE / ((ONE + m[g]) * (TWO + m[g]))
+        log1p_m[g] = twice_artanh(m[g] * (ONE + m[g]) * product)
+        larger[g] = (TWO + m[g]) * product
+    for g in range(n_genes):
+        v[g] = -t[g] * (max(d[g], ZERO) + log1p_m[g])
+    if inflated:
+        for g in range(n_genes):
+            m_zero[g], m_zi[g] = exp(-abs(v[g] - zi[g])), exp(-abs(zi[g]))
+        for g in range(n_genes):
+            a, b = ONE + m_zero[g], ONE + m_zi[g]
+            inverse[g] = ONE / (a * b * (a + b))
+        for g in range(n_genes):
+            b = ONE + m_zi[g]
+            # The share of a zero that is the negative binomial's own; what is not zero is all its own.
+            share = (ONE if v[g] > zi[g] else m_zero[g]) * (b * (ONE + m_zero[g] + b) * inverse[g])
+            own[g] = ONE if x[g] != ZERO else share
+        for g in range(n_genes):
+            a = ONE + m_zero[g]
+            dz[g] = (m_zi[g] if zi[g] > ZERO else ONE) * (a * (a + ONE + m_zi[g]) * inverse[g]) - own[g]
+        for g in range(n_genes):
+            # max(u, 0) - max(-zi, 0), which would lose digits to a large zi
+            larger_term = v[g] if v[g] > zi[g] else min(zi[g], ZERO)
+            s = (m_zero[g] - m_zi[g]) * ((ONE + m_zero[g]) * (ONE + m_zi[g]) * inverse[g])
+            v[g] = larger_term + twice_artanh(s)
+    else:
+        own[:n_genes] = ONE
+    if gradient:
+        for g in range(n_genes):
+            small = m[g] * larger[g]
+            sigmoid, rest = (larger[g], small) if d[g] > ZERO else (small, larger[g])
+            dm[g] = x[g] * rest - own[g] * t[g] * sigmoid
+        for g in range(n_genes):
+            dt[g] = -dm[g] - own[g] * t[g] * (max(d[g], ZERO) + log1p_m[g])
+    for g in range(n_genes):
+        if x[g] != ZERO:
+            wide = float64(x[g])
+            v[g] = non_zero(wide, float64(lm[g]), float64(lt[g]), float64(t[g]), float64(log1p_m[g]))
+            if inflated:
+                v[g] -= max(zi[g], ZERO) + twice_artanh(m_zi[g] / (TWO + m_zi[g]))
+            if gradient:
+                dt[g] += rising_slope(wide, float64(t[g]))
 
 
-def _rows(values: Tensor, shape: torch.Size) -> Tensor:
-    """Return ``values`` as rows of genes: those there are if they repeat along the first dimensions, else all."""
-    if values.shape != shape[len(shape) - values.dim() :]:
-        values = values.expand(shape)
-    return values.reshape(-1, shape[-1]).contiguous()
+@njit(**COMPILED)
+def _poisson(x, lm, v, dm):
+    """Write the log-probability, and its slope by log mu, of some genes of one cell."""
+    for g in range(len(x)):
+        v[g] = -exp(lm[g])
+        dm[g] = x[g] + v[g]
+    for g in range(len(x)):
+        if x[g] != ZERO:
+            wide, log_m = float64(x[g]), float64(lm[g])
+            mu = math.exp(log_m) if wide > SMALL else -float64(v[g])
+            v[g] = wide * log_m - mu - log_factorial(wide)
 
 
-def _theta_rows(log_theta: Tensor, shape: torch.Size) -> Tensor:
-    """Return log theta as one row where it is a gene's own, else as all of them."""
-    return log_theta[None] if log_theta.shape == shape[-1:] else _rows(log_theta.expand(shape), shape)
+@njit(**COMPILED)
+def _add(product, bias, result):
+    """Write product + bias, where the product may be the bits of bfloat16 numbers."""
+    for g in range(len(result)):
+        result[g] = _read(product[g]) + bias[g]
 
 
-class _Poisson(torch.autograd.Function):
-    """Counts (n, G) and log_mu (R, G), where R is a multiple of n; value and gradient are computed at once."""
-
-    @staticmethod
-    def forward(ctx, counts: Tensor, log_mu: Tensor) -> Tensor:
-        gradient = ctx.needs_input_grad[1]
-        value = torch.empty_like(log_mu)
-        d_log_mu = torch.empty_like(log_mu) if gradient else value
-        inputs = (tensor.detach().numpy() for tensor in (counts, log_mu))
-        with _threads():
-            _poisson(*inputs, gradient, value.numpy(), d_log_mu.numpy())
-        ctx.save_for_backward(d_log_mu)
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        return None, grad * ctx.saved_tensors[0]
+@njit(**COMPILED)
+def _shift(values, shift):
+    for g in range(len(values)):
+        values[g] += shift
 
 
-class _NegativeBinomial(torch.autograd.Function):
-    """Counts (n, G), parameters (R, G), where R is a multiple of n; log_theta may be (1, G), zi_logits None."""
+@njit(**COMPILED)
+def _exponentials(values, largest, result):
+    for g in range(len(values)):
+        result[g] = exp(values[g] - largest)
 
-    @staticmethod
-    def forward(ctx, counts: Tensor, log_mu: Tensor, log_theta: Tensor, zi_logits: Tensor | None) -> Tensor:
-        inflated, gradient = zi_logits is not None, any(ctx.needs_input_grad)
-        inputs = counts, log_mu, log_theta, log_theta.exp(), zi_logits if inflated else log_theta
-        value = torch.empty_like(log_mu)
-        slopes = [torch.empty_like(log_mu) for _ in range(2 + inflated)] if gradient else [value]
-        inputs, outputs = ([t.detach().numpy() for t in tensors] for tensors in (inputs, (value, *slopes)))
-        unused = outputs[-1:] * (4 - len(outputs))  # arrays that are not written
-        with _threads() as n_threads:
-            _negative_binomial(n_threads, *inputs, inflated, gradient, *outputs, *unused)
-        ctx.save_for_backward(*slopes)
-        ctx.one_theta = len(log_theta) == 1
-        return value
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        d_log_mu, d_log_theta, *d_zi_logits = ctx.saved_tensors
-        if ctx.one_theta and grad.stride(1) == 0:  # a sum over genes: one weight a row
-            d_log_theta = grad[:, :1].T @ d_log_theta
-        else:
-            d_log_theta = (grad * d_log_theta).sum_to_size(1 if ctx.one_theta else len(grad), grad.shape[1])
-        return None, grad * d_log_mu, d_log_theta, grad * d_zi_logits[0] if d_zi_logits else None
+@njit(**COMPILED)
+def _subtract(values, share, scale):
+    for g in range(len(values)):
+        values[g] -= share[g] * scale
+
+
+@njit(**COMPILED)
+def _store(weight, slopes, result, sums):
+    """Write weighted slopes, as bfloat16 bits where the result is of those, and add them to their sums."""
+    for g in range(len(slopes)):
+        weighted = weight * slopes[g]
+        sums[g] += weighted
+        _write(result, g, weighted)
+
+
+@njit(**COMPILED)
+def _accumulate(weight, slopes, sums):
+    for g in range(len(slopes)):
+        sums[g] += weight * slopes[g]
+
+
+def _read(value):
+    """Return a float32, which the upper half of its bits may stand for."""
+
+
+@overload(_read, inline="always")
+def _(value):
+    if value == types.uint16:
+        return lambda value: uint32(uint32(value) << uint32(16)).view(float32)
+    return lambda value: value
+
+
+def _write(array, g, value):
+    """Write a float32, rounded to the nearest even upper half of its bits where those are what the array has."""
+
+
+@overload(_write, inline="always")
+def _(array, g, value):
+    if array.dtype == types.uint16:
+
+        def rounded(array, g, value):
+            bits = float32(value).view(uint32)
+            array[g] = uint16((bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16))
+
+        return rounded
+
+    def as_it_is(array, g, value):
+        array[g] = value
+
+    return as_it_is
+
+
+@njit(**COMPILED)
+def _largest(values):
+    """Return the maximum, by way of 16 maxima side by side, which become vectors."""
+    largest, n = np.full(16, values[0]), len(values) // 16 * 16
+    for start in range(0, n, 16):
+        for k in range(16):
+            largest[k] = values[start + k] if values[start + k] > largest[k] else largest[k]
+    for g in range(n, len(values)):
+        largest[0] = max(largest[0], values[g])
+    return largest.max()
+
+
+# The order of a sum does not matter, which lets it become vectors.
+@njit(**(COMPILED | {"fastmath": {"reassoc", "nsz", "contract"}}))
+def _sum(values):
+    total = 0.0
+    for g in range(len(values)):
+        total += float64(values[g])
+    return total

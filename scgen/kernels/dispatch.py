@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from scgen.kernels import reference
 
@@ -20,56 +21,86 @@ SMALLEST = 2**14
 
 def dense_rows(matrix: sparse.csr_matrix | sparse.csr_array, index: np.ndarray) -> Tensor:
     """Return the rows ``index`` of a CSR matrix, in this order, as a dense float32 tensor (n, G)."""
-    if _known(matrix) and (cpu := _compiled(len(index) * matrix.shape[1])):
-        return cpu.dense_rows(matrix, index)
+    if _known(matrix) and (rows := _compiled("rows", len(index) * matrix.shape[1])):
+        return rows.dense_rows(matrix, index)
     return torch.from_numpy(matrix[index].astype(np.float32).toarray())
 
 
 def dense(counts: Tensor) -> Tensor:
     """Return a CSR tensor (n, G) as a dense one."""
-    if counts.device.type == "cpu" and (cpu := _compiled(counts.shape.numel())):
-        return cpu.dense(counts)
+    if counts.device.type == "cpu" and (rows := _compiled("rows", counts.shape.numel())):
+        return rows.dense(counts)
     return counts.to_dense()
 
 
 def row_sums(matrix: np.ndarray | sparse.csr_matrix | sparse.csr_array) -> np.ndarray:
     """Return the sum of each row, (n,) float64, added in float64."""
-    if sparse.issparse(matrix) and _known(matrix) and (cpu := _compiled(matrix.nnz)):
-        return cpu.row_sums(matrix)
+    if sparse.issparse(matrix) and _known(matrix) and (rows := _compiled("rows", matrix.nnz)):
+        return rows.row_sums(matrix)
     # A product, since scipy's sum would add float32 values in float32, whatever dtype is asked for.
     return matrix @ np.ones(matrix.shape[1])
 
 
-def poisson_log_prob(counts: Tensor, log_mu: Tensor) -> Tensor:
-    """Return x log(mu) - mu - log(x!)."""
-    return _likelihoods(counts, log_mu).poisson_log_prob(counts, log_mu)
-
-
-def negative_binomial_log_prob(counts: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
-    """Return log NB(x; mu, theta), with mean mu and variance mu + mu^2 / theta."""
-    return _likelihoods(counts, log_mu, log_theta).negative_binomial_log_prob(counts, log_mu, log_theta)
-
-
-def zero_inflated_negative_binomial_log_prob(
-    counts: Tensor, log_mu: Tensor, log_theta: Tensor, zi_logits: Tensor
+def cells_log_prob(
+    counts: Tensor,
+    logits: Tensor,
+    bias: Tensor,
+    log_library: Tensor,
+    log_theta: Tensor | None = None,
+    zi_logits: Tensor | None = None,
+    zi_bias: Tensor | None = None,
+    normalised: bool = True,
 ) -> Tensor:
-    """Return log of pi [x = 0] + (1 - pi) NB(x; mu, theta), where pi = sigmoid(zi_logits) is the extra zeros' share."""
-    kernels = _likelihoods(counts, log_mu, log_theta, zi_logits)
-    return kernels.zero_inflated_negative_binomial_log_prob(counts, log_mu, log_theta, zi_logits)
+    """Return log p(counts) of each cell, (..., n): what the function of this name in `reference` returns."""
+    parameters = logits, bias, log_library, log_theta, zi_logits, zi_bias
+    kernel = _fused(counts, *parameters)
+    if kernel is None:
+        return reference.cells_log_prob(counts, *parameters, normalised)
+    shape, gradient = logits.shape[:-1], torch.is_grad_enabled()
+    log_library = log_library.squeeze(-1).expand(shape)
+    if log_theta is not None and log_theta.shape[:-1] not in ((), counts.shape[:-1]):
+        log_theta = log_theta.expand_as(logits)
+    rows = (None if p is None else p.reshape(-1, p.shape[-1]).contiguous() for p in (logits, log_theta, zi_logits))
+    logits, log_theta, zi_logits = rows
+    return _CellsLogProb.apply(
+        kernel, normalised, gradient, counts, logits, bias, log_library.reshape(-1), log_theta, zi_logits, zi_bias
+    ).reshape(shape)
 
 
-def _likelihoods(*tensors: Tensor) -> ModuleType:
-    """Return the module to ask."""
-    if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
-        return reference
-    return _compiled(max(tensor.numel() for tensor in tensors)) or reference
+class _CellsLogProb(torch.autograd.Function):
+    """A fused kernel's values, (R,), of counts (n, G) and parameters (R, ...), where R is a multiple of n."""
+
+    @staticmethod
+    def forward(ctx, kernel: ModuleType, normalised: bool, gradient: bool, *inputs: Tensor | None) -> Tensor:
+        # The slopes cost little beside the value, but are needed weighted by what only `backward` knows. In training
+        # that is -1/n for every cell: they are computed for it, and again if it was something else.
+        weights = torch.full_like(inputs[3], -1 / len(inputs[3])) if gradient else None
+        value, slopes = kernel.cells_log_prob(*inputs, normalised, weights)
+        ctx.kernel, ctx.normalised, ctx.n_inputs = kernel, normalised, len(inputs)
+        ctx.save_for_backward(*inputs, weights, *slopes)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        inputs, (weights, *slopes) = ctx.saved_tensors[: ctx.n_inputs], ctx.saved_tensors[ctx.n_inputs :]
+        if not torch.equal(grad, weights):
+            slopes = ctx.kernel.cells_log_prob(*inputs, ctx.normalised, grad.contiguous())[1]
+        return None, None, None, None, *slopes
 
 
-def _compiled(n_entries: int) -> ModuleType | None:
-    """Return the compiled kernels, if so many entries are worth them."""
+def _fused(*tensors: Tensor | None) -> ModuleType | None:
+    """Return the module with the fused kernel for these, if there is one."""
+    tensors = [tensor for tensor in tensors if tensor is not None]
+    known = all(tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16) for tensor in tensors)
+    return _compiled("cpu", max(tensor.numel() for tensor in tensors)) if known else None
+
+
+def _compiled(name: str, n_entries: int) -> ModuleType | None:
+    """Return a module of compiled kernels, if so many entries are worth them."""
     if n_entries < SMALLEST or os.environ.get("SCGEN_KERNELS") == "reference":
         return None
-    return importlib.import_module("scgen.kernels.cpu")
+    return importlib.import_module(f"scgen.kernels.{name}")
 
 
 def _known(matrix: sparse.csr_matrix | sparse.csr_array) -> bool:

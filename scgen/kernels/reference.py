@@ -11,7 +11,46 @@ finite ``zi_logits``.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import log_softmax, softplus
+
+
+def cells_log_prob(
+    counts: Tensor,
+    logits: Tensor,
+    bias: Tensor,
+    log_library: Tensor,
+    log_theta: Tensor | None = None,
+    zi_logits: Tensor | None = None,
+    zi_bias: Tensor | None = None,
+    normalised: bool = True,
+) -> Tensor:
+    """Return log p(counts) of each cell, (..., n): the sum over its genes, at mu = l softmax(logits + bias).
+
+    Parameters
+    ----------
+    counts
+        (n, G).
+    logits, bias
+        (..., n, G) and (G,); where not ``normalised``, their sum is log(mu / l) as it is.
+    log_library
+        (..., n, 1): log l.
+    log_theta
+        None for Poisson counts.
+    zi_logits, zi_bias
+        (..., n, G) and (G,), whose sum are the log-odds of an extra zero; None for none.
+    """
+    log_mu = log_mean(logits, bias, log_library, normalised)
+    if log_theta is None:
+        return poisson_log_prob(counts, log_mu).sum(-1)
+    if zi_logits is None:
+        return negative_binomial_log_prob(counts, log_mu, log_theta).sum(-1)
+    return zero_inflated_negative_binomial_log_prob(counts, log_mu, log_theta, zi_logits + zi_bias).sum(-1)
+
+
+def log_mean(logits: Tensor, bias: Tensor, log_library: Tensor, normalised: bool) -> Tensor:
+    """Return log mu, (..., n, G), as `cells_log_prob` defines it."""
+    log_rho = logits + bias
+    return log_library + (log_softmax(log_rho, -1) if normalised else log_rho)
 
 
 def poisson_log_prob(counts: Tensor, log_mu: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ class Model:
             fit(
                 self.vae.to(device),
                 CellLoader(store, columns, self.train_indices, batch_size, rng),
-                CellLoader(store, columns, held_out, batch_size) if len(held_out) else None,
+                CellLoader(store, columns, held_out, max(batch_size, 512)) if len(held_out) else None,
                 options,
                 rows,
             )

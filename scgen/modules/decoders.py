@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Normal
-from torch.nn.functional import log_softmax, softmax, softplus
+from torch.distributions import Independent, Normal
+from torch.nn.functional import softmax, softplus
 
 from scgen.data.cells import Cells
-from scgen.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from scgen.distributions import CellCounts
 from scgen.modules.networks import MLP, WideLinear
 
 #: Libraries are kept within exp(0) = 1 and exp(18.4) = 1e8 counts, theta within exp(+-18.4).
@@ -94,24 +94,22 @@ class CountDecoder(nn.Module):
         logits = self.scale(self.mlp(latents["z"], cells))
         return softmax(logits, -1) if self.normalised else softplus(logits)
 
-    def forward(
-        self, latents: dict[str, Tensor], cells: Cells
-    ) -> Poisson | NegativeBinomial | ZeroInflatedNegativeBinomial:
+    def forward(self, latents: dict[str, Tensor], cells: Cells) -> CellCounts:
         h = self.mlp(latents["z"], cells)
-        logits = self.scale(h)
-        # softplus(x) is exp(x) to float32's precision below -15, where its own logarithm loses digits.
-        log_rho = (
-            log_softmax(logits, -1)
-            if self.normalised
-            else torch.where(logits < -15, logits, softplus(logits.clamp(min=-15)).log())
+        logits, bias = self.scale.product(h), self.scale.bias
+        if not self.normalised:
+            # softplus(x) is exp(x) to float32's precision below -15, where its own logarithm loses digits.
+            f = logits + bias
+            logits, bias = torch.where(f < -15, f, softplus(f.clamp(min=-15)).log()), torch.zeros_like(bias)
+        return CellCounts(
+            logits,
+            bias,
+            self.log_library(latents),
+            None if self.dispersion is None else self.dispersion(h, cells),
+            None if self.zi_logits is None else self.zi_logits.product(h),
+            None if self.zi_logits is None else self.zi_logits.bias,
+            self.normalised,
         )
-        log_mu = self.log_library(latents) + log_rho
-        if self.dispersion is None:
-            return Poisson(log_mu)
-        log_theta = self.dispersion(h, cells)
-        if self.zi_logits is None:
-            return NegativeBinomial(log_mu, log_theta)
-        return ZeroInflatedNegativeBinomial(log_mu, log_theta, self.zi_logits(h))
 
     def log_library(self, latents: dict[str, Tensor]) -> Tensor:
         """Return log l (..., n, 1), kept in its range."""
@@ -151,6 +149,7 @@ class GaussianDecoder(nn.Module):
         """Return the means f(z, s), (..., n, G)."""
         return self.mean(latents["z"] if self.mlp is None else self.mlp(latents["z"], cells))
 
-    def forward(self, latents: dict[str, Tensor], cells: Cells) -> Normal:
+    def forward(self, latents: dict[str, Tensor], cells: Cells) -> Independent:
         scale = self.log_scale.clamp(-MAX_LOG, MAX_LOG).exp() + 1e-4
-        return Normal(self.expression(latents, cells), scale, validate_args=False)
+        normal = Normal(self.expression(latents, cells), scale, validate_args=False)
+        return Independent(normal, 1, validate_args=False)

@@ -15,7 +15,7 @@ class WideLinear(nn.Linear):
     Attributes
     ----------
     reduced
-        Whether its products are taken in bfloat16. Weights, bias and result are float32 in any case.
+        Whether its products are taken in bfloat16. Weights, bias and result are float32 in any case, but for `product`.
     """
 
     reduced = False
@@ -23,9 +23,11 @@ class WideLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.layout == torch.sparse_csr:
             return torch.addmm(self.bias, x, self.weight.T)
-        if not self.reduced:
-            return super().forward(x)
-        return linear(x.bfloat16(), self.weight.bfloat16()).float().add_(self.bias)
+        return super().forward(x) if not self.reduced else self.product(x).float().add_(self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return the result without the bias, for who adds it; in bfloat16 where ``reduced``."""
+        return linear(x.bfloat16(), self.weight.bfloat16()) if self.reduced else linear(x, self.weight)
 
 
 class Dropout(nn.Dropout):

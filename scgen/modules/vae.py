@@ -23,7 +23,7 @@ class VAE(nn.Module):
     priors
         By latent: a module ``cells -> p``.
     decoder
-        A module ``(latents, cells) -> likelihood`` over ``cells.counts``; ``latents`` maps names to draws (..., n, d).
+        A module ``(latents, cells) -> likelihood`` of whole cells' counts; ``latents`` maps names to draws (..., n, d).
     """
 
     def __init__(self, posteriors: dict[str, nn.Module], priors: dict[str, nn.Module], decoder: nn.Module):
@@ -59,7 +59,7 @@ class VAE(nn.Module):
         draws = {name: q[name].rsample_and_log_prob(shape) for name in q}
         likelihood = self.decoder({name: draw for name, (draw, _) in draws.items()}, cells)
         return Elbo(
-            log_likelihood=likelihood.log_prob(cells.dense_counts).sum(-1),
+            log_likelihood=likelihood.log_prob(cells.dense_counts),
             kl={name: kl_divergence(q[name], self.priors[name](cells), *draws[name]) for name in q},
         )
 
@@ -71,7 +71,7 @@ class VAE(nn.Module):
         q = self.infer(cells)
         draws = {name: q[name].rsample_and_log_prob(shape) for name in q}
         likelihood = self.decoder({name: draw for name, (draw, _) in draws.items()}, cells)
-        log_w = likelihood.log_prob(cells.dense_counts).sum(-1)
+        log_w = likelihood.log_prob(cells.dense_counts)
         for name, (draw, log_q) in draws.items():
             if not isinstance(q[name], PointMass):
                 log_w = log_w + self.priors[name](cells).log_prob(draw) - log_q

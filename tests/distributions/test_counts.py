@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import special, stats
 
-from scgen.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from scgen.distributions import CellCounts, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 
 torch.set_default_dtype(torch.float32)
 
@@ -157,3 +157,22 @@ def test_shapes_broadcast(theta_shape):  # T23: an axis of draws is a loop over 
         for s in range(3)
     ]
     np.testing.assert_allclose(together, np.stack(alone), rtol=1e-9)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("n_parameters", [3, 4, 6])
+def test_a_cell_is_its_genes(n_parameters, normalised):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 4, 3), (3,), (5, 4, 1), (3,), (5, 4, 3), (3,)][:n_parameters]
+    parameters = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    cells = CellCounts(*parameters, normalised=normalised)
+    counts = torch.poisson(torch.full((4, 3), 2.0, dtype=torch.float64), generator=generator)
+    assert cells.batch_shape == (5, 4)
+    assert cells.event_shape == (3,)
+    torch.testing.assert_close(cells.log_prob(counts), cells.base_dist.log_prob(counts).sum(-1))
+    rho = torch.exp(parameters[0] + parameters[1])
+    rho = rho / rho.sum(-1, keepdim=True) if normalised else rho
+    torch.testing.assert_close(cells.base_dist.mu, parameters[2].exp() * rho)
+    assert torch.equal(cells.mean, cells.base_dist.mean)
+    assert torch.equal(cells.variance, cells.base_dist.variance)
+    assert cells.sample((2,)).shape == (2, 5, 4, 3)

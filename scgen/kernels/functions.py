@@ -1,0 +1,98 @@
+"""The functions of which the compiled log-likelihoods are made: of one number, for numba to build in."""
+
+import math
+
+import numpy as np
+from numba import njit
+
+from scgen.kernels.rows import COMPILED
+
+float32, int32 = np.float32, np.int32
+
+#: Up to here, ratios of gamma functions are products.
+SMALL = 16.0
+LOG_FACTORIAL = np.array([math.lgamma(k + 1) for k in range(int(SMALL) + 1)])
+
+
+@njit(inline="always", **COMPILED)
+def exp(x):
+    """Return exp(x) to float32's precision, without a branch, for x within +-87 (outside, of +-87)."""
+    x = max(min(x, float32(87)), float32(-87))
+    n = np.floor(x * float32(1.4426950408889634) + float32(0.5))
+    r = x - n * float32(0.693359375) + n * float32(2.12194440e-4)  # ln 2 in two parts
+    p = float32(1 / 720)
+    p = p * r + float32(1 / 120)
+    p = p * r + float32(1 / 24)
+    p = p * r + float32(1 / 6)
+    p = p * r + float32(1 / 2)
+    p = p * r * r + r + float32(1)
+    return p * int32((int32(n) + int32(127)) << int32(23)).view(float32)
+
+
+@njit(inline="always", **COMPILED)
+def twice_artanh(s):
+    """Return 2 artanh(s) to float32's relative precision, for s within a third of 0.
+
+    It is log((1 + m) / (1 + k)) at s = (m - k) / (2 + m + k), for m and k in [0, 1].
+    """
+    q = s * s
+    p = float32(2 / 13)
+    p = p * q + float32(2 / 11)
+    p = p * q + float32(2 / 9)
+    p = p * q + float32(2 / 7)
+    p = p * q + float32(2 / 5)
+    p = p * q + float32(2 / 3)
+    p = p * q + float32(2)
+    return p * s
+
+
+@njit(**COMPILED)
+def log_factorial(x):
+    """Return log(x!)."""
+    return LOG_FACTORIAL[int(x)] if x <= SMALL and x == math.floor(x) else math.lgamma(x + 1.0)
+
+
+@njit(**COMPILED)
+def digamma(x):
+    """Return the derivative of lgamma: the recurrence up to 8, then the asymptotic series."""
+    below = 0.0
+    while x < 8.0:
+        below += 1.0 / x
+        x += 1.0
+    q = 1.0 / (x * x)
+    return math.log(x) - 0.5 / x - q * (1 / 12 - q * (1 / 120 - q * (1 / 252 - q * (1 / 240 - q / 132)))) - below
+
+
+@njit(**COMPILED)
+def log_rising(x, theta):
+    """Return lgamma(x + theta) - lgamma(theta)."""
+    if x > SMALL or x != math.floor(x):
+        return math.lgamma(x + theta) - math.lgamma(theta)
+    product, k = theta, 1.0
+    while k < x:
+        product *= theta + k
+        k += 1.0
+    return math.log(product)
+
+
+@njit(**COMPILED)
+def rising_slope(x, theta):
+    """Return the derivative of `log_rising` by log theta."""
+    if x > SMALL or x != math.floor(x):
+        return theta * (digamma(x + theta) - digamma(theta))
+    total, k = 1.0, 1.0
+    while k < x:
+        total += theta / (theta + k)
+        k += 1.0
+    return total
+
+
+@njit(**COMPILED)
+def non_zero(x, log_mu, log_theta, theta, log1p_m):
+    """Return log NB(x) for x > 0, where theta and log(1 + exp(-|d|)) come in float32, enough for small counts."""
+    d = log_mu - log_theta
+    if x > SMALL:
+        theta, log1p_m = math.exp(log_theta), math.log1p(math.exp(-abs(d)))
+    # x d - (x + theta) softplus(d), without a difference of large terms.
+    power = -x * (max(-d, 0.0) + log1p_m) - theta * (max(d, 0.0) + log1p_m)
+    return power + log_theta if x == 1.0 else power + log_rising(x, theta) - log_factorial(x)

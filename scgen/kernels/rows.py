@@ -1,0 +1,80 @@
+"""How numba compiles here and on how many threads it runs; and, first of its uses, rows of sparse matrices."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numba import config, get_num_threads, njit, prange, set_num_threads
+from scipy import sparse
+from torch import Tensor
+
+
+def _can_cache() -> bool:
+    """Say whether numba finds a folder that it may write compiled code to."""
+    try:
+        njit(cache=True)(_can_cache)
+    except RuntimeError:
+        return False
+    return True
+
+
+# "numpy": division without a check for zero, which would keep loops from being vectorised.
+COMPILED = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}, "nogil": True, "cache": _can_cache()}
+
+
+@contextmanager
+def threads() -> Iterator[int]:
+    """Within the block, let numba use as many threads as torch does; neither's setting is changed by it."""
+    n_torch, n_numba = torch.get_num_threads(), get_num_threads()
+    n_threads = min(n_torch, config.NUMBA_NUM_THREADS)
+    set_num_threads(n_threads)
+    if torch.get_num_threads() != n_torch:  # numba's first launch sets the number of the pool that they share
+        torch.set_num_threads(n_torch)
+    try:
+        yield n_threads
+    finally:
+        set_num_threads(n_numba)
+
+
+def dense_rows(matrix: sparse.csr_matrix | sparse.csr_array, rows: np.ndarray) -> Tensor:
+    """Return the rows of a CSR matrix, in the order asked for, as a dense float32 tensor (n, G)."""
+    dense = np.empty((len(rows), matrix.shape[1]), np.float32)
+    with threads():
+        _fill_rows(matrix.indptr, matrix.indices, matrix.data, rows, dense)
+    return torch.from_numpy(dense)
+
+
+def dense(rows: Tensor) -> Tensor:
+    """Return a CSR tensor (n, G) as a dense one."""
+    result = np.empty(rows.shape, np.float32)
+    parts = (part.numpy() for part in (rows.crow_indices(), rows.col_indices(), rows.values()))
+    with threads():
+        _fill_rows(*parts, np.arange(len(rows)), result)
+    return torch.from_numpy(result)
+
+
+def row_sums(matrix: sparse.csr_matrix | sparse.csr_array) -> np.ndarray:
+    """Return the sum of each row, (n,) float64, added in float64."""
+    sums = np.empty(matrix.shape[0])
+    with threads():
+        _sum_rows(matrix.indptr, matrix.data, sums)
+    return sums
+
+
+@njit(parallel=True, **COMPILED)
+def _sum_rows(indptr, data, sums):
+    for i in prange(len(sums)):
+        total = 0.0
+        for k in range(indptr[i], indptr[i + 1]):
+            total += np.float64(data[k])
+        sums[i] = total
+
+
+@njit(parallel=True, **COMPILED)
+def _fill_rows(indptr, indices, data, rows, dense):
+    for i in prange(len(rows)):
+        out = dense[i]
+        out[:] = np.float32(0)
+        for k in range(indptr[rows[i]], indptr[rows[i] + 1]):
+            out[indices[k]] += np.float32(data[k])
