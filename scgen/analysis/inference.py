@@ -48,9 +48,10 @@ def marginal(vae: VAE, loader: CellLoader, n_draws: int, seed: int, at_once: int
     results = []
     with seeded(seed):
         for cells in loader:
-            cells, total = cells.to(vae.device), None
+            cells = cells.to(vae.device)
+            q, total = vae.infer(cells), None
             for start in range(0, n_draws, at_once):
-                some = vae.log_weights(cells, (min(at_once, n_draws - start),)).double().logsumexp(0)
+                some = vae.log_weights(cells, q, (min(at_once, n_draws - start),)).double().logsumexp(0)
                 total = some if total is None else torch.logaddexp(total, some)
             results.append((total - math.log(n_draws)).cpu().numpy())
     return np.concatenate(results)

@@ -42,18 +42,23 @@ class DiagonalNormal(Distribution):
         return self._variance
 
     def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        shape = torch.Size(sample_shape) + self._batch_shape + self._event_shape
-        noise = torch.randn(shape, dtype=self._mean.dtype, device=self._mean.device)
-        return self._mean + self._variance.sqrt() * noise
+        return self._mean + self._variance.sqrt() * self._noise(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        squares = (value - self._mean).square() / self._variance
-        return -0.5 * (squares + self._variance.log() + math.log(2 * math.pi)).sum(-1)
+        return self._log_density((value - self._mean).square() / self._variance)
 
     def rsample_and_log_prob(self, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Return draws (*shape, ..., d) that carry gradients, and their log-density (*shape, ...)."""
-        sample = self.rsample(shape)
-        return sample, self.log_prob(sample)
+        noise = self._noise(shape)
+        return self._mean + self._variance.sqrt() * noise, self._log_density(noise.square())
+
+    def _noise(self, sample_shape: tuple[int, ...]) -> Tensor:
+        shape = torch.Size(sample_shape) + self._batch_shape + self._event_shape
+        return torch.randn(shape, dtype=self._mean.dtype, device=self._mean.device)
+
+    def _log_density(self, squares: Tensor) -> Tensor:
+        """Return the log-density at so many squared standard deviations from the mean."""
+        return -0.5 * (squares + self._variance.log() + math.log(2 * math.pi)).sum(-1)
 
 
 @register_kl(DiagonalNormal, DiagonalNormal)

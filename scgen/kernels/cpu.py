@@ -185,21 +185,22 @@ def _negative_binomial(x, lm, lt, t, zi, inflated, gradient, v, dm, dt, dz, room
         for g in range(n_genes):
             a, b = ONE + m_zero[g], ONE + m_zi[g]
             inverse[g] = ONE / (a * b * (a + b))
-        for g in range(n_genes):
-            b = ONE + m_zi[g]
-            # The share of a zero that is the negative binomial's own; what is not zero is all its own.
-            share = (ONE if v[g] > zi[g] else m_zero[g]) * (b * (ONE + m_zero[g] + b) * inverse[g])
-            own[g] = ONE if x[g] != ZERO else share
-        for g in range(n_genes):
-            a = ONE + m_zero[g]
-            dz[g] = (m_zi[g] if zi[g] > ZERO else ONE) * (a * (a + ONE + m_zi[g]) * inverse[g]) - own[g]
+        if gradient:
+            for g in range(n_genes):
+                b = ONE + m_zi[g]
+                # The share of a zero that is the negative binomial's own; what is not zero is all its own.
+                share = (ONE if v[g] > zi[g] else m_zero[g]) * (b * (ONE + m_zero[g] + b) * inverse[g])
+                own[g] = ONE if x[g] != ZERO else share
+            for g in range(n_genes):
+                a = ONE + m_zero[g]
+                dz[g] = (m_zi[g] if zi[g] > ZERO else ONE) * (a * (a + ONE + m_zi[g]) * inverse[g]) - own[g]
         for g in range(n_genes):
             # max(u, 0) - max(-zi, 0), which would lose digits to a large zi
             larger_term = v[g] if v[g] > zi[g] else min(zi[g], ZERO)
             s = (m_zero[g] - m_zi[g]) * ((ONE + m_zero[g]) * (ONE + m_zi[g]) * inverse[g])
             v[g] = larger_term + twice_artanh(s)
     else:
-        own[:n_genes] = ONE
+        own[:] = ONE
     if gradient:
         for g in range(n_genes):
             small = m[g] * larger[g]

@@ -22,7 +22,7 @@ from scgen.modules.vae import VAE
 from scgen.training import NonFiniteLoss, Options, choose_device, fit, seeded, start_from_data
 
 #: The validation bound is computed on at most so many cells.
-MAX_VALIDATION_CELLS = 10_000
+MAX_VALIDATION_CELLS = 1024
 
 
 class Model:
@@ -250,7 +250,7 @@ class Model:
         *,
         indices: Sequence[int] | None = None,
         return_mean: bool = True,
-        batch_size: int = 1024,
+        batch_size: int = 2048,
         seed: int = 0,
     ) -> float | np.ndarray:
         """Return the evidence lower bound, in nats per cell, at KL weight 1 and one draw of the latents.

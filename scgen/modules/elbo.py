@@ -1,6 +1,7 @@
 """The evidence lower bound, per cell, in its parts."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class Elbo:
     log_likelihood: Tensor
     kl: dict[str, Tensor]
 
-    @property
+    @cached_property
     def value(self) -> Tensor:
         """The bound itself, (..., n)."""
         return self.log_likelihood - sum(self.kl.values())

@@ -63,12 +63,11 @@ class VAE(nn.Module):
             kl={name: kl_divergence(q[name], self.priors[name](cells), *draws[name]) for name in q},
         )
 
-    def log_weights(self, cells: Cells, shape: tuple[int, ...]) -> Tensor:
-        """Return log p(x, latents) - log q(latents | x) at draws from q, (*shape, n).
+    def log_weights(self, cells: Cells, q: dict[str, Distribution], shape: tuple[int, ...]) -> Tensor:
+        """Return log p(x, latents) - log q(latents | x) at draws from q, which `infer` gave, (*shape, n).
 
         Their log-mean-exp over the draws estimates log p(x) from below, the closer the more draws.
         """
-        q = self.infer(cells)
         draws = {name: q[name].rsample_and_log_prob(shape) for name in q}
         likelihood = self.decoder({name: draw for name, (draw, _) in draws.items()}, cells)
         log_w = likelihood.log_prob(cells.dense_counts)
