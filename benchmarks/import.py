@@ -3,4 +3,4 @@
 from benchmarks.pairs import measure
 
 if __name__ == "__main__":
-    measure("imports", 1000, 100)
+    measure("imports", "1000x100")

@@ -3,4 +3,4 @@
 from benchmarks.pairs import measure
 
 if __name__ == "__main__":
-    measure("questions", 80_000, 2000)
+    measure("questions", "80000x2000")

@@ -45,8 +45,8 @@ def refuse_if_busy() -> None:
         sys.exit(f"the machine is busy ({share:.0%} of its cores): a figure taken now would be worth nothing.")
 
 
-def once(package: str, task: str, n_cells: int, n_genes: int, options: list[str]) -> dict:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.tasks", package, task, str(n_cells), str(n_genes)]
+def once(package: str, task: str, data: str, options: list[str]) -> dict:
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.tasks", package, task, data]
     done = subprocess.run(command + options, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
@@ -55,29 +55,26 @@ def once(package: str, task: str, n_cells: int, n_genes: int, options: list[str]
 
 def measure(
     task: str,
-    n_cells: int,
-    n_genes: int,
+    data: str,
     ours: tuple[str, ...] = (),
     theirs: tuple[str, ...] = (),
     rounds: int = 5,
     label: str = "",
 ) -> dict:
-    """Return the kept result of one comparison; measure it first if there is none."""
-    name = "--".join([task, label or "default", f"{n_cells}x{n_genes}", commit(), f"{os.cpu_count()}cores"])
+    """Return the kept result of one comparison, on data as `tasks.cells` names them; measure it if there is none."""
+    name = "--".join([task, label or "default", data, commit(), f"{os.cpu_count()}cores"])
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        if task != "imports":
-            once("scgen", "simulate", n_cells, n_genes, [])
+        once("scgen", "load", data, [])
         found = {package: [] for package in PACKAGES}
         for _ in range(rounds):
             refuse_if_busy()
             for package, options in zip(PACKAGES, (ours, theirs), strict=True):
-                found[package].append(once(package, task, n_cells, n_genes, list(options)))
+                found[package].append(once(package, task, data, list(options)))
         result = {
             "task": task,
             "label": label,
-            "cells": n_cells,
-            "genes": n_genes,
+            "data": data,
             "options": {"scgen": ours, "scvi-tools": theirs},
             "measured": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "versions": {"scgen": commit(), "scvi-tools": version("scvi-tools"), "torch": version("torch")},
@@ -100,5 +97,5 @@ def show(result: dict) -> None:
     """Print the medians of both packages and the median ratio."""
     for figure, ratio in result["ratios"].items():
         ours, theirs = (statistics.median(one[figure] for one in result["rounds"][package]) for package in PACKAGES)
-        what = f"{result['task']} {result['label']} {result['cells']} x {result['genes']}: {figure}"
+        what = f"{result['task']} {result['label']} {result['data']}: {figure}"
         print(f"{what:70s} {ours:9.3f} {theirs:9.3f}   ratio {ratio:.2f}", flush=True)

@@ -46,7 +46,7 @@ def speed_table() -> pd.DataFrame:
     newest = {}
     results = [json.loads(path.read_text()) for path in pairs.RESULTS.glob("*.json")]
     for result in sorted(results, key=lambda result: result["measured"]):
-        newest[result["task"], result["label"], result["cells"], result["genes"]] = result
+        newest[result["task"], result["label"], result["data"]] = result
     rows = []
     for result in newest.values():
         ours, theirs = (result["rounds"][package] for package in pairs.PACKAGES)
@@ -55,7 +55,7 @@ def speed_table() -> pd.DataFrame:
             rows.append(
                 {
                     "measured": f"{result['task']} {result['label']}: {figure}",
-                    "cells x genes": f"{result['cells']} x {result['genes']}",
+                    "data": result["data"],
                     "scgen": round(statistics.median(one[figure] for one in ours), 3),
                     "scvi-tools": round(statistics.median(one[figure] for one in theirs), 3),
                     "ratio": f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
@@ -74,13 +74,13 @@ def draw(table: pd.DataFrame, path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.3 * len(table)), layout="constrained")
-    names = table["measured"] + ", " + table["cells x genes"]
+    names = table["measured"] + ", " + table["data"]
     ratios = table["ratio"].str.split().str[0].astype(float)
     bars = axes.barh(names, ratios, color="#4477aa")
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
-    axes.set(xlabel="scvi-tools / scgen, median of the rounds", xscale="log")
+    axes.set(xlabel="scvi-tools / scgen, median of the rounds")
     figure.savefig(path, dpi=120)
 
 
