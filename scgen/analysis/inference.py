@@ -11,6 +11,13 @@ from scgen.training import seeded
 
 
 @torch.inference_mode()
+def embedding(vae: VAE, loader: CellLoader) -> np.ndarray:
+    """Return the mean of q(z) of each cell, (n, d), in the loader's order."""
+    vae.eval()
+    return np.concatenate([vae.posteriors["z"].means(cells.to(vae.device)).cpu().numpy() for cells in loader])
+
+
+@torch.inference_mode()
 def latent(vae: VAE, loader: CellLoader, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and variance of q of one latent, (n, d) each, in the loader's order."""
     vae.eval()

@@ -220,10 +220,11 @@ class Model:
         --------
         >>> adata.obsm["X_scgen"] = model.get_latent_representation()  # doctest: +SKIP
         """
-        mean, variance = inference.latent(self.vae, self._loader(adata, indices, batch_size), "z")
-        if return_dist:
-            return mean, variance
-        return mean if give_mean else inference.draw(mean, variance, seed)
+        loader = self._loader(adata, indices, batch_size)
+        if give_mean and not return_dist:
+            return inference.embedding(self.vae, loader)
+        mean, variance = inference.latent(self.vae, loader, "z")
+        return (mean, variance) if return_dist else inference.draw(mean, variance, seed)
 
     def get_latent_library_size(
         self,

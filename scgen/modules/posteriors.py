@@ -45,8 +45,16 @@ class GaussianPosterior(nn.Module):
         self.log_variance = nn.Linear(n_hidden, n_latent)
 
     def forward(self, cells: Cells) -> DiagonalNormal:
-        h = self.mlp(cells.log_counts if self.log_input else cells.counts, cells)
+        h = self.hidden(cells)
         return DiagonalNormal(self.mean(h), positive_variance(self.log_variance(h)))
+
+    def hidden(self, cells: Cells) -> Tensor:
+        """Return the last hidden layer, (n, n_hidden)."""
+        return self.mlp(cells.log_counts if self.log_input else cells.counts, cells)
+
+    def means(self, cells: Cells) -> Tensor:
+        """Return the means m(x, s), (n, d), alone: an embedding of many cells waits for the variances, too."""
+        return self.mean(self.hidden(cells))
 
 
 class LibraryPosterior(GaussianPosterior):
@@ -81,6 +89,10 @@ class LibraryPosterior(GaussianPosterior):
     def forward(self, cells: Cells) -> DiagonalNormal:
         q = super().forward(cells)
         return DiagonalNormal(q.mean + cells.library, q.variance) if self.residual else q
+
+    def means(self, cells: Cells) -> Tensor:
+        residual = super().means(cells)
+        return residual + cells.library if self.residual else residual
 
 
 class ObservedLibrary(nn.Module):

@@ -419,6 +419,17 @@ def test_bfloat16_where_layers_are_wide(small):
     assert elbos["bf16"] == pytest.approx(elbos["32"], rel=2e-3)
 
 
+def test_an_embedding_is_the_means_of_the_posterior(small):
+    model = train(model_of(small))
+    mean, variance = model.get_latent_representation(return_dist=True)
+    assert np.array_equal(model.get_latent_representation(), mean)
+    draws = model.get_latent_representation(give_mean=False)
+    assert np.abs((draws - mean) / np.sqrt(variance)).mean() == pytest.approx(np.sqrt(2 / np.pi), rel=0.1)
+    (cells,) = model._loader(None, None, 1000)
+    for posterior in model.vae.posteriors.values():
+        assert torch.equal(posterior.means(cells), posterior(cells).mean)
+
+
 def test_rows_come_in_the_order_asked_for(small, tmp_path):
     model = train(model_of(small))
     order = np.random.default_rng(0).permutation(120)[:50]
