@@ -10,7 +10,7 @@ from scgen.data.cells import Cells
 
 
 class WideLinear(nn.Linear):
-    """A linear layer that may be from or to all genes, where nearly all of the arithmetic is; it reads CSR tensors too.
+    """A linear layer that may be from or to all genes, where nearly all of the arithmetic is.
 
     Attributes
     ----------
@@ -21,8 +21,6 @@ class WideLinear(nn.Linear):
     reduced = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.layout == torch.sparse_csr:
-            return torch.addmm(self.bias, x, self.weight.T)
         return super().forward(x) if not self.reduced else self.product(x).float().add_(self.bias)
 
     def product(self, x: Tensor) -> Tensor:
@@ -67,10 +65,23 @@ class CovariateLinear(nn.Module):
         self.slopes = nn.Parameter(torch.empty(n_continuous, n_out).uniform_(-bound, bound)) if n_continuous else None
 
     def forward(self, x: Tensor, cells: Cells) -> Tensor:
-        h = self.linear(x)
+        return self._with_covariates(self.linear(x), cells, None)
+
+    def normalised(self, x: Tensor, cells: Cells, scale: Tensor, shift: Tensor) -> Tensor:
+        """Return scale * forward(x, cells) + shift, of a CSR tensor x.
+
+        The weights are scaled, of which there are fewer.
+        """
+        h = torch.addmm(self.linear.bias * scale + shift, x, self.linear.weight.T * scale)
+        return self._with_covariates(h, cells, scale)
+
+    def _with_covariates(self, h: Tensor, cells: Cells, scale: Tensor | None) -> Tensor:
         for i, rows in self.rows.items():
+            rows = rows if scale is None else rows * scale
             h = h + embedding(cells.batch if i == "0" else cells.categorical[:, int(i) - 1], rows)
-        return h if self.slopes is None else h + cells.continuous @ self.slopes
+        if self.slopes is None:
+            return h
+        return h + cells.continuous @ (self.slopes if scale is None else self.slopes * scale)
 
 
 class SliceBatchNorm(nn.BatchNorm1d):
@@ -82,6 +93,11 @@ class SliceBatchNorm(nn.BatchNorm1d):
         if self.training:
             return torch.stack([self(slice_) for slice_ in x])
         return super().forward(x.flatten(0, -2)).reshape(x.shape)
+
+    def as_affine(self) -> tuple[Tensor, Tensor]:
+        """Return scale and shift, (H,) each, that this layer amounts to outside training."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
 
 
 class MLP(nn.Module):
@@ -115,5 +131,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, cells: Cells) -> Tensor:
         for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = self.dropout(torch.relu(norm(layer(x, cells))))
+            if x.layout == torch.sparse_csr:  # a question's first layer: batch normalisation is folded into it
+                h = layer.normalised(x, cells, *norm.as_affine())
+            else:
+                h = norm(layer(x, cells))
+            x = self.dropout(torch.relu(h))
         return x

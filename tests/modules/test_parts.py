@@ -77,6 +77,26 @@ def test_rows_added_are_one_hots_multiplied():
     torch.testing.assert_close(layer(x, cells), joined @ weight + layer.linear.bias)
 
 
+def test_normalisation_folded_into_a_sparse_first_layer():
+    torch.manual_seed(0)
+    cells = dataclasses.replace(some_cells(50, 30, 3, scale=0.3), continuous=torch.randn(50, 2))
+    mlp = MLP(30, 8, 2, [3], 2)
+    for norm in mlp.norms:
+        norm.weight.data.uniform_(0.5, 2)
+        norm.bias.data.normal_()
+    for _ in range(5):
+        mlp(cells.counts, cells)  # running statistics
+    mlp.eval()
+    x = cells.counts
+    for layer, norm in zip(mlp.layers, mlp.norms, strict=True):
+        plain = torch.nn.functional.batch_norm(
+            layer(x, cells), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+        )
+        x = torch.relu(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(cells.counts.to_sparse_csr(), cells), x)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_draws_are_normalised_slice_by_slice(training):  # T23
     torch.manual_seed(0)
