@@ -125,7 +125,7 @@ def imports(package, data):
     return {"import": imported - started, "import and class": time.perf_counter() - started, "peak_mb": peak()}
 
 
-def whole(package, data, observed="0", epochs="8"):
+def whole(package, data, observed="0", epochs="4"):
     """Return the seconds of a default training and the embedding of its cells.
 
     scvi-tools trains for some epochs only; their median, but for the first, stands for each of its default number.
