@@ -102,7 +102,7 @@ def run(name: str, method: str, seed: int) -> None:
         CACHE.mkdir(exist_ok=True)
         np.savez(CACHE / path.with_suffix(".npz").name, embedding=embedding)
         result = {"set": name, "method": method, "seed": seed, "version": kept_as}
-        result |= {"date": time.strftime("%Y-%m-%d"), "measured": time.strftime("%Y-%m-%dT%H:%M:%S")} | details
+        result |= {"measured": time.strftime("%Y-%m-%dT%H:%M:%S")} | details
         if busy or busy_share() > 0.1:
             result |= {"seconds": None, "busy": True}  # another process ran beside it: its time is no measurement
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Print what was measured: ``python -m benchmarks.table quality [SET]``, or ``speed``, which is also drawn.
+"""Print what was measured: ``python -m benchmarks.table quality [SET]``, ``guards``, or ``speed``, which is also drawn.
 
 Of each method and comparison, the newest version counts.
 """
@@ -9,7 +9,7 @@ import sys
 
 import pandas as pd
 
-from benchmarks import pairs, protocol, quality
+from benchmarks import guards, pairs, protocol, quality
 
 
 def quality_table(name: str) -> pd.DataFrame:
@@ -66,6 +66,23 @@ def speed_table() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def guards_table() -> pd.DataFrame:
+    """Return a row per guard and figure, a column per method: mean and spread over seeds, or pairs of them."""
+    newest = {}
+    results = [json.loads(path.read_text()) for path in guards.FOLDER.glob("*.json")]
+    for result in sorted(results, key=lambda result: result["measured"]):
+        newest[result["method"]] = result
+    columns = {
+        f"{method} {result['version']}": {
+            (guard, figure): shown(figure, values)
+            for guard, figures in result["guards"].items()
+            for figure, values in figures.items()
+        }
+        for method, result in newest.items()
+    }
+    return pd.DataFrame(columns).sort_index()
+
+
 def draw(table: pd.DataFrame, path) -> None:
     """Draw how many times as long, or as much, scvi-tools takes."""
     import matplotlib
@@ -89,6 +106,8 @@ if __name__ == "__main__":
         found = speed_table()
         print(found.to_string())
         draw(found, pairs.RESULTS.parent / "speed.png")
+    elif sys.argv[1:] == ["guards"]:
+        print(guards_table().to_string())
     elif sys.argv[1:2] == ["quality"]:
         for one in sys.argv[2:] or protocol.SETS:
             print(f"\n{one}\n{quality_table(one).to_string()}")
