@@ -20,7 +20,7 @@ def quality_table(name: str) -> pd.DataFrame:
         mine = [run for run in runs if run["method"] == method]
         if not mine:
             continue
-        newest = max(mine, key=lambda run: run.get("measured", run["date"]))["version"]
+        newest = max(mine, key=lambda run: run["measured"])["version"]
         mine = [run for run in mine if run["version"] == newest]
         scores = [run.get("scores", {}) for run in mine]
         columns = {part: [score.get(part) for score in scores] for part in ("bio", "batch", "total", "iLISI")}
