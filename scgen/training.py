@@ -97,7 +97,8 @@ def start_from_data(vae: nn.Module, loader: CellLoader) -> None:
     mean = total / len(loader.index)
     vae.decoder.start_at(mean, (squares / len(loader.index) - mean**2).clamp(min=0))
     if "library" in vae.priors:
-        vae.priors["library"].fit(*(loader.columns[name][loader.index] for name in ("library", "batch")))
+        # On the host, where sums are always in the same order.
+        vae.priors["library"].fit(*(loader.columns[name][loader.index].cpu() for name in ("library", "batch")))
 
 
 @contextmanager
@@ -149,6 +150,9 @@ def fit(
 ) -> None:
     """Train ``vae`` in place and append to ``rows`` what each finished epoch brought.
 
+    Minibatches are taken from where the loaders put them, ``options.device``. On a CPU the loss of every step is looked
+    at; on a GPU, where the host runs ahead and to look would be to wait, their sum is at the end of an epoch.
+
     Weights are compared, and training stopped early, only in the second half of the planned epochs: before it the
     learning rate is high and batches are still mixing, whatever the bound says. An interrupt (Ctrl-C) ends training
     and keeps the best weights so far; before the first epoch is over, it is raised.
@@ -177,16 +181,18 @@ def fit(
                     for cells in training:
                         learning_rate = options.learning_rate * one_cycle(step / n_steps)
                         kl_weight = 1 + (options.kl_start - 1) * max(0.0, 1 - 2 * (step + 1) / n_steps)
-                        cells = cells.to(options.device)
                         elbo = vae(cells)
                         loss = elbo.loss(kl_weight)
-                        if not torch.isfinite(loss):
+                        if options.device.type == "cpu" and not torch.isfinite(loss):
                             raise blame(vae, cells)
                         loss.backward()
                         optimizer.step(learning_rate)
                         sums += elbo.value.detach().sum()
                         step += 1
-                row = {"elbo_train": float(sums) / len(training.index), **evaluate(vae, validation, options.device)}
+                if not math.isfinite(sums):
+                    best.restore(last=True)
+                    raise blame_some(vae, training)
+                row = {"elbo_train": float(sums) / len(training.index), **evaluate(vae, validation)}
                 rows.append(row | {"kl_weight": kl_weight, "seconds": time.perf_counter() - started})
                 bar.update()
                 bar.set_postfix_str(" ".join(f"{name} {row[name]:.1f}" for name in row if name.startswith("elbo")))
@@ -276,7 +282,7 @@ class Best:
 
 
 @torch.inference_mode()
-def evaluate(vae: nn.Module, loader: CellLoader | None, device: torch.device) -> dict[str, float]:
+def evaluate(vae: nn.Module, loader: CellLoader | None) -> dict[str, float]:
     """Return the mean bound at full KL weight, and its parts, under the same noise each time."""
     if loader is None:
         return {}
@@ -284,7 +290,6 @@ def evaluate(vae: nn.Module, loader: CellLoader | None, device: torch.device) ->
     sums: dict[str, float] = {}
     with seeded(0):
         for cells in loader:
-            cells = cells.to(device)
             elbo = vae(cells)
             if not torch.isfinite(elbo.value).all():
                 raise blame(vae, cells)
@@ -294,6 +299,19 @@ def evaluate(vae: nn.Module, loader: CellLoader | None, device: torch.device) ->
             for name, values in parts.items():
                 sums[name] = sums.get(name, 0.0) + float(values.double().sum())
     return {f"{name}_validation": total / len(loader.index) for name, total in sums.items()}
+
+
+def blame_some(vae: nn.Module, loader: CellLoader) -> NonFiniteLoss:
+    """Return the error for an epoch that went wrong somewhere, of which ``vae`` has the weights before it.
+
+    It names the cells that are to blame with these weights already; none where the steps themselves led astray.
+    """
+    try:
+        evaluate(vae, loader)
+    except NonFiniteLoss as error:
+        return error
+    n_cells, n_genes = loader.store.shape
+    return NonFiniteLoss(np.empty(0, int), np.empty(0, int), n_cells, n_genes)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ ALLOWED = {
     "kernels": (),
     "kernels.dispatch": ("kernels",),
     "kernels.cpu": ("kernels.functions", "kernels.rows"),
+    "kernels.cuda": ("kernels.cuda_functions",),
     "kernels.functions": ("kernels.rows",),
 }
 MAY_NAME_ANNDATA = ("data", "models", "analysis", "integration", "reporting", "cli")

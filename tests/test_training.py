@@ -4,16 +4,19 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 import torch
 
-from scgen.training import Adam
+import scgen
+from scgen import training
+from scgen.data.stores import DeviceStore, MemoryStore
 
 
 def test_adam_is_that_of_torch():
     torch.manual_seed(0)
     ours, theirs = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
     theirs.load_state_dict(ours.state_dict())
-    adam, optimizer = Adam(ours), torch.optim.Adam(theirs.parameters(), eps=0.01, weight_decay=1e-6)
+    adam, optimizer = training.Adam(ours), torch.optim.Adam(theirs.parameters(), eps=0.01, weight_decay=1e-6)
     for step in range(20):
         x, learning_rate = torch.randn(7, 5), 0.1 / (step + 1)
         ours(x).square().sum().backward()
@@ -24,6 +27,48 @@ def test_adam_is_that_of_torch():
         optimizer.step()
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
     assert all(weight.grad is None for weight in ours.parameters())
+
+
+def simulated(**arguments):
+    adata = scgen.simulate_cells(n_cells=120, n_genes=30, n_batches=2, seed=0, **arguments)
+    scgen.setup_anndata(adata, batch_key="batch")
+    return adata
+
+
+def test_training_from_a_device_store_is_the_same(monkeypatch):
+    histories = []
+    for on_device in (lambda store, device: store, DeviceStore):
+        monkeypatch.setattr("scgen.models.base.on_device", on_device)
+        model = scgen.SCVI(simulated())
+        model.train(3, accelerator="cpu", progress=False)
+        histories.append(model.history.drop(columns="seconds"))
+    assert histories[0].equals(histories[1])
+
+
+@pytest.mark.parametrize("cause", ["a value", "the learning rate"])
+def test_a_loss_that_is_looked_at_once_an_epoch_names_who_is_to_blame(monkeypatch, cause):
+    # On a GPU every step is taken before the first look: as here, where a step's loss always passes for finite.
+    finite, read = torch.isfinite, MemoryStore.rows
+    monkeypatch.setattr(torch, "isfinite", lambda x: torch.tensor(True) if x.dim() == 0 else finite(x))
+    model = scgen.SCVI(simulated())
+    model.train(2, accelerator="cpu", batch_size=30, progress=False)
+    good = {name: tensor.clone() for name, tensor in model.vae.state_dict().items()}
+    row = model.train_indices[7]
+
+    def damaged(self, index, as_sparse=False):
+        values = read(self, index, as_sparse)
+        values[index == row, 5] = torch.nan
+        return values
+
+    if cause == "a value":
+        monkeypatch.setattr(MemoryStore, "rows", damaged)
+    named = rf"Cells: cell_{row + 1}; genes: gene_6\." if cause == "a value" else "Cells: none by itself"
+    with pytest.raises(FloatingPointError, match=named):
+        model.train(
+            2, accelerator="cpu", batch_size=30, progress=False, learning_rate=1e-3 if cause == "a value" else 1e30
+        )
+    assert len(model.history) == 2
+    assert all(torch.equal(good[name], tensor) for name, tensor in model.vae.state_dict().items())
 
 
 def test_training_loads_no_compiler_nor_what_is_for_plots_and_neighbours():

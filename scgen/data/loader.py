@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scgen.data.cells import Cells
-from scgen.data.stores import BackedStore, MemoryStore
+from scgen.data.stores import BackedStore, DeviceStore, MemoryStore
 
 
 class CellLoader:
@@ -30,19 +30,24 @@ class CellLoader:
         Draws a new order for every pass; None keeps the order of ``index``.
     as_sparse
         Whether sparse values come as CSR tensors, which questions to a model read faster.
+    device
+        Where the minibatches go. ``columns`` are moved there once, the order once a pass; values come from a
+        `DeviceStore` that is there, or from the host's memory, through pinned memory to a GPU.
     """
 
     def __init__(
         self,
-        store: MemoryStore | BackedStore,
+        store: MemoryStore | BackedStore | DeviceStore,
         columns: dict[str, Tensor],
         index: np.ndarray | None = None,
         batch_size: int = 1024,
         rng: np.random.Generator | None = None,
         as_sparse: bool = False,
+        device: torch.device | str = "cpu",
     ):
-        self.store, self.columns, self.batch_size, self.rng = store, columns, batch_size, rng
-        self.as_sparse = as_sparse
+        self.store, self.batch_size, self.rng = store, batch_size, rng
+        self.as_sparse, self.device = as_sparse, torch.device(device)
+        self.columns = {name: column.to(device) for name, column in columns.items()}
         self.index = np.arange(store.shape[0]) if index is None else np.asarray(index)
 
     def __len__(self) -> int:
@@ -50,12 +55,20 @@ class CellLoader:
 
     def __iter__(self) -> Iterator[Cells]:
         order = self.index if self.rng is None else self.rng.permutation(self.index)
-        columns = {name: column[torch.from_numpy(order)] for name, column in self.columns.items()}
+        index = self._moved(torch.from_numpy(order))
+        columns = {name: column[index] for name, column in self.columns.items()}
+        rows = index if isinstance(self.store, DeviceStore) else order
         edges = np.arange(len(self) + 1) * len(order) // max(len(self), 1)
         for start, stop in itertools.pairwise(edges.tolist()):
-            rows = order[start:stop]
+            counts = self._moved(self.store.rows(rows[start:stop], self.as_sparse))
             some = {name: column[start:stop] for name, column in columns.items()}
-            yield Cells(counts=self.store.rows(rows, self.as_sparse), index=torch.from_numpy(rows), **some)
+            yield Cells(counts=counts, index=index[start:stop], **some)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """Return a tensor on the device; a GPU reads pinned memory by itself, while the host goes on."""
+        if tensor.device.type == self.device.type:
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def split(batch: np.ndarray, train_size: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -81,6 +81,69 @@ class BackedStore:
         return block if self.columns is None else block[:, self.columns]
 
 
+class DeviceStore:
+    """The values of a `MemoryStore` as CSR in the memory of a device, which makes rows of them dense.
+
+    Values are kept in the first of `DTYPES` that holds them all as float32 has them; columns are int32 and row pointers
+    int64. The form is canonical: the columns of a row ascend, and none is stored twice.
+
+    Parameters
+    ----------
+    store
+        Where the values are now; it is read twice, by blocks, and not kept.
+    device
+        Where they go.
+    """
+
+    #: A wider integer would save nothing beside float32, which is what rows are made of in any case.
+    DTYPES = (np.uint8, np.int16, np.float32)
+
+    def __init__(self, store: MemoryStore, device: torch.device):
+        self.shape, self.device = store.shape, torch.device(device)
+        n_entries, dtype = self._measure(store)
+        kept = torch.from_numpy(np.empty(0, dtype)).dtype
+        self.indptr = torch.zeros(self.shape[0] + 1, dtype=torch.int64, device=device)
+        self.indices = torch.empty(n_entries, dtype=torch.int32, device=device)
+        self.values = torch.empty(n_entries, dtype=kept, device=device)
+        row = entry = 0
+        for block in _canonical_blocks(store):
+            last = entry + block.nnz
+            self.indices[entry:last] = torch.from_numpy(block.indices.astype(np.int32, copy=False))
+            self.values[entry:last] = torch.from_numpy(block.data.astype(dtype, copy=False))
+            self.indptr[row + 1 : row + 1 + block.shape[0]] = torch.from_numpy(block.indptr[1:] + np.int64(entry))
+            row, entry = row + block.shape[0], last
+
+    def _measure(self, store: MemoryStore) -> tuple[int, type]:
+        """Return the number of entries, and the dtype that holds them all."""
+        n_entries, dtypes = 0, self.DTYPES
+        for block in _canonical_blocks(store):
+            n_entries += block.nnz
+            dtypes = [dtype for dtype in dtypes if _holds(dtype, block.data)]
+        return n_entries, dtypes[0]
+
+    def rows(self, index: np.ndarray | Tensor, as_sparse: bool = False) -> Tensor:
+        """Return the rows ``index``, in its order, as a float32 tensor (n, G) on the device; as CSR if so asked."""
+        rows = torch.as_tensor(index, device=self.device)
+        if not as_sparse:
+            return dispatch.gather_rows(self.indptr, self.indices, self.values, rows, self.shape[1])
+        n_entries, entries = dispatch.entries_of_rows(self.indptr, rows)
+        ends = torch.cat([n_entries.new_zeros(1), n_entries.cumsum(0)])
+        return _csr_tensor(ends.int(), self.indices[entries], self.values[entries].float(), self.shape[1])
+
+
+def on_device(store: MemoryStore | BackedStore, device: torch.device) -> MemoryStore | BackedStore | DeviceStore:
+    """Return the values in the memory of a GPU, if the device is one and they fit; else the store itself.
+
+    They fit if 8 bytes an entry, as they take at most, and 8 a row are no more than half of the memory that is free:
+    the other half is for the weights and the minibatches. Values on disk stay there.
+    """
+    if device.type != "cuda" or not isinstance(store, MemoryStore):
+        return store
+    n_entries = store.matrix.nnz if sparse.issparse(store.matrix) else np.count_nonzero(store.matrix)
+    free, _ = torch.cuda.mem_get_info(device)
+    return DeviceStore(store, device) if 8 * (n_entries + store.shape[0] + 1) <= free // 2 else store
+
+
 def open_store(matrix, columns: np.ndarray | None = None) -> MemoryStore | BackedStore:
     """Return the store for a matrix, by where it lies."""
     in_memory = sparse.issparse(matrix) or isinstance(matrix, np.ndarray)
@@ -102,10 +165,31 @@ def _csr(rows: sparse.csr_matrix | sparse.csr_array) -> Tensor:
 def _csr_of(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, n_columns: int) -> Tensor:
     dtype = np.int32 if indptr[-1] < 2**31 else np.int64
     index = (torch.from_numpy(part.astype(dtype, copy=False)) for part in (indptr, indices))
-    values = torch.from_numpy(data.astype(np.float32, copy=False))
+    return _csr_tensor(*index, torch.from_numpy(data.astype(np.float32, copy=False)), n_columns)
+
+
+def _csr_tensor(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(*index, values, (len(indptr) - 1, n_columns), check_invariants=False)
+        return torch.sparse_csr_tensor(indptr, indices, values, (len(indptr) - 1, n_columns), check_invariants=False)
+
+
+def _canonical_blocks(store: MemoryStore) -> Iterator[sparse.csr_array]:
+    """Iterate over blocks of rows as CSR, the columns of each row in ascending order and each once."""
+    for _, block in store.blocks():
+        block = sparse.csr_array(block)
+        if not block.has_canonical_format:
+            block = block.copy()  # what a block consists of may be the store's own
+            block.sum_duplicates()
+        yield block
+
+
+def _holds(dtype: type, values: np.ndarray) -> bool:
+    """Say whether a dtype holds values as they are; float32 holds what is made of them in any case."""
+    if dtype is np.float32 or not len(values):
+        return True
+    info = np.iinfo(dtype)
+    return info.min <= values.min() and values.max() <= info.max and bool((values == values.astype(dtype)).all())
 
 
 def _dense(rows: np.ndarray | sparse.csr_matrix) -> Tensor:

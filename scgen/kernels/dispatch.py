@@ -1,9 +1,11 @@
-"""Picks a kernel: fused for CPUs, or plain torch and scipy, which run everywhere.
+"""Picks a kernel: fused for CPUs and for CUDA GPUs, or plain torch and scipy, which run everywhere.
 
-``SCGEN_KERNELS=reference`` in the environment takes the plain ones for everything, and numba is then not imported.
+Those for CUDA need Triton, which torch's own CUDA builds bring along. ``SCGEN_KERNELS=reference`` in the environment
+takes the plain ones for everything, and neither numba nor Triton is then imported.
 """
 
 import importlib
+import importlib.util
 import os
 from types import ModuleType
 
@@ -24,6 +26,26 @@ def dense_rows(matrix: sparse.csr_matrix | sparse.csr_array, index: np.ndarray) 
     if _known(matrix) and (rows := _compiled("rows", len(index) * matrix.shape[1])):
         return rows.dense_rows(matrix, index)
     return torch.from_numpy(matrix[index].astype(np.float32).toarray())
+
+
+def gather_rows(indptr: Tensor, indices: Tensor, values: Tensor, rows: Tensor, n_genes: int) -> Tensor:
+    """Return the rows of a canonical CSR matrix in tensors, in the order asked for, as a dense float32 one (n, G)."""
+    if values.device.type == "cuda" and (cuda := _cuda()):
+        return cuda.dense_rows(indptr, indices, values, rows, n_genes)
+    n_entries, entries = entries_of_rows(indptr, rows)
+    dense = torch.zeros(len(rows), n_genes, device=values.device)
+    of_row = torch.arange(len(rows), device=values.device).repeat_interleave(n_entries)
+    dense[of_row, indices[entries].long()] = values[entries].float()
+    return dense
+
+
+def entries_of_rows(indptr: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many entries each of some rows of a CSR matrix has, (n,), and where they all are, row after row."""
+    first = indptr[rows]
+    n_entries = indptr[rows + 1] - first
+    before = n_entries.cumsum(0) - n_entries
+    shift = (first - before).repeat_interleave(n_entries)
+    return n_entries, torch.arange(len(shift), device=shift.device) + shift
 
 
 def dense(counts: Tensor) -> Tensor:
@@ -62,9 +84,10 @@ def cells_log_prob(
         log_theta = log_theta.expand_as(logits)
     rows = (None if p is None else p.reshape(-1, p.shape[-1]).contiguous() for p in (logits, log_theta, zi_logits))
     logits, log_theta, zi_logits = rows
-    return _CellsLogProb.apply(
-        kernel, normalised, gradient, counts, logits, bias, log_library.reshape(-1), log_theta, zi_logits, zi_bias
-    ).reshape(shape)
+    inputs = counts, logits, bias, log_library.reshape(-1), log_theta, zi_logits, zi_bias
+    if counts.device.type == "cuda":
+        return _CellsLogProbOnCuda.apply(kernel, normalised, *inputs).reshape(shape)
+    return _CellsLogProb.apply(kernel, normalised, gradient, *inputs).reshape(shape)
 
 
 class _CellsLogProb(torch.autograd.Function):
@@ -89,18 +112,49 @@ class _CellsLogProb(torch.autograd.Function):
         return None, None, None, None, *slopes
 
 
+class _CellsLogProbOnCuda(torch.autograd.Function):
+    """The same, but the slopes wait for `backward`: to compare weights would hold the host up until all is computed."""
+
+    @staticmethod
+    def forward(ctx, kernel: ModuleType, normalised: bool, *inputs: Tensor | None) -> Tensor:
+        ctx.kernel, ctx.normalised = kernel, normalised
+        ctx.save_for_backward(*inputs)
+        return kernel.cells_log_prob(*inputs, normalised, None)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return None, None, None, *ctx.kernel.slopes(*ctx.saved_tensors, ctx.normalised, grad.contiguous())
+
+
 def _fused(*tensors: Tensor | None) -> ModuleType | None:
     """Return the module with the fused kernel for these, if there is one."""
     tensors = [tensor for tensor in tensors if tensor is not None]
-    known = all(tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16) for tensor in tensors)
-    return _compiled("cpu", max(tensor.numel() for tensor in tensors)) if known else None
+    devices = {tensor.device.type for tensor in tensors}
+    if any(tensor.dtype not in (torch.float32, torch.bfloat16) for tensor in tensors):
+        return None
+    if devices == {"cuda"}:
+        return _cuda()
+    return _compiled("cpu", max(tensor.numel() for tensor in tensors)) if devices == {"cpu"} else None
+
+
+def _cuda() -> ModuleType | None:
+    """Return the module of kernels for CUDA, if Triton is there; small things too, since the plain ones wait for it."""
+    if _plain() or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("scgen.kernels.cuda")
 
 
 def _compiled(name: str, n_entries: int) -> ModuleType | None:
     """Return a module of compiled kernels, if so many entries are worth them."""
-    if n_entries < SMALLEST or os.environ.get("SCGEN_KERNELS") == "reference":
+    if n_entries < SMALLEST or _plain():
         return None
     return importlib.import_module(f"scgen.kernels.{name}")
+
+
+def _plain() -> bool:
+    """Say whether the user wants no compiled kernels."""
+    return os.environ.get("SCGEN_KERNELS") == "reference"
 
 
 def _known(matrix: sparse.csr_matrix | sparse.csr_array) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from scgen.analysis import expression, inference, sampling
 from scgen.data.loader import CellLoader, split
 from scgen.data.registry import Registry, setup_anndata
-from scgen.data.stores import BackedStore, MemoryStore
+from scgen.data.stores import BackedStore, MemoryStore, on_device
 from scgen.models import files
 from scgen.modules.vae import VAE
 from scgen.training import NonFiniteLoss, Options, choose_device, fit, seeded, start_from_data
@@ -150,13 +150,14 @@ class Model:
         options.check(batch_size, train_size, devices)
         adata = self._cells_of(None)
         store, columns = self._read(adata)
+        store = on_device(store, device)
         rng = np.random.default_rng(seed)
         if self.train_indices is None:
             training, validation = split(columns["batch"].numpy(), train_size, rng)
             if len(training) < 2:
                 raise ValueError(f"adata has {adata.n_obs} cell; at least 2 are needed to train.")
             if not self.is_trained:  # a loaded model goes on from its weights
-                start_from_data(self.vae, CellLoader(store, columns, training, 256))
+                start_from_data(self.vae.to(device), CellLoader(store, columns, training, 256, device=device))
             self.train_indices, self.validation_indices = training, validation
         held_out = np.sort(rng.permutation(self.validation_indices)[:MAX_VALIDATION_CELLS])
         rows: list[dict] = self.history.to_dict(orient="records")
@@ -164,8 +165,8 @@ class Model:
         try:
             fit(
                 self.vae.to(device),
-                CellLoader(store, columns, self.train_indices, batch_size, rng),
-                CellLoader(store, columns, held_out, max(batch_size, 512)) if len(held_out) else None,
+                CellLoader(store, columns, self.train_indices, batch_size, rng, device=device),
+                CellLoader(store, columns, held_out, max(batch_size, 512), device=device) if len(held_out) else None,
                 options,
                 rows,
             )

@@ -1,5 +1,6 @@
 """The loader gives every cell once, in minibatches of nearly equal size; the split gives every batch its share."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,18 +11,19 @@ from hypothesis import strategies as st
 
 import scgen
 from scgen.data.loader import CellLoader, split
-from scgen.data.stores import MemoryStore
+from scgen.data.stores import DeviceStore, MemoryStore
 
 N = 50
 
 
-def loader(index=None, batch_size=8, seed=None):
+def loader(index=None, batch_size=8, seed=None, on_device=False):
     """Return a loader over N cells every field of which tells the cell's row."""
     rows = torch.arange(N)
     columns = {"library": rows[:, None] / 2, "batch": rows + 1, "labels": rows + 2}
     columns |= {"categorical": torch.stack([rows, -rows], 1), "continuous": rows[:, None] * 3.0}
     rng = None if seed is None else np.random.default_rng(seed)
-    return CellLoader(MemoryStore(np.arange(2 * N).reshape(N, 2)), columns, index, batch_size, rng)
+    store = MemoryStore(np.arange(2 * N).reshape(N, 2))
+    return CellLoader(DeviceStore(store, "cpu") if on_device else store, columns, index, batch_size, rng)
 
 
 def order(cells_loader):
@@ -64,6 +66,14 @@ def test_fields_stay_with_their_cell(seed):
         assert torch.equal(cells.labels, i + 2)
         assert torch.equal(cells.categorical, torch.stack([i, -i], 1))
         assert torch.equal(cells.continuous, i[:, None] * 3.0)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_cells_from_a_device_are_the_same(seed):
+    index = np.arange(N)[::3]
+    for one, other in zip(loader(index, seed=seed), loader(index, seed=seed, on_device=True), strict=True):
+        for field in dataclasses.fields(one):
+            assert torch.equal(getattr(one, field.name), getattr(other, field.name))
 
 
 def test_all_cells_by_default():

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from scgen.data.stores import BackedStore, MemoryStore, open_store, totals
+from scgen.data.stores import BackedStore, DeviceStore, MemoryStore, on_device, open_store, totals
 from scgen.kernels import dispatch
 
 N, G = 23, 11
@@ -135,3 +135,70 @@ def test_only_the_rows_asked_for_are_read(tmp_path, dense):
         store = open_store(huge, np.array([2, 0]))
         values = store.rows(np.array([999_999, 3, 5])).numpy()
     np.testing.assert_array_equal(values, [*dense[[2, 1]][:, [2, 0]], [0, 0]])
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ON_DISK])
+@given(rows=ROWS, columns=COLUMNS, as_tensor=st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_rows_from_a_device_are_those_of_the_dense_matrix(matrices, dense, name, rows, columns, as_tensor):
+    before = matrices[name].copy()
+    store = DeviceStore(MemoryStore(matrices[name], columns), "cpu")
+    expected = (dense if columns is None else dense[:, columns])[rows]
+    index = torch.from_numpy(rows) if as_tensor else rows
+    assert store.shape == (N, expected.shape[1])
+    values = store.rows(index)
+    assert values.dtype == torch.float32
+    np.testing.assert_array_equal(values.numpy(), expected)
+    as_stored = store.rows(index, as_sparse=True)
+    assert as_stored.layout == torch.sparse_csr
+    np.testing.assert_array_equal(as_stored.to_dense().numpy(), expected)
+    assert (before != matrices[name]).sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([1, 255], torch.uint8),
+        ([True, True], torch.uint8),
+        ([1, 256], torch.int16),
+        ([-3, 2], torch.int16),
+        ([1, 32767], torch.int16),
+        ([1, 32768], torch.float32),
+        ([1, 1e6], torch.float32),
+        ([0.5, 2], torch.float32),
+        ([np.nan, 2], torch.float32),
+        ([-np.inf, 2], torch.float32),
+        ([], torch.uint8),
+    ],
+)
+@pytest.mark.parametrize("sparsely", [True, False])
+def test_the_smallest_dtype_that_holds_all_values(values, dtype, sparsely):
+    dense = np.zeros((10_000, 3), dtype=np.asarray(values).dtype)  # more than a block
+    dense[9_000 : 9_000 + len(values), 1] = values
+    store = DeviceStore(MemoryStore(sparse.csr_matrix(dense) if sparsely else dense), "cpu")
+    assert store.values.dtype == dtype
+    assert (store.indptr.dtype, store.indices.dtype) == (torch.int64, torch.int32)
+    np.testing.assert_array_equal(store.rows(np.arange(10_000)).numpy(), dense.astype(np.float32))
+
+
+def test_a_device_store_is_canonical_where_its_source_is_not(matrices):
+    source = matrices["uncanonical"]
+    entries = source.data.copy(), source.indices.copy()
+    store = DeviceStore(MemoryStore(source), "cpu")
+    made = sparse.csr_array((store.values.numpy(), store.indices.numpy(), store.indptr.numpy()), shape=store.shape)
+    assert made.has_canonical_format
+    np.testing.assert_array_equal(source.data, entries[0])
+    np.testing.assert_array_equal(source.indices, entries[1])
+
+
+def test_values_stay_where_they_are_but_for_a_gpu_with_room(matrices, monkeypatch):
+    store = MemoryStore(matrices["csr_matrix"])
+    assert on_device(store, torch.device("cpu")) is store
+    needed = 8 * (matrices["csr_matrix"].nnz + N + 1)
+    monkeypatch.setattr("scgen.data.stores.DeviceStore", lambda store, device: "there")
+    for free, there in ((2 * needed, True), (2 * needed - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2 * free))
+        assert (on_device(store, torch.device("cuda")) == "there") == there
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
+    backed = BackedStore(matrices["h5ad_csr"])
+    assert on_device(backed, torch.device("cuda")) is backed
