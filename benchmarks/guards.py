@@ -1,16 +1,16 @@
 """Guards against over-correction: ``python -m benchmarks.guards run METHOD --seed 0``, then ``... guards score``.
 
-Sets of which the truth is known, cut from ``kang_ctrl_8donors``: three donors as batches, 800 cells each.
+Sets of which the truth is known, cut from ``kang_ctrl_8donors``: three donors as batches, 500 cells each.
 
 - own: one type (FCGR3A+ monocytes, next to the CD14+ ones) is in one batch only.
 - removed: a type is missing from one batch: B cells, or the FCGR3A+ monocytes.
 - tenfold: nine tenths of the CD14+ monocytes of one batch are missing.
 - null: the cells of one donor, split at random in two batches, and the same cells without batches.
 
-For the first three, purity is the share of a cell's 30 nearest neighbours that are of its type, over the cells of the
+For the first three, purity is the share of a cell's 15 nearest neighbours that are of its type, over the cells of the
 type in question, and over all types, each weighing the same; mixing is the share of neighbours from other batches
 among the neighbours of its type, for the types that no guard touches, over what chance would give. For null, overlap
-is the share of common cells among the 30 nearest neighbours under two trainings with different seeds: of the split
+is the share of common cells among the 15 nearest neighbours under two trainings with different seeds: of the split
 with the unsplit, against unsplit with unsplit.
 """
 
@@ -28,7 +28,7 @@ from benchmarks.quality import CACHE, RESULTS, tag
 
 DONORS = ["donor_1015", "donor_1256", "donor_1488"]
 FOLDER = RESULTS.parent / "guards"
-K = 30
+K = 15
 
 #: guard -> (type, batches that lose cells of it, share of them that they keep)
 CHANGES = {
@@ -46,12 +46,12 @@ def cells(guard: str) -> anndata.AnnData:
     rng = np.random.default_rng(0)
     donors, types = adata.obs["batch"].astype(str).to_numpy(), adata.obs["cell_type"].astype(str).to_numpy()
     if guard in NULLS:
-        some = adata[np.sort(rng.permutation(np.flatnonzero(donors == DONORS[0]))[:1600])].copy()
+        some = adata[np.sort(rng.permutation(np.flatnonzero(donors == DONORS[0]))[:1000])].copy()
         some.obs["batch"] = rng.integers(0, 2, some.n_obs).astype(str) if guard == "null split" else "all"
     else:
         name, losers, share = CHANGES[guard]
         lost = (types == name) & np.isin(donors, losers) & (rng.random(len(donors)) >= share)
-        picked = [rng.permutation(np.flatnonzero((donors == donor) & ~lost))[:800] for donor in DONORS]
+        picked = [rng.permutation(np.flatnonzero((donors == donor) & ~lost))[:500] for donor in DONORS]
         some = adata[np.sort(np.concatenate(picked))].copy()
         some.obs["batch"] = some.obs["batch"].astype(str)
     some.obs["batch"] = some.obs["batch"].astype("category")
