@@ -81,3 +81,11 @@ def test_training_loads_no_compiler_nor_what_is_for_plots_and_neighbours():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("device", "n_cells", "size"),
+    [("cpu", 10**6, 512), ("cuda", 1000, 512), ("cuda", 16_000, 1000), ("cuda", 10**6, 4096)],
+)
+def test_minibatches_grow_with_the_data_on_a_gpu(device, n_cells, size):
+    assert training.default_batch_size(n_cells, torch.device(device)) == size

@@ -1,7 +1,7 @@
 """Minibatches of cells: in which order, and of what size."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -100,3 +100,32 @@ def split(batch: np.ndarray, train_size: float, rng: np.random.Generator) -> tup
     in_validation = np.zeros(n, dtype=bool)
     in_validation[order[picked]] = True
     return np.flatnonzero(~in_validation), np.flatnonzero(in_validation)
+
+
+def rows_asked_for(indices: Sequence[int] | Sequence[bool] | None, n_cells: int) -> np.ndarray:
+    """Return the rows that row numbers or a mask stand for, in their order; None stands for all.
+
+    Raises
+    ------
+    ValueError
+        If they are neither, out of range, or none.
+
+    Examples
+    --------
+    >>> rows_asked_for([True, False, True], 3).tolist(), rows_asked_for([2, -3], 3).tolist()
+    ([0, 2], [2, 0])
+    """
+    index = np.arange(n_cells)
+    if indices is not None:
+        indices = np.atleast_1d(np.asarray(indices))
+        if indices.ndim > 1 or (indices.size and indices.dtype.kind not in "iub"):
+            raise ValueError("indices takes row numbers, or one True or False for each cell.")
+        if indices.dtype == bool and len(indices) != n_cells:
+            raise ValueError(f"indices is a mask of {len(indices)} for {n_cells} cells.")
+        try:
+            index = index[indices] if len(indices) else index[:0]
+        except IndexError as error:
+            raise ValueError(f"indices: {error}; adata has {n_cells} cells.") from None
+    if not len(index):
+        raise ValueError("no cells are asked about: indices is empty.")
+    return index

@@ -14,12 +14,20 @@ from scipy import sparse
 from torch import Tensor
 
 from scgen.analysis import expression, inference, sampling
-from scgen.data.loader import CellLoader, split
+from scgen.data.loader import CellLoader, rows_asked_for, split
 from scgen.data.registry import Registry, setup_anndata
 from scgen.data.stores import BackedStore, MemoryStore, on_device
 from scgen.models import files
 from scgen.modules.vae import VAE
-from scgen.training import NonFiniteLoss, Options, choose_device, fit, seeded, start_from_data
+from scgen.training import (
+    NonFiniteLoss,
+    Options,
+    choose_device,
+    default_batch_size,
+    fit,
+    seeded,
+    start_from_data,
+)
 
 #: The validation bound is computed on at most so many cells.
 MAX_VALIDATION_CELLS = 1024
@@ -79,7 +87,7 @@ class Model:
         self,
         max_epochs: int | None = None,
         *,
-        batch_size: int = 512,
+        batch_size: int | None = None,
         train_size: float = 0.9,
         early_stopping: bool = True,
         patience: int | None = None,
@@ -101,7 +109,7 @@ class Model:
         max_epochs
             Passes over the training cells; None stands for 400 minibatches, but 25 to 400 passes.
         batch_size
-            Cells in a minibatch.
+            Cells in a minibatch; None stands for 512, on a GPU for up to 4096 as long as 25 passes are 400 minibatches.
         train_size
             Share of the cells trained on, of every batch alike; the others validate. Fixed by the first call.
         early_stopping, patience
@@ -159,6 +167,7 @@ class Model:
             if not self.is_trained:  # a loaded model goes on from its weights
                 start_from_data(self.vae.to(device), CellLoader(store, columns, training, 256, device=device))
             self.train_indices, self.validation_indices = training, validation
+        batch_size = batch_size or default_batch_size(len(self.train_indices), device)
         held_out = np.sort(rng.permutation(self.validation_indices)[:MAX_VALIDATION_CELLS])
         rows: list[dict] = self.history.to_dict(orient="records")
         self.trainings.append(_plain(asdict(options) | {"device": str(device), "batch_size": batch_size}))
@@ -498,19 +507,7 @@ class Model:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}; it takes a whole number from 1.")
         adata = self._cells_of(adata)
-        index = np.arange(adata.n_obs)
-        if indices is not None:
-            indices = np.atleast_1d(np.asarray(indices))
-            if indices.ndim > 1 or (indices.size and indices.dtype.kind not in "iub"):
-                raise ValueError("indices takes row numbers, or one True or False for each cell.")
-            if indices.dtype == bool and len(indices) != adata.n_obs:
-                raise ValueError(f"indices is a mask of {len(indices)} for {adata.n_obs} cells.")
-            try:
-                index = index[indices] if len(indices) else index[:0]
-            except IndexError as error:
-                raise ValueError(f"indices: {error}; adata has {adata.n_obs} cells.") from None
-        if not len(index):
-            raise ValueError("no cells are asked about: indices is empty.")
+        index = rows_asked_for(indices, adata.n_obs)
         as_sparse = self.vae.device.type == "cpu" and torch.backends.mkl.is_available()
         return CellLoader(*self._read(adata), index, batch_size, as_sparse=as_sparse)
 
