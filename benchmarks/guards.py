@@ -89,7 +89,7 @@ def run(method: str, seed: int) -> None:
 
 def neighbours(embedding: np.ndarray) -> np.ndarray:
     """Return the indices of the nearest neighbours of each cell, (n, K), without the cell."""
-    return NearestNeighbors(n_neighbors=K + 1).fit(embedding).kneighbors(return_distance=False)[:, 1:]
+    return NearestNeighbors(n_neighbors=K).fit(embedding).kneighbors(return_distance=False)
 
 
 def kept_apart(guard: str, adata: anndata.AnnData, embedding: np.ndarray) -> dict[str, float]:
@@ -116,12 +116,15 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
 
 def score() -> None:
     found: dict[tuple[str, str], dict] = {}
+    measured: dict[tuple[str, str], float] = {}
     for path in sorted(CACHE.glob("guard--*.npz")):
         _, guard, method, seed, version = path.stem.split("--")
+        measured[method, version] = max(measured.get((method, version), 0), path.stat().st_mtime)
         found.setdefault((method, version), {}).setdefault(guard, {})[int(seed)] = np.load(path)["embedding"]
     FOLDER.mkdir(parents=True, exist_ok=True)
     for (method, version), guards in found.items():
-        result = {"method": method, "version": version, "measured": time.strftime("%Y-%m-%d"), "guards": {}}
+        result = {"method": method, "version": version, "guards": {}}
+        result["measured"] = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(measured[method, version]))
         for guard in CHANGES.keys() & guards.keys():
             adata = cells(guard)
             rows = [kept_apart(guard, adata, embedding) for _, embedding in sorted(guards[guard].items())]

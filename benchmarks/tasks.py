@@ -126,7 +126,7 @@ def imports(package, data):
 
 
 def whole(package, data, observed="0", epochs="4"):
-    """Return the seconds of a default training and the embedding of its cells.
+    """Return the seconds of the package's import, a default training and the embedding of its cells.
 
     scvi-tools trains for some epochs only; their median, but for the first, stands for each of its default number.
     """

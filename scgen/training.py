@@ -224,10 +224,11 @@ class Adam:
         self.weights = [weight for weight in vae.parameters() if weight.requires_grad]
         self.means, self.squares = ([torch.zeros_like(weight) for weight in self.weights] for _ in range(2))
         self.n_steps = torch.zeros((), device=self.weights[0].device)
+        self._forget_gradients()  # of a training that was interrupted between its backward and its step
 
     def step(self, learning_rate: float) -> None:
         """Move the weights down their gradients, and forget these."""
-        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]
+        gradients = [weight.grad for weight in self.weights]
         self.n_steps += 1
         state = self.means, self.squares, [], [self.n_steps] * len(self.weights)
         with torch.no_grad():
@@ -243,6 +244,9 @@ class Adam:
                 amsgrad=False,
                 maximize=False,
             )
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
         for weight in self.weights:
             weight.grad = None
 

@@ -141,6 +141,7 @@ def on_device(store: MemoryStore | BackedStore, device: torch.device) -> MemoryS
         return store
     n_entries = store.matrix.nnz if sparse.issparse(store.matrix) else np.count_nonzero(store.matrix)
     free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch, but unused
     return DeviceStore(store, device) if 8 * (n_entries + store.shape[0] + 1) <= free // 2 else store
 
 

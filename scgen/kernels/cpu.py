@@ -50,17 +50,17 @@ def cells_log_prob(
     """
     gradient, n_rows, n_genes = weights is not None, *logits.shape
     kind = POISSON if log_theta is None else NEGATIVE_BINOMIAL if zi_logits is None else ZERO_INFLATED
-    nothing, nothing_of_logits = torch.empty(1, n_genes), logits[:1]
-    value = torch.empty(n_rows)
-    d_library = torch.empty(n_rows)
+    nothing, nothing_of_logits = counts.new_empty(1, n_genes), logits[:1]
+    value = counts.new_empty(n_rows)
+    d_library = counts.new_empty(n_rows)
     with threads() as n_parts:
         # Sums over cells are taken by each thread for itself.
-        sums = torch.zeros(3, n_parts, n_genes) if gradient else nothing.expand(3, 1, n_genes).contiguous()
+        sums = counts.new_zeros(3, n_parts, n_genes) if gradient else nothing.expand(3, 1, n_genes).contiguous()
         d_bias, d_zi_bias, d_theta = sums
         d_logits = torch.empty_like(logits) if gradient else nothing_of_logits
         d_zi_logits = torch.empty_like(zi_logits) if gradient and kind == ZERO_INFLATED else nothing_of_logits
         if gradient and kind != POISSON and len(log_theta) > 1:
-            d_theta = torch.zeros(n_rows, n_genes)
+            d_theta = counts.new_zeros(n_rows, n_genes)
         inputs = (
             counts,
             logits,

@@ -75,16 +75,18 @@ def cells_log_prob(
 ) -> Tensor:
     """Return log p(counts) of each cell, (..., n): what the function of this name in `reference` returns."""
     parameters = logits, bias, log_library, log_theta, zi_logits, zi_bias
-    kernel = _fused(counts, *parameters)
+    one_cell_a_row = counts.dim() == 2 and logits.shape[-2:] == counts.shape
+    kernel = _fused(counts, *parameters) if one_cell_a_row else None
     if kernel is None:
         return reference.cells_log_prob(counts, *parameters, normalised)
-    shape, gradient = logits.shape[:-1], torch.is_grad_enabled()
+    shape = logits.shape[:-1]
+    gradient = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
     log_library = log_library.squeeze(-1).expand(shape)
     if log_theta is not None and log_theta.shape[:-1] not in ((), counts.shape[:-1]):
         log_theta = log_theta.expand_as(logits)
     rows = (None if p is None else p.reshape(-1, p.shape[-1]).contiguous() for p in (logits, log_theta, zi_logits))
     logits, log_theta, zi_logits = rows
-    inputs = counts, logits, bias, log_library.reshape(-1), log_theta, zi_logits, zi_bias
+    inputs = counts.contiguous(), logits, bias, log_library.reshape(-1), log_theta, zi_logits, zi_bias
     if counts.device.type == "cuda":
         return _CellsLogProbOnCuda.apply(kernel, normalised, *inputs).reshape(shape)
     return _CellsLogProb.apply(kernel, normalised, gradient, *inputs).reshape(shape)
@@ -128,11 +130,15 @@ class _CellsLogProbOnCuda(torch.autograd.Function):
 
 
 def _fused(*tensors: Tensor | None) -> ModuleType | None:
-    """Return the module with the fused kernel for these, if there is one."""
+    """Return the module with the fused kernel for counts and parameters, in their order, if there is one."""
+    products = {1, 5}  # logits and zi_logits, which may be bfloat16
+    if any(
+        tensor is not None and tensor.dtype != torch.float32 and not (i in products and tensor.dtype == torch.bfloat16)
+        for i, tensor in enumerate(tensors)
+    ):
+        return None
     tensors = [tensor for tensor in tensors if tensor is not None]
     devices = {tensor.device.type for tensor in tensors}
-    if any(tensor.dtype not in (torch.float32, torch.bfloat16) for tensor in tensors):
-        return None
     if devices == {"cuda"}:
         return _cuda()
     return _compiled("cpu", max(tensor.numel() for tensor in tensors)) if devices == {"cpu"} else None

@@ -131,7 +131,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, cells: Cells) -> Tensor:
         for layer, norm in zip(self.layers, self.norms, strict=True):
-            if x.layout == torch.sparse_csr:  # a question's first layer: batch normalisation is folded into it
+            if (
+                x.layout == torch.sparse_csr and not self.training
+            ):  # a question's first layer: batch normalisation is folded into it
                 h = layer.normalised(x, cells, *norm.as_affine())
             else:
                 h = norm(layer(x, cells))

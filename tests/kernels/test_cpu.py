@@ -10,7 +10,7 @@ import torch
 from scipy import sparse, special, stats
 from torch.autograd import gradcheck
 
-from scgen.kernels import dispatch, reference
+from scgen.kernels import cpu, dispatch, reference
 
 KINDS = ["poisson", "negative binomial", "zero-inflated"]
 
@@ -41,6 +41,14 @@ def value_and_gradients(counts, parameters, weights, normalised):
     return value.detach(), [values.grad for values in parameters]
 
 
+@pytest.fixture
+def fused(monkeypatch):
+    """Take note of the compiled kernel's calls."""
+    calls, original = [], cpu.cells_log_prob
+    monkeypatch.setattr(cpu, "cells_log_prob", lambda *args: calls.append(1) or original(*args))
+    return calls
+
+
 def close(ours, truth, tolerance=1e-5):
     """Compare with the largest of each: sums over cells and genes add the rounding of their terms."""
     assert (ours - truth).abs().max() <= tolerance * truth.abs().max()
@@ -52,15 +60,17 @@ def close(ours, truth, tolerance=1e-5):
     ("n_draws", "theta_shape"), [(1, (700,)), (1, (40, 700)), (3, (700,)), (3, (40, 700)), (3, (3, 40, 700))]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_value_and_gradient_are_those_of_the_plain_kernel_in_float64(kind, n_draws, theta_shape, normalised, weights):
+def test_value_and_gradient_are_those_of_the_plain_kernel_in_float64(
+    kind, n_draws, theta_shape, normalised, weights, fused
+):
     counts, *parameters = inputs(kind, n_draws, theta_shape, normalised)
     shape = parameters[0].shape[:-1]
     n = shape.numel()
     weight = torch.full(shape, -1 / n) if weights == "of the mean" else 0.1 + torch.arange(float(n)).view(shape)
     ours, gradients = value_and_gradients(counts, parameters, weight, normalised)
+    assert fused
     wide = [values.double() for values in (counts, *parameters, weight)]
     truth, true_gradients = value_and_gradients(wide[0], wide[1:-1], wide[-1], normalised)
-    assert ours.dtype == torch.float32  # the fused kernel
     assert ((ours - truth) / truth).abs().max() < 1e-5
     for one, other in zip(gradients, true_gradients, strict=True):
         assert one.shape == other.shape
@@ -184,9 +194,22 @@ def test_a_backward_without_the_expected_weights_or_a_second_time():
     counts, *parameters = inputs(KINDS[2])
     parameters = [values.requires_grad_() for values in parameters]
     value = dispatch.cells_log_prob(counts, *parameters)
-    once = torch.autograd.grad(-value.mean(), parameters, retain_graph=True)
-    other = torch.autograd.grad(value.sum(), parameters, retain_graph=True)
-    again = torch.autograd.grad(-value.mean(), parameters)
-    for a, b, c in zip(once, other, again, strict=True):
-        assert torch.equal(a, c)
-        close(-a * len(value), b)
+    weights = torch.full((40,), -1 / 40), torch.linspace(0.1, 2, 40), torch.full((40,), -1 / 40)
+    gradients = [torch.autograd.grad((value * w).sum(), parameters, retain_graph=True) for w in weights]
+    wide = [values.detach().double() for values in (counts, *parameters)]
+    for weight, ours in zip(weights, gradients, strict=True):
+        _, truth = value_and_gradients(wide[0], wide[1:], weight.double(), True)
+        for one, other in zip(ours, truth, strict=True):
+            close(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_kernel_does_not_know_is_left_to_the_plain_one(kind, fused):
+    counts, *parameters = inputs(kind)
+    several = counts.expand(2, 40, 700)  # counts of two draws
+    wide = [values.double() for values in (several, *parameters)]
+    truth = reference.cells_log_prob(*wide)
+    assert ((dispatch.cells_log_prob(several, *parameters) / truth - 1).abs() < 1e-5).all()
+    narrow = [values.bfloat16() for values in parameters]
+    assert dispatch.cells_log_prob(counts, *narrow).isfinite().all()
+    assert not fused
