@@ -25,6 +25,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from benchmarks import protocol
 from benchmarks.quality import CACHE, RESULTS, tag
+from benchmarks.tasks import model_of
 
 DONORS = ["donor_1015", "donor_1256", "donor_1488"]
 FOLDER = RESULTS.parent / "guards"
@@ -61,19 +62,11 @@ def cells(guard: str) -> anndata.AnnData:
 def embedding_of(method: str, adata: anndata.AnnData, seed: int) -> np.ndarray:
     if method == "pca":
         return protocol.pca(adata)
-    observed = method.endswith("observed")
-    if method.startswith("scgen"):
-        import scgen
-
-        scgen.setup_anndata(adata, batch_key="batch")
-        model = scgen.SCVI(adata, use_observed_lib_size=observed, seed=seed)
+    package, library = method.rsplit("-", 1)
+    model = model_of(package, adata, library == "observed", seed)
+    if package == "scgen":
         model.train(seed=seed, progress=False)
     else:
-        import scvi
-
-        scvi.settings.seed = seed
-        scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
-        model = scvi.model.SCVI(adata, use_observed_lib_size=observed)
         model.train(enable_progress_bar=False)
     return model.get_latent_representation()
 

@@ -46,15 +46,15 @@ def cells(data: str):
     return anndata.read_h5ad(path)
 
 
-def model_of(package: str, adata, observed: bool):
+def model_of(package: str, adata, observed: bool, seed: int = 0):
     if package == "scgen":
         import scgen
 
         scgen.setup_anndata(adata, batch_key="batch")
-        return scgen.SCVI(adata, use_observed_lib_size=observed)
+        return scgen.SCVI(adata, use_observed_lib_size=observed, seed=seed)
     import scvi
 
-    scvi.settings.seed = 0
+    scvi.settings.seed = seed
     scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
     return scvi.model.SCVI(adata, use_observed_lib_size=observed)
 
