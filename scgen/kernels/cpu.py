@@ -50,6 +50,7 @@ def cells_log_prob(
     """
     gradient, n_rows, n_genes = weights is not None, *logits.shape
     kind = POISSON if log_theta is None else NEGATIVE_BINOMIAL if zi_logits is None else ZERO_INFLATED
+    inflated = kind == ZERO_INFLATED
     nothing, nothing_of_logits = counts.new_empty(1, n_genes), logits[:1]
     value = counts.new_empty(n_rows)
     d_library = counts.new_empty(n_rows)
@@ -58,7 +59,7 @@ def cells_log_prob(
         sums = counts.new_zeros(3, n_parts, n_genes) if gradient else nothing.expand(3, 1, n_genes).contiguous()
         d_bias, d_zi_bias, d_theta = sums
         d_logits = torch.empty_like(logits) if gradient else nothing_of_logits
-        d_zi_logits = torch.empty_like(zi_logits) if gradient and kind == ZERO_INFLATED else nothing_of_logits
+        d_zi_logits = torch.empty_like(zi_logits) if gradient and inflated else nothing_of_logits
         if gradient and kind != POISSON and len(log_theta) > 1:
             d_theta = counts.new_zeros(n_rows, n_genes)
         inputs = (
@@ -68,8 +69,8 @@ def cells_log_prob(
             log_library,
             nothing if kind == POISSON else log_theta,
             nothing if kind == POISSON else log_theta.exp(),
-            zi_logits if kind == ZERO_INFLATED else nothing_of_logits,
-            zi_bias if kind == ZERO_INFLATED else bias,
+            zi_logits if inflated else nothing_of_logits,
+            zi_bias if inflated else bias,
             weights if gradient else value,
         )
         outputs = value, d_logits, d_bias, d_library, d_theta, d_zi_logits, d_zi_bias
@@ -83,8 +84,8 @@ def cells_log_prob(
         d_bias.sum(0),
         d_library,
         None if kind == POISSON else d_theta,
-        d_zi_logits if kind == ZERO_INFLATED else None,
-        d_zi_bias.sum(0) if kind == ZERO_INFLATED else None,
+        d_zi_logits if inflated else None,
+        d_zi_bias.sum(0) if inflated else None,
     )
 
 
@@ -116,7 +117,7 @@ def _cells(
     d_zi_logits,
     d_zi_bias,
 ):
-    n_rows, n_genes = logits.shape
+    (n_rows, n_genes), inflated = logits.shape, kind == ZERO_INFLATED
     for index in prange(n_parts):
         part = int64(index)  # it is unsigned, and with signed numbers would become a float
         # One by one: the parts of an unpacked array count as not contiguous, and their loops do not become vectors.
@@ -144,9 +145,8 @@ def _cells(
                 else:
                     row = r % len(log_theta)
                     lt, t = log_theta[row][start:stop], theta[row][start:stop]
-                    if kind == ZERO_INFLATED:
+                    if inflated:
                         _add(zi_logits[r][start:stop], zi_bias[start:stop], zi[:n])
-                    inflated = kind == ZERO_INFLATED
                     _negative_binomial(x, lm, lt, t, zi[:n], inflated, gradient, v[:n], dm, d_lt[:n], dz[:n], room)
                     if gradient:
                         _accumulate(w, d_lt[:n], d_theta[part if len(log_theta) == 1 else r][start:stop])
