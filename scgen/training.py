@@ -327,10 +327,10 @@ def blame_some(vae: nn.Module, loader: CellLoader) -> NonFiniteLoss:
 def blame(vae: nn.Module, cells) -> NonFiniteLoss:
     """Return the error that names the cells and genes of which the likelihood or its parameters are not finite."""
     q = vae.infer(cells)
-    likelihood = vae.decoder({name: q[name].mean for name in q}, cells)
-    bad = ~torch.isfinite(likelihood.base_dist.log_prob(cells.counts)) | ~torch.isfinite(cells.counts)
+    likelihood, counts = vae.decoder({name: q[name].mean for name in q}, cells), cells.counts.to_dense()
+    bad = ~torch.isfinite(likelihood.base_dist.log_prob(counts))
     # Batch normalisation spreads one bad input over its minibatch: the input itself, where there is one, is to blame.
-    if not torch.isfinite(cells.counts).all():
-        bad = ~torch.isfinite(cells.counts)
+    if not torch.isfinite(counts).all():
+        bad = ~torch.isfinite(counts)
     rows = cells.index[bad.any(1)].cpu().numpy()
     return NonFiniteLoss(rows, bad.any(0).nonzero().squeeze(1).cpu().numpy(), *bad.shape)

@@ -24,7 +24,9 @@ ALLOWED = {
     "data.simulate": ("distributions",),
     "kernels": (),
     "kernels.dispatch": ("kernels",),
-    "kernels.cpu": ("kernels.functions", "kernels.rows"),
+    "kernels.cpu": ("kernels.functions", "kernels.genes", "kernels.listing", "kernels.rows"),
+    "kernels.genes": ("kernels.functions", "kernels.rows"),
+    "kernels.listing": ("kernels.functions", "kernels.rows"),
     "kernels.cuda": ("kernels.cuda_functions",),
     "kernels.functions": ("kernels.rows",),
 }

@@ -16,7 +16,7 @@ class Cells:
     Attributes
     ----------
     counts
-        (n, G) float: what the likelihood describes, counts or normalised values; dense, or for questions also CSR.
+        (n, G) float: what the likelihood describes, counts or normalised values; dense, or CSR.
     library
         (n, 1) float: logarithm of the cell's total, or of its size factor.
     batch, labels
@@ -43,9 +43,14 @@ class Cells:
         return torch.log1p(self.counts)
 
     @cached_property
-    def dense_counts(self) -> Tensor:
-        """The counts, dense: what the likelihoods read."""
-        return dispatch.dense(self.counts) if self.counts.layout == torch.sparse_csr else self.counts
+    def dense_log_counts(self) -> Tensor:
+        """The same, dense: what they read in training, where gradients of dense products cost less."""
+        return dispatch.log1p(self.counts, self.counts.dtype)
+
+    @cached_property
+    def reduced_log_counts(self) -> Tensor:
+        """The same, dense and in bfloat16, for products that are taken in it."""
+        return dispatch.log1p(self.counts, torch.bfloat16)
 
     def to(self, device: torch.device) -> "Cells":
         """Return the same cells on another device."""

@@ -34,10 +34,11 @@ class MemoryStore:
             return _dense(self.matrix[index])
         if not as_sparse:
             return dispatch.dense_rows(self.matrix, index)
-        first, last = index[0], index[-1] + 1
-        consecutive = last - first == len(index) and (np.diff(index) == 1).all()
-        if not (consecutive and self.matrix.has_canonical_format):
-            return _csr(self.matrix[index])
+        first, last, canonical = index[0], index[-1] + 1, self.matrix.has_canonical_format
+        if not canonical or last - first != len(index) or (np.diff(index) != 1).any():
+            rows = self.matrix[index]
+            rows.has_canonical_format = canonical  # what is so need not be looked at again
+            return _csr(rows)
         # Consecutive rows, which most questions are about, need no copy.
         indptr = self.matrix.indptr[first : last + 1]
         entries = slice(indptr[0], indptr[-1])

@@ -1,31 +1,30 @@
 """For CPUs, compiled by numba: log p(counts) of whole cells, and its gradient, in float32.
 
 A row of genes goes through small loops over blocks that stay in the innermost cache; nothing of the size of the
-minibatch is written but the gradients themselves. Zeros, nine tenths of the entries, run through loops without
-branches, which the compiler vectorises. Non-zeros are put right after that, one by one in float64 (their slopes but
-for the log-gamma part are float32), and up to a count of 16 without log-gamma functions.
-
-With d = log mu - log theta and u = -theta softplus(d) - zi, a zero has log NB = -theta softplus(d) and log ZINB =
-softplus(u) - softplus(-zi); every softplus and sigmoid is made of m = exp(-|x|) and log(1 + m).
+minibatch is written but the gradients themselves. What is done to a block is in `genes`.
 """
 
 import math
 
 import numpy as np
 import torch
-from numba import njit, prange, types
-from numba.extending import overload
+from numba import njit, prange
 from torch import Tensor
 
-from scgen.kernels.functions import SMALL, exp, log_factorial, non_zero, rising_slope, twice_artanh
-from scgen.kernels.rows import COMPILED, threads
+from scgen.kernels.functions import exp, read, write
+from scgen.kernels.genes import negative_binomial, poisson, tabulate
+from scgen.kernels.listing import as_array, non_zeros
+from scgen.kernels.rows import ADDING, COMPILED, threads
 
-float32, float64, int64, uint16, uint32 = np.float32, np.float64, np.int64, np.uint16, np.uint32
-ZERO, ONE, TWO = float32(0), float32(1), float32(2)
+float32, float64, int64 = np.float32, np.float64, np.int64
+ZERO = float32(0)
 POISSON, NEGATIVE_BINOMIAL, ZERO_INFLATED = range(3)
 
 #: Genes at a time: what the loops keep of so many fits into the innermost cache.
 BLOCK = 512
+
+#: Counts up to here are tabulated, if theta is a gene's own: a few per cent of what is not zero is more.
+TABULATED = 8
 
 
 def cells_log_prob(
@@ -44,26 +43,29 @@ def cells_log_prob(
     Parameters
     ----------
     counts, logits, bias, log_library, log_theta, zi_logits, zi_bias, normalised
-        As there, contiguous; the logits float32 or bfloat16, all else float32.
+        As there, contiguous; the logits float32 or bfloat16, all else float32. The counts may also be a canonical CSR
+        tensor: columns in ascending order, and none twice.
     weights
         (R,) weights of the values in that sum; None leaves the gradient out.
     """
     gradient, n_rows, n_genes = weights is not None, *logits.shape
     kind = POISSON if log_theta is None else NEGATIVE_BINOMIAL if zi_logits is None else ZERO_INFLATED
     inflated = kind == ZERO_INFLATED
-    nothing, nothing_of_logits = counts.new_empty(1, n_genes), logits[:1]
-    value = counts.new_empty(n_rows)
-    d_library = counts.new_empty(n_rows)
+    nothing, nothing_of_logits = bias.new_empty(1, n_genes), logits[:1]
+    value, d_library = bias.new_empty(n_rows), bias.new_empty(n_rows)
     with threads() as n_parts:
         # Sums over cells are taken by each thread for itself.
-        sums = counts.new_zeros(3, n_parts, n_genes) if gradient else nothing.expand(3, 1, n_genes).contiguous()
+        sums = bias.new_zeros(3, n_parts, n_genes) if gradient else nothing.expand(3, 1, n_genes).contiguous()
         d_bias, d_zi_bias, d_theta = sums
         d_logits = torch.empty_like(logits) if gradient else nothing_of_logits
         d_zi_logits = torch.empty_like(zi_logits) if gradient and inflated else nothing_of_logits
         if gradient and kind != POISSON and len(log_theta) > 1:
-            d_theta = counts.new_zeros(n_rows, n_genes)
+            d_theta = bias.new_zeros(n_rows, n_genes)
+        tabulated = kind != POISSON and len(log_theta) == 1
+        tables = np.empty((2, n_genes, TABULATED + 1 if tabulated else 0))
+        if tabulated:
+            tabulate(*map(as_array, (log_theta[0], log_theta[0].exp())), *tables)
         inputs = (
-            counts,
             logits,
             bias,
             log_library,
@@ -74,7 +76,16 @@ def cells_log_prob(
             weights if gradient else value,
         )
         outputs = value, d_logits, d_bias, d_library, d_theta, d_zi_logits, d_zi_bias
-        _cells(n_parts, kind, normalised, gradient, *map(_array, inputs), *map(_array, outputs))
+        _cells(
+            n_parts,
+            kind,
+            normalised,
+            gradient,
+            *non_zeros(counts),
+            *map(as_array, inputs),
+            *tables,
+            *map(as_array, outputs),
+        )
     if not gradient:
         return value, ()
     if kind != POISSON:
@@ -89,18 +100,15 @@ def cells_log_prob(
     )
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    """Return the tensor's own memory; numpy has no bfloat16, which therefore comes as its bits."""
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
-
-
 @njit(parallel=True, **COMPILED)
 def _cells(
     n_parts,
     kind,
     normalised,
     gradient,
-    counts,
+    ends,
+    genes,
+    values,
     logits,
     bias,
     log_library,
@@ -109,6 +117,8 @@ def _cells(
     zi_logits,
     zi_bias,
     weights,
+    coefficients,
+    rising_slopes,
     value,
     d_logits,
     d_bias,
@@ -136,18 +146,27 @@ def _cells(
                 shift, scale = shift - largest - float32(math.log(total)), float32(1 / total)
             _shift(log_mu, shift)
             sum_of_values = 0.0
+            cell = r % (len(ends) - 1)
+            after, last = ends[cell], ends[cell + 1]
             for start in range(0, n_genes, BLOCK):
                 stop = min(start + BLOCK, n_genes)
                 n = stop - start
-                x, lm, dm = counts[r % len(counts)][start:stop], log_mu[start:stop], d_mu[start:stop]
+                first = after
+                while after < last and genes[after] < stop:
+                    after += 1
+                where, x = genes[first:after], values[first:after]
+                lm, dm = log_mu[start:stop], d_mu[start:stop]
                 if kind == POISSON:
-                    _poisson(x, lm, v[:n], dm)
+                    poisson(start, where, x, lm, v[:n], dm)
                 else:
                     row = r % len(log_theta)
                     lt, t = log_theta[row][start:stop], theta[row][start:stop]
                     if inflated:
                         _add(zi_logits[r][start:stop], zi_bias[start:stop], zi[:n])
-                    _negative_binomial(x, lm, lt, t, zi[:n], inflated, gradient, v[:n], dm, d_lt[:n], dz[:n], room)
+                    some = coefficients[start:stop], rising_slopes[start:stop]
+                    negative_binomial(
+                        start, where, x, lm, lt, t, zi[:n], inflated, gradient, *some, v[:n], dm, d_lt[:n], dz[:n], room
+                    )
                     if gradient:
                         _accumulate(w, d_lt[:n], d_theta[part if len(log_theta) == 1 else r][start:stop])
                         if inflated:
@@ -162,80 +181,10 @@ def _cells(
 
 
 @njit(**COMPILED)
-def _negative_binomial(x, lm, lt, t, zi, inflated, gradient, v, dm, dt, dz, room):
-    """Write log NB or ZINB, and its slopes by log mu, log theta and zi, of some genes of one cell.
-
-    The loops are many because a compiler that cannot tell which arrays overlap gives up on more than some in one.
-    """
-    n_genes = len(x)
-    d, m, log1p_m, larger = room[0][:n_genes], room[1][:n_genes], room[2][:n_genes], room[3][:n_genes]
-    own, m_zero, m_zi, inverse = room[4][:n_genes], room[5][:n_genes], room[6][:n_genes], room[7][:n_genes]
-    for g in range(n_genes):
-        d[g] = lm[g] - lt[g]
-        m[g] = exp(-abs(d[g]))
-    for g in range(n_genes):
-        product = ONE / ((ONE + m[g]) * (TWO + m[g]))
-        log1p_m[g] = twice_artanh(m[g] * (ONE + m[g]) * product)
-        larger[g] = (TWO + m[g]) * product
-    for g in range(n_genes):
-        v[g] = -t[g] * (max(d[g], ZERO) + log1p_m[g])
-    if inflated:
-        for g in range(n_genes):
-            m_zero[g], m_zi[g] = exp(-abs(v[g] - zi[g])), exp(-abs(zi[g]))
-        for g in range(n_genes):
-            a, b = ONE + m_zero[g], ONE + m_zi[g]
-            inverse[g] = ONE / (a * b * (a + b))
-        if gradient:
-            for g in range(n_genes):
-                b = ONE + m_zi[g]
-                # The share of a zero that is the negative binomial's own; what is not zero is all its own.
-                share = (ONE if v[g] > zi[g] else m_zero[g]) * (b * (ONE + m_zero[g] + b) * inverse[g])
-                own[g] = ONE if x[g] != ZERO else share
-            for g in range(n_genes):
-                a = ONE + m_zero[g]
-                dz[g] = (m_zi[g] if zi[g] > ZERO else ONE) * (a * (a + ONE + m_zi[g]) * inverse[g]) - own[g]
-        for g in range(n_genes):
-            # max(u, 0) - max(-zi, 0), which would lose digits to a large zi
-            larger_term = v[g] if v[g] > zi[g] else min(zi[g], ZERO)
-            s = (m_zero[g] - m_zi[g]) * ((ONE + m_zero[g]) * (ONE + m_zi[g]) * inverse[g])
-            v[g] = larger_term + twice_artanh(s)
-    else:
-        own[:] = ONE
-    if gradient:
-        for g in range(n_genes):
-            small = m[g] * larger[g]
-            sigmoid, rest = (larger[g], small) if d[g] > ZERO else (small, larger[g])
-            dm[g] = x[g] * rest - own[g] * t[g] * sigmoid
-        for g in range(n_genes):
-            dt[g] = -dm[g] - own[g] * t[g] * (max(d[g], ZERO) + log1p_m[g])
-    for g in range(n_genes):
-        if x[g] != ZERO:
-            wide = float64(x[g])
-            v[g] = non_zero(wide, float64(lm[g]), float64(lt[g]), float64(t[g]), float64(log1p_m[g]))
-            if inflated:
-                v[g] -= max(zi[g], ZERO) + twice_artanh(m_zi[g] / (TWO + m_zi[g]))
-            if gradient:
-                dt[g] += rising_slope(wide, float64(t[g]))
-
-
-@njit(**COMPILED)
-def _poisson(x, lm, v, dm):
-    """Write the log-probability, and its slope by log mu, of some genes of one cell."""
-    for g in range(len(x)):
-        v[g] = -exp(lm[g])
-        dm[g] = x[g] + v[g]
-    for g in range(len(x)):
-        if x[g] != ZERO:
-            wide, log_m = float64(x[g]), float64(lm[g])
-            mu = math.exp(log_m) if wide > SMALL else -float64(v[g])
-            v[g] = wide * log_m - mu - log_factorial(wide)
-
-
-@njit(**COMPILED)
 def _add(product, bias, result):
     """Write product + bias, where the product may be the bits of bfloat16 numbers."""
     for g in range(len(result)):
-        result[g] = _read(product[g]) + bias[g]
+        result[g] = read(product[g]) + bias[g]
 
 
 @njit(**COMPILED)
@@ -262,44 +211,13 @@ def _store(weight, slopes, result, sums):
     for g in range(len(slopes)):
         weighted = weight * slopes[g]
         sums[g] += weighted
-        _write(result, g, weighted)
+        write(result, g, weighted)
 
 
 @njit(**COMPILED)
 def _accumulate(weight, slopes, sums):
     for g in range(len(slopes)):
         sums[g] += weight * slopes[g]
-
-
-def _read(value):
-    """Return a float32, which the upper half of its bits may stand for."""
-
-
-@overload(_read, inline="always")
-def _(value):
-    if value == types.uint16:
-        return lambda value: uint32(uint32(value) << uint32(16)).view(float32)
-    return lambda value: value
-
-
-def _write(array, g, value):
-    """Write a float32, rounded to the nearest even upper half of its bits where those are what the array has."""
-
-
-@overload(_write, inline="always")
-def _(array, g, value):
-    if array.dtype == types.uint16:
-
-        def rounded(array, g, value):
-            bits = float32(value).view(uint32)
-            array[g] = uint16((bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16))
-
-        return rounded
-
-    def as_it_is(array, g, value):
-        array[g] = value
-
-    return as_it_is
 
 
 @njit(**COMPILED)
@@ -314,8 +232,7 @@ def _largest(values):
     return largest.max()
 
 
-# The order of a sum does not matter, which lets it become vectors.
-@njit(**(COMPILED | {"fastmath": {"reassoc", "nsz", "contract"}}))
+@njit(**ADDING)
 def _sum(values):
     total = 0.0
     for g in range(len(values)):

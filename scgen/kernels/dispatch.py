@@ -20,6 +20,11 @@ from scgen.kernels import reference
 #: Fewer entries than this are done before a compiled kernel is loaded.
 SMALLEST = 2**14
 
+# glibc hands arrays of some MB back to the system as soon as they are freed, so that a loop that makes them anew waits
+# for their pages each time: up to a quarter of a question. Having seen one of 32 MB freed, which is never written and
+# therefore takes no memory, it keeps up to 64 MB.
+torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
 
 def dense_rows(matrix: sparse.csr_matrix | sparse.csr_array, index: np.ndarray) -> Tensor:
     """Return the rows ``index`` of a CSR matrix, in this order, as a dense float32 tensor (n, G)."""
@@ -48,9 +53,20 @@ def entries_of_rows(indptr: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return n_entries, torch.arange(len(shift), device=shift.device) + shift
 
 
+def log1p(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return log(1 + counts), dense, as float32 or bfloat16, of dense counts or of a canonical CSR tensor."""
+    simple = counts.layout == torch.sparse_csr or counts.is_contiguous()
+    simple = simple and counts.dtype == torch.float32 and counts.device.type == "cpu"
+    listing = _compiled("listing", counts.shape.numel()) if simple else None
+    return listing.log1p(counts, dtype) if listing else torch.log1p(dense(counts)).to(dtype)
+
+
 def dense(counts: Tensor) -> Tensor:
-    """Return a CSR tensor (n, G) as a dense one."""
-    if counts.device.type == "cpu" and (rows := _compiled("rows", counts.shape.numel())):
+    """Return a CSR tensor (n, G) as a dense one, and a dense one as it is."""
+    if counts.layout != torch.sparse_csr:
+        return counts
+    simple = counts.device.type == "cpu" and counts.dtype == torch.float32
+    if simple and (rows := _compiled("rows", counts.shape.numel())):
         return rows.dense(counts)
     return counts.to_dense()
 
@@ -73,10 +89,15 @@ def cells_log_prob(
     zi_bias: Tensor | None = None,
     normalised: bool = True,
 ) -> Tensor:
-    """Return log p(counts) of each cell, (..., n): what the function of this name in `reference` returns."""
+    """Return log p(counts) of each cell, (..., n): what the function of this name in `reference` returns.
+
+    The counts may also be a canonical CSR tensor, of which the fused kernel for CPUs needs no dense form.
+    """
     parameters = logits, bias, log_library, log_theta, zi_logits, zi_bias
     one_cell_a_row = counts.dim() == 2 and logits.shape[-2:] == counts.shape
     kernel = _fused(counts, *parameters) if one_cell_a_row else None
+    if counts.layout == torch.sparse_csr and (kernel is None or counts.device.type != "cpu"):
+        counts = dense(counts)
     if kernel is None:
         return reference.cells_log_prob(counts, *parameters, normalised)
     shape = logits.shape[:-1]
@@ -86,7 +107,8 @@ def cells_log_prob(
         log_theta = log_theta.expand_as(logits)
     rows = (None if p is None else p.reshape(-1, p.shape[-1]).contiguous() for p in (logits, log_theta, zi_logits))
     logits, log_theta, zi_logits = rows
-    inputs = counts.contiguous(), logits, bias, log_library.reshape(-1), log_theta, zi_logits, zi_bias
+    counts = counts if counts.layout == torch.sparse_csr else counts.contiguous()
+    inputs = counts, logits, bias, log_library.reshape(-1), log_theta, zi_logits, zi_bias
     if counts.device.type == "cuda":
         return _CellsLogProbOnCuda.apply(kernel, normalised, *inputs).reshape(shape)
     return _CellsLogProb.apply(kernel, normalised, gradient, *inputs).reshape(shape)

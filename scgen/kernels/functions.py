@@ -3,11 +3,12 @@
 import math
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 from scgen.kernels.rows import COMPILED
 
-float32, int32 = np.float32, np.int32
+float32, int32, uint16, uint32 = np.float32, np.int32, np.uint16, np.uint32
 
 #: Up to here, ratios of gamma functions are products.
 SMALL = 16.0
@@ -44,6 +45,20 @@ def twice_artanh(s):
     p = p * q + float32(2 / 3)
     p = p * q + float32(2)
     return p * s
+
+
+@njit(inline="always", **COMPILED)
+def log1p(x):
+    """Return log(1 + x) to float32's relative precision, without a branch, for x from 0 to 1e38.
+
+    With 1 + x = 2^n m and m within a third of 1, m - 1 = x / 2^n + (1 / 2^n - 1), of which the first is x itself up
+    to a third.
+    """
+    n = int32(int32(float32(float32(1) + x).view(int32) - int32(0x3F2AAAAB)) >> int32(23))
+    scale = int32(int32(int32(127) - n) << int32(23)).view(float32)
+    r = x * scale + (scale - float32(1))
+    n = float32(n)
+    return twice_artanh(r / (r + float32(2))) + n * float32(-2.12194440e-4) + n * float32(0.693359375)
 
 
 @njit(**COMPILED)
@@ -88,11 +103,49 @@ def rising_slope(x, theta):
 
 
 @njit(**COMPILED)
-def non_zero(x, log_mu, log_theta, theta, log1p_m):
-    """Return log NB(x) for x > 0, where theta and log(1 + exp(-|d|)) come in float32, enough for small counts."""
+def log_coefficient(x, log_theta, theta):
+    """Return lgamma(x + theta) - lgamma(theta) - log(x!), x > 0; theta in float32 is enough for small counts."""
+    if x == 1.0:
+        return log_theta
+    return log_rising(x, theta if x <= SMALL else math.exp(log_theta)) - log_factorial(x)
+
+
+@njit(**COMPILED)
+def log_powers(x, log_mu, log_theta, theta, log1p_m):
+    """Return x d - (x + theta) softplus(d), d = log mu - log theta; the last two in float32, enough for small x."""
     d = log_mu - log_theta
     if x > SMALL:
         theta, log1p_m = math.exp(log_theta), math.log1p(math.exp(-abs(d)))
-    # x d - (x + theta) softplus(d), without a difference of large terms.
-    power = -x * (max(-d, 0.0) + log1p_m) - theta * (max(d, 0.0) + log1p_m)
-    return power + log_theta if x == 1.0 else power + log_rising(x, theta) - log_factorial(x)
+    # Without a difference of large terms.
+    return -x * (max(-d, 0.0) + log1p_m) - theta * (max(d, 0.0) + log1p_m)
+
+
+def read(value):
+    """Return a float32, which the upper half of its bits may stand for."""
+
+
+@overload(read, inline="always")
+def _(value):
+    if value == types.uint16:
+        return lambda value: uint32(uint32(value) << uint32(16)).view(float32)
+    return lambda value: value
+
+
+def write(array, g, value):
+    """Write a float32, rounded to the nearest even upper half of its bits where those are what the array has."""
+
+
+@overload(write, inline="always")
+def _(array, g, value):
+    if array.dtype == types.uint16:
+
+        def rounded(array, g, value):
+            bits = float32(value).view(uint32)
+            array[g] = uint16((bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16))
+
+        return rounded
+
+    def as_it_is(array, g, value):
+        array[g] = value
+
+    return as_it_is

@@ -23,6 +23,10 @@ def _can_cache() -> bool:
 COMPILED = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}, "nogil": True, "cache": _can_cache()}
 
 
+#: For sums, which may be taken in any order, and thereby several at a time.
+ADDING = COMPILED | {"fastmath": {"reassoc", "nsz", "contract"}}
+
+
 @contextmanager
 def threads() -> Iterator[int]:
     """Within the block, let numba use as many threads as torch does; neither's setting is changed by it."""
@@ -62,7 +66,7 @@ def row_sums(matrix: sparse.csr_matrix | sparse.csr_array) -> np.ndarray:
     return sums
 
 
-@njit(parallel=True, **COMPILED)
+@njit(parallel=True, **ADDING)
 def _sum_rows(indptr, data, sums):
     for i in prange(len(sums)):
         total = 0.0

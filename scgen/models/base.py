@@ -174,8 +174,10 @@ class Model:
         try:
             fit(
                 self.vae.to(device),
-                CellLoader(store, columns, self.train_indices, batch_size, rng, device=device),
-                CellLoader(store, columns, held_out, max(batch_size, 512), device=device) if len(held_out) else None,
+                CellLoader(store, columns, self.train_indices, batch_size, rng, self._reads_sparse(device), device),
+                CellLoader(store, columns, held_out, max(batch_size, 512), None, self._reads_sparse(device), device)
+                if len(held_out)
+                else None,
                 options,
                 rows,
             )
@@ -261,7 +263,7 @@ class Model:
         *,
         indices: Sequence[int] | None = None,
         return_mean: bool = True,
-        batch_size: int = 2048,
+        batch_size: int = 1024,
         seed: int = 0,
     ) -> float | np.ndarray:
         """Return the evidence lower bound, in nats per cell, at KL weight 1 and one draw of the latents.
@@ -296,7 +298,7 @@ class Model:
         indices: Sequence[int] | None = None,
         n_mc_samples: int = 1000,
         return_mean: bool = True,
-        batch_size: int = 128,
+        batch_size: int = 64,
         seed: int = 0,
     ) -> float | np.ndarray:
         """Return the estimate of log p(x), in nats per cell, from importance-weighted draws of the latents.
@@ -508,8 +510,11 @@ class Model:
             raise ValueError(f"batch_size={batch_size}; it takes a whole number from 1.")
         adata = self._cells_of(adata)
         index = rows_asked_for(indices, adata.n_obs)
-        as_sparse = self.vae.device.type == "cpu" and torch.backends.mkl.is_available()
-        return CellLoader(*self._read(adata), index, batch_size, as_sparse=as_sparse)
+        return CellLoader(*self._read(adata), index, batch_size, as_sparse=self._reads_sparse(self.vae.device))
+
+    def _reads_sparse(self, device: torch.device) -> bool:
+        """Say whether minibatches are to come as CSR: not for a Gaussian, nor for a GPU, which makes them dense."""
+        return "library" in self.vae.posteriors and device.type == "cpu" and torch.backends.mkl.is_available()
 
     def _read(self, adata: AnnData) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]]:
         """Return values and columns of all cells; raise if the model's own cells are no longer what they were."""

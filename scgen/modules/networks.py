@@ -67,21 +67,21 @@ class CovariateLinear(nn.Module):
     def forward(self, x: Tensor, cells: Cells) -> Tensor:
         return self._with_covariates(self.linear(x), cells, None)
 
-    def normalised(self, x: Tensor, cells: Cells, scale: Tensor, shift: Tensor) -> Tensor:
-        """Return scale * forward(x, cells) + shift, of a CSR tensor x.
+    def scaled(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weights for which `scaled_forward` is scale * forward(x, cells) + shift."""
+        return (self.linear.weight.T * scale).contiguous(), self.linear.bias * scale + shift, scale
 
-        The weights are scaled, of which there are fewer.
-        """
-        h = torch.addmm(self.linear.bias * scale + shift, x, self.linear.weight.T * scale)
-        return self._with_covariates(h, cells, scale)
+    def scaled_forward(self, x: Tensor, cells: Cells, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+        """Return the result for a CSR tensor x."""
+        return self._with_covariates(torch.addmm(bias, x, weight), cells, scale)
 
     def _with_covariates(self, h: Tensor, cells: Cells, scale: Tensor | None) -> Tensor:
         for i, rows in self.rows.items():
             rows = rows if scale is None else rows * scale
-            h = h + embedding(cells.batch if i == "0" else cells.categorical[:, int(i) - 1], rows)
-        if self.slopes is None:
-            return h
-        return h + cells.continuous @ (self.slopes if scale is None else self.slopes * scale)
+            h += embedding(cells.batch if i == "0" else cells.categorical[:, int(i) - 1], rows)
+        if self.slopes is not None:
+            h += cells.continuous @ (self.slopes if scale is None else self.slopes * scale)
+        return h
 
 
 class SliceBatchNorm(nn.BatchNorm1d):
@@ -128,14 +128,32 @@ class MLP(nn.Module):
         # Momentum and epsilon of the paper's code, in torch's convention.
         self.norms = nn.ModuleList(SliceBatchNorm(n_hidden, momentum=0.01, eps=1e-3) for _ in widths)
         self.dropout = Dropout(dropout_rate)
+        self._scaled: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def reduced(self) -> bool:
+        """Whether the first layer's products are taken in bfloat16."""
+        return self.layers[0].linear.reduced
+
+    def train(self, mode: bool = True) -> "MLP":
+        """Start or end training, as ``eval`` does, too; every question to a model begins with that."""
+        self._scaled = None
+        return super().train(mode)
 
     def forward(self, x: Tensor, cells: Cells) -> Tensor:
         for layer, norm in zip(self.layers, self.norms, strict=True):
-            if (
-                x.layout == torch.sparse_csr and not self.training
-            ):  # a question's first layer: batch normalisation is folded into it
-                h = layer.normalised(x, cells, *norm.as_affine())
+            if x.layout == torch.sparse_csr and not self.training:
+                h = layer.scaled_forward(x, cells, *self._first_layer())
             else:
                 h = norm(layer(x, cells))
-            x = self.dropout(torch.relu(h))
+            x = self.dropout(torch.relu_(h))
         return x
+
+    def _first_layer(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the first layer with its batch normalisation folded into it: in a question, once for all cells."""
+        if self._scaled is not None and torch.is_inference_mode_enabled():
+            return self._scaled
+        scaled = self.layers[0].scaled(*self.norms[0].as_affine())
+        if torch.is_inference_mode_enabled():
+            self._scaled = scaled
+        return scaled

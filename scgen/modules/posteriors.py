@@ -50,7 +50,11 @@ class GaussianPosterior(nn.Module):
 
     def hidden(self, cells: Cells) -> Tensor:
         """Return the last hidden layer, (n, n_hidden)."""
-        return self.mlp(cells.log_counts if self.log_input else cells.counts, cells)
+        if not self.log_input:
+            return self.mlp(cells.counts, cells)
+        if self.mlp.reduced:
+            return self.mlp(cells.reduced_log_counts, cells)
+        return self.mlp(cells.dense_log_counts if self.training else cells.log_counts, cells)
 
     def means(self, cells: Cells) -> Tensor:
         """Return the means m(x, s), (n, d), alone: an embedding of many cells waits for the variances, too."""

@@ -59,7 +59,7 @@ class VAE(nn.Module):
         draws = {name: q[name].rsample_and_log_prob(shape) for name in q}
         likelihood = self.decoder({name: draw for name, (draw, _) in draws.items()}, cells)
         return Elbo(
-            log_likelihood=likelihood.log_prob(cells.dense_counts),
+            log_likelihood=likelihood.log_prob(cells.counts),
             kl={name: kl_divergence(q[name], self.priors[name](cells), *draws[name]) for name in q},
         )
 
@@ -70,7 +70,7 @@ class VAE(nn.Module):
         """
         draws = {name: q[name].rsample_and_log_prob(shape) for name in q}
         likelihood = self.decoder({name: draw for name, (draw, _) in draws.items()}, cells)
-        log_w = likelihood.log_prob(cells.dense_counts)
+        log_w = likelihood.log_prob(cells.counts)
         for name, (draw, log_q) in draws.items():
             if not isinstance(q[name], PointMass):
                 log_w = log_w + self.priors[name](cells).log_prob(draw) - log_q

@@ -178,6 +178,48 @@ def test_an_entry_stored_twice_counts_twice():
     np.testing.assert_array_equal(dispatch.dense_rows(matrix, np.array([0, 1]))[:, :2].numpy(), [[0, 2], [1, 0]])
 
 
+def as_csr(counts):
+    """Return counts as CSR, with some of their zeros stored."""
+    kept = sparse.csr_array((counts != 0).numpy() | (np.random.default_rng(0).random(counts.shape) < 0.05))
+    values = counts[kept.tocoo().coords].contiguous()
+    ends, genes = (torch.from_numpy(part.astype(np.int32)) for part in (kept.indptr, kept.indices))
+    return torch.sparse_csr_tensor(ends, genes, values, counts.shape)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sparse_counts_are_the_dense_ones(kind, fused):
+    counts, *parameters = inputs(kind, n_draws=3)
+    weights = torch.full((3, 40), -1 / 120)
+    optional = [None] * (6 - len(parameters))
+    with torch.no_grad():
+        assert torch.equal(
+            dispatch.cells_log_prob(as_csr(counts), *parameters, *optional),
+            dispatch.cells_log_prob(counts, *parameters, *optional),
+        )
+    dense, sparse_ones = (value_and_gradients(some, parameters, weights, True) for some in (counts, as_csr(counts)))
+    assert len(fused) == 4
+    for one, other in zip(dense[1], sparse_ones[1], strict=True):
+        assert torch.equal(one, other)
+    # What the fused kernel does not know is made dense.
+    wide = [values.double() for values in parameters]
+    truth = reference.cells_log_prob(counts.double(), *wide)
+    assert torch.equal(dispatch.cells_log_prob(as_csr(counts.double()), *wide), truth)
+
+
+@pytest.mark.parametrize("form", [torch.clone, as_csr], ids=["dense", "csr"])
+def test_log1p(form):
+    values = np.concatenate([np.arange(3000), np.logspace(-9, 8, 5000), [1 / 3, 1e30], np.zeros(12_000)])
+    counts = torch.tensor(np.random.default_rng(0).permutation(values)[:20_000], dtype=torch.float32).view(40, 500)
+    truth = np.log1p(counts.double().numpy())
+    ours = dispatch.log1p(form(counts), torch.float32)
+    assert ours.dtype == torch.float32
+    np.testing.assert_allclose(ours.numpy(), truth, rtol=2.5e-7, atol=0)
+    reduced = dispatch.log1p(form(counts), torch.bfloat16)
+    assert torch.equal(reduced, torch.from_numpy(truth).float().bfloat16())
+    assert torch.equal(dispatch.log1p(form(counts.double()), torch.float64), torch.log1p(counts.double()))
+    assert dispatch.log1p(form(torch.full((40, 500), torch.nan)), torch.float32).isnan().all()
+
+
 def test_dispatch(monkeypatch):
     values = inputs(KINDS[0])
     fused = dispatch.cells_log_prob(*values)

@@ -86,15 +86,18 @@ def test_normalisation_folded_into_a_sparse_first_layer():
         norm.bias.data.normal_()
     for _ in range(5):
         mlp(cells.counts, cells)  # running statistics
-    mlp.eval()
-    x = cells.counts
-    for layer, norm in zip(mlp.layers, mlp.norms, strict=True):
-        plain = torch.nn.functional.batch_norm(
-            layer(x, cells), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
-        )
-        x = torch.relu(plain)
-    with torch.no_grad():
-        torch.testing.assert_close(mlp(cells.counts.to_sparse_csr(), cells), x)
+    for _ in range(2):  # the second time with other weights
+        mlp.eval()
+        x = cells.counts
+        for layer, norm in zip(mlp.layers, mlp.norms, strict=True):
+            plain = torch.nn.functional.batch_norm(
+                layer(x, cells), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+            )
+            x = torch.relu(plain)
+        with torch.no_grad():
+            torch.testing.assert_close(mlp(cells.counts.to_sparse_csr(), cells), x)
+            for weight in mlp.parameters():
+                weight.normal_()
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,0 +1,71 @@
+"""Counts as the compiled kernels read them: what is not zero, and the dense log(1 + counts) of the encoders."""
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from scgen.kernels import functions
+from scgen.kernels.functions import write
+from scgen.kernels.rows import COMPILED, threads
+
+
+def non_zeros(counts: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what is not zero as the three arrays of a CSR matrix: ends of rows, columns, values."""
+    if counts.layout == torch.sparse_csr:
+        ends, genes = (
+            part.numpy().astype(np.int32, copy=False) for part in (counts.crow_indices(), counts.col_indices())
+        )
+        return ends, genes, counts.values().numpy()
+    counts = as_array(counts)
+    ends = np.zeros(len(counts) + 1, np.int32)
+    _count(counts, ends[1:])
+    np.cumsum(ends, out=ends)
+    genes, values = np.empty(ends[-1], np.int32), np.empty(ends[-1], np.float32)
+    _list(counts, ends, genes, values)
+    return ends, genes, values
+
+
+def log1p(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return log(1 + counts), dense, as float32 or bfloat16; of counts as `cells_log_prob` takes them."""
+    result = torch.empty(counts.shape, dtype=dtype)
+    with threads():
+        _log1p(*non_zeros(counts), as_array(result))
+    return result
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """Return the tensor's own memory; numpy has no bfloat16, which therefore comes as its bits."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
+
+
+@njit(parallel=True, **COMPILED)
+def _log1p(ends, genes, values, result):
+    for r in prange(len(result)):
+        row = result[r]
+        row[:] = 0
+        for i in range(ends[r], ends[r + 1]):
+            write(row, genes[i], functions.log1p(values[i]))
+
+
+@njit(parallel=True, **COMPILED)
+def _count(counts, n_found):
+    """Write how many of each row are not zero."""
+    for r in prange(len(counts)):
+        n = 0
+        for g in range(counts.shape[1]):
+            n += counts[r, g] != 0
+        n_found[r] = n
+
+
+@njit(parallel=True, **COMPILED)
+def _list(counts, ends, genes, values):
+    """Write what is not zero, and where: without a branch, which the processor could not foresee."""
+    for r in prange(len(counts)):
+        found = np.empty(counts.shape[1] + 1, np.int32)
+        n = 0
+        for g in range(counts.shape[1]):
+            found[n] = g
+            n += counts[r, g] != 0
+        for i in range(n):
+            genes[ends[r] + i], values[ends[r] + i] = found[i], counts[r, found[i]]
