@@ -37,7 +37,7 @@ class Dropout(nn.Dropout):
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
         dropped = min(round(self.p * 2**16), 2**16 - 1)
         kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-        return x * kept / (1 - dropped / 2**16)
+        return x * (kept / (1 - dropped / 2**16))
 
 
 class CovariateLinear(nn.Module):
