@@ -98,7 +98,7 @@ def questions(package, data, observed="0"):
     adata = cells(data)
     model, _ = trained(package, adata, observed == "1", 1, None, None)
     some, few = np.arange(20_000), np.arange(1000)
-    at_once = {} if package == "scgen" else {"n_mc_samples_per_pass": 10}  # faster than its default, 1
+    at_once = {} if package == "scgen" else {"n_mc_samples_per_pass": 10}  # scvi-tools' default, 1, takes longer
     asked = {
         "latent": lambda: model.get_latent_representation(),
         "elbo": lambda: model.get_elbo(),

@@ -39,12 +39,12 @@ class Cells:
 
     @cached_property
     def log_counts(self) -> Tensor:
-        """log(1 + counts), (n, G), sparse if they are: what the encoders of counts read, computed once for all."""
+        """log(1 + counts), (n, G), sparse if they are: what the encoders of counts read in questions."""
         return torch.log1p(self.counts)
 
     @cached_property
     def dense_log_counts(self) -> Tensor:
-        """The same, dense: what they read in training, where gradients of dense products cost less."""
+        """The same, dense: what they read in training, since a sparse product has a slow gradient."""
         return dispatch.log1p(self.counts, self.counts.dtype)
 
     @cached_property

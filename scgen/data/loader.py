@@ -29,7 +29,7 @@ class CellLoader:
     rng
         Draws a new order for every pass; None keeps the order of ``index``.
     as_sparse
-        Whether sparse values come as CSR tensors, which questions to a model read faster.
+        Whether sparse values come as CSR tensors.
     device
         Where the minibatches go. ``columns`` are moved there once, the order once a pass; values come from a
         `DeviceStore` that is there, or from the host's memory, through pinned memory to a GPU.

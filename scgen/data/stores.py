@@ -1,4 +1,4 @@
-"""Where the values of the cells lie, and how some rows of them become a dense tensor."""
+"""Where the values of the cells lie, and how some rows of them become a tensor."""
 
 import warnings
 from collections.abc import Iterator
@@ -34,11 +34,10 @@ class MemoryStore:
             return _dense(self.matrix[index])
         if not as_sparse:
             return dispatch.dense_rows(self.matrix, index)
-        first, last, canonical = index[0], index[-1] + 1, self.matrix.has_canonical_format
-        if not canonical or last - first != len(index) or (np.diff(index) != 1).any():
-            rows = self.matrix[index]
-            rows.has_canonical_format = canonical  # what is so need not be looked at again
-            return _csr(rows)
+        first, last = index[0], index[-1] + 1
+        consecutive = last - first == len(index) and (np.diff(index) == 1).all()
+        if not (consecutive and self.matrix.has_canonical_format):
+            return _csr(self.matrix[index])
         # Consecutive rows, which most questions are about, need no copy.
         indptr = self.matrix.indptr[first : last + 1]
         entries = slice(indptr[0], indptr[-1])
@@ -160,7 +159,7 @@ def totals(store: MemoryStore | BackedStore) -> np.ndarray:
 
 
 def _csr(rows: sparse.csr_matrix | sparse.csr_array) -> Tensor:
-    rows.sum_duplicates()  # a function of the stored entries is to be one of the values
+    rows = _canonical(rows)  # a function of the stored entries is to be one of the values
     return _csr_of(rows.indptr, rows.indices, rows.data, rows.shape[1])
 
 
@@ -176,14 +175,19 @@ def _csr_tensor(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int)
         return torch.sparse_csr_tensor(indptr, indices, values, (len(indptr) - 1, n_columns), check_invariants=False)
 
 
+def _canonical(rows: sparse.csr_matrix | sparse.csr_array) -> sparse.csr_matrix | sparse.csr_array:
+    """Return the rows with ascending columns, and none of these stored twice."""
+    if not rows.has_canonical_format:
+        # A copy, since what they consist of may be the store's own; small integers might overflow where they add up.
+        rows = rows.astype(np.float32, copy=True)
+        rows.sum_duplicates()
+    return rows
+
+
 def _canonical_blocks(store: MemoryStore) -> Iterator[sparse.csr_array]:
     """Iterate over blocks of rows as CSR, the columns of each row in ascending order and each once."""
     for _, block in store.blocks():
-        block = sparse.csr_array(block)
-        if not block.has_canonical_format:
-            block = block.copy()  # what a block consists of may be the store's own
-            block.sum_duplicates()
-        yield block
+        yield _canonical(sparse.csr_array(block))
 
 
 def _holds(dtype: type, values: np.ndarray) -> bool:

@@ -43,8 +43,7 @@ def cells_log_prob(
     Parameters
     ----------
     counts, logits, bias, log_library, log_theta, zi_logits, zi_bias, normalised
-        As there, contiguous; the logits float32 or bfloat16, all else float32. The counts may also be a canonical CSR
-        tensor: columns in ascending order, and none twice.
+        As there, contiguous; the logits float32 or bfloat16, all else float32. The counts may also be a CSR tensor.
     weights
         (R,) weights of the values in that sum; None leaves the gradient out.
     """
@@ -63,14 +62,15 @@ def cells_log_prob(
             d_theta = bias.new_zeros(n_rows, n_genes)
         tabulated = kind != POISSON and len(log_theta) == 1
         tables = np.empty((2, n_genes, TABULATED + 1 if tabulated else 0))
+        theta = None if kind == POISSON else log_theta.exp()
         if tabulated:
-            tabulate(*map(as_array, (log_theta[0], log_theta[0].exp())), *tables)
+            tabulate(as_array(log_theta[0]), as_array(theta[0]), *tables)
         inputs = (
             logits,
             bias,
             log_library,
             nothing if kind == POISSON else log_theta,
-            nothing if kind == POISSON else log_theta.exp(),
+            nothing if kind == POISSON else theta,
             zi_logits if inflated else nothing_of_logits,
             zi_bias if inflated else bias,
             weights if gradient else value,

@@ -21,9 +21,9 @@ from scgen.kernels import reference
 SMALLEST = 2**14
 
 # glibc hands arrays of some MB back to the system as soon as they are freed, so that a loop that makes them anew waits
-# for their pages each time: up to a quarter of a question. Having seen one of 32 MB freed, which is never written and
-# therefore takes no memory, it keeps up to 64 MB.
-torch.empty(2**25 - 2**16, dtype=torch.uint8)
+# for their pages each time: up to a quarter of a question. Having seen one of just under 32 MB freed, the most that it
+# learns from, it keeps up to 64 MB; that one is never written, and takes no memory.
+np.empty(2**25 - 2**16, np.uint8)
 
 
 def dense_rows(matrix: sparse.csr_matrix | sparse.csr_array, index: np.ndarray) -> Tensor:
@@ -54,7 +54,7 @@ def entries_of_rows(indptr: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log1p(counts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return log(1 + counts), dense, as float32 or bfloat16, of dense counts or of a canonical CSR tensor."""
+    """Return log(1 + counts), dense, as float32 or bfloat16, of dense counts or of a CSR tensor."""
     simple = counts.layout == torch.sparse_csr or counts.is_contiguous()
     simple = simple and counts.dtype == torch.float32 and counts.device.type == "cpu"
     listing = _compiled("listing", counts.shape.numel()) if simple else None
@@ -91,7 +91,7 @@ def cells_log_prob(
 ) -> Tensor:
     """Return log p(counts) of each cell, (..., n): what the function of this name in `reference` returns.
 
-    The counts may also be a canonical CSR tensor, of which the fused kernel for CPUs needs no dense form.
+    The counts may also be a CSR tensor, of which the fused kernel for CPUs needs no dense form.
     """
     parameters = logits, bias, log_library, log_theta, zi_logits, zi_bias
     one_cell_a_row = counts.dim() == 2 and logits.shape[-2:] == counts.shape

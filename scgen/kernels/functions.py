@@ -1,4 +1,4 @@
-"""The functions of which the compiled log-likelihoods are made: of one number, for numba to build in."""
+"""The functions of one number of which the compiled kernels are made, for numba to build in."""
 
 import math
 

@@ -1,8 +1,8 @@
 """The likelihood of some genes of one cell, in loops that the compiler vectorises: what `cpu` is made of.
 
 All entries, nine tenths of them zeros, run through loops for zeros, without branches. What is not zero is put right
-after that, from a list: one by one in float64 (slopes but for their log-gamma part in float32), and up to a count of 16
-without log-gamma functions; where theta is a gene's own, what a count of up to 8 contributes beside mu is looked up.
+after that, from a list: one by one in float64 (slopes but for their log-gamma part in float32), with products instead
+of log-gamma functions for small counts; where theta is a gene's own, what these contribute beside mu is looked up.
 
 With d = log mu - log theta and u = -theta softplus(d) - zi, a zero has log NB = -theta softplus(d) and log ZINB =
 softplus(u) - softplus(-zi); every softplus and sigmoid is made of m = exp(-|x|) and log(1 + m).
@@ -86,9 +86,10 @@ def negative_binomial(
     for i in range(len(x)):
         if x[i] == ZERO:
             continue
-        g, wide, k = where[i] - start, float64(x[i]), int64(x[i])
+        g, wide = where[i] - start, float64(x[i])
         log_theta, theta = float64(lt[g]), float64(t[g])
-        tabulated = 0 < k < n_tabulated and wide == k
+        tabulated = 0 < wide < n_tabulated and wide == math.floor(wide)
+        k = int64(wide) if tabulated else 0
         powers = log_powers(wide, float64(lm[g]), log_theta, theta, float64(log1p_m[g]))
         v[g] = powers + (coefficients[g, k] if tabulated else log_coefficient(wide, log_theta, theta))
         if inflated:

@@ -7,18 +7,19 @@ from torch import Tensor
 
 from scgen.kernels import functions
 from scgen.kernels.functions import write
-from scgen.kernels.rows import COMPILED, threads
+from scgen.kernels.rows import COMPILED, dense, threads
 
 
 def non_zeros(counts: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return what is not zero as the three arrays of a CSR matrix: ends of rows, columns, values."""
+    """Return what is not zero as the three arrays of a canonical CSR matrix: ends of rows, columns, values."""
     if counts.layout == torch.sparse_csr:
-        ends, genes = (
-            part.numpy().astype(np.int32, copy=False) for part in (counts.crow_indices(), counts.col_indices())
-        )
-        return ends, genes, counts.values().numpy()
+        ends = counts.crow_indices().numpy().astype(np.int64, copy=False)
+        genes = counts.col_indices().numpy().astype(np.int32, copy=False)
+        if _ascend(ends, genes):
+            return ends, genes, counts.values().numpy()
+        counts = dense(counts)
     counts = as_array(counts)
-    ends = np.zeros(len(counts) + 1, np.int32)
+    ends = np.zeros(len(counts) + 1, np.int64)
     _count(counts, ends[1:])
     np.cumsum(ends, out=ends)
     genes, values = np.empty(ends[-1], np.int32), np.empty(ends[-1], np.float32)
@@ -46,6 +47,16 @@ def _log1p(ends, genes, values, result):
         row[:] = 0
         for i in range(ends[r], ends[r + 1]):
             write(row, genes[i], functions.log1p(values[i]))
+
+
+@njit(parallel=True, **COMPILED)
+def _ascend(ends, genes):
+    """Say whether the columns of each row do: the kernels would write where they must not."""
+    wrong = 0
+    for r in prange(len(ends) - 1):
+        for i in range(ends[r] + 1, ends[r + 1]):
+            wrong += genes[i - 1] >= genes[i]
+    return wrong == 0
 
 
 @njit(parallel=True, **COMPILED)

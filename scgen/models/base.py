@@ -169,15 +169,14 @@ class Model:
             self.train_indices, self.validation_indices = training, validation
         batch_size = batch_size or default_batch_size(len(self.train_indices), device)
         held_out = np.sort(rng.permutation(self.validation_indices)[:MAX_VALIDATION_CELLS])
+        form = {"as_sparse": self._reads_sparse(device), "device": device}
         rows: list[dict] = self.history.to_dict(orient="records")
         self.trainings.append(_plain(asdict(options) | {"device": str(device), "batch_size": batch_size}))
         try:
             fit(
                 self.vae.to(device),
-                CellLoader(store, columns, self.train_indices, batch_size, rng, self._reads_sparse(device), device),
-                CellLoader(store, columns, held_out, max(batch_size, 512), None, self._reads_sparse(device), device)
-                if len(held_out)
-                else None,
+                CellLoader(store, columns, self.train_indices, batch_size, rng, **form),
+                CellLoader(store, columns, held_out, max(batch_size, 512), **form) if len(held_out) else None,
                 options,
                 rows,
             )
@@ -513,7 +512,7 @@ class Model:
         return CellLoader(*self._read(adata), index, batch_size, as_sparse=self._reads_sparse(self.vae.device))
 
     def _reads_sparse(self, device: torch.device) -> bool:
-        """Say whether minibatches are to come as CSR: not for a Gaussian, nor for a GPU, which makes them dense."""
+        """Say whether minibatches are to come as CSR: for counts on a CPU, and where MKL multiplies them."""
         return "library" in self.vae.posteriors and device.type == "cpu" and torch.backends.mkl.is_available()
 
     def _read(self, adata: AnnData) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]]:

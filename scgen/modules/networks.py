@@ -67,9 +67,9 @@ class CovariateLinear(nn.Module):
     def forward(self, x: Tensor, cells: Cells) -> Tensor:
         return self._with_covariates(self.linear(x), cells, None)
 
-    def scaled(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the weights for which `scaled_forward` is scale * forward(x, cells) + shift."""
-        return (self.linear.weight.T * scale).contiguous(), self.linear.bias * scale + shift, scale
+    def scaled(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weight and bias for which `scaled_forward` is scale * forward(x, cells) + shift."""
+        return (self.linear.weight.T * scale).contiguous(), self.linear.bias * scale + shift
 
     def scaled_forward(self, x: Tensor, cells: Cells, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
         """Return the result for a CSR tensor x."""
@@ -128,7 +128,7 @@ class MLP(nn.Module):
         # Momentum and epsilon of the paper's code, in torch's convention.
         self.norms = nn.ModuleList(SliceBatchNorm(n_hidden, momentum=0.01, eps=1e-3) for _ in widths)
         self.dropout = Dropout(dropout_rate)
-        self._scaled: tuple[Tensor, Tensor, Tensor] | None = None
+        self._folded: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def reduced(self) -> bool:
@@ -136,8 +136,8 @@ class MLP(nn.Module):
         return self.layers[0].linear.reduced
 
     def train(self, mode: bool = True) -> "MLP":
-        """Start or end training, as ``eval`` does, too; every question to a model begins with that."""
-        self._scaled = None
+        """Start or end training, and forget the folded first layer: ``eval``, with which a question begins, is this."""
+        self._folded = None
         return super().train(mode)
 
     def forward(self, x: Tensor, cells: Cells) -> Tensor:
@@ -151,9 +151,10 @@ class MLP(nn.Module):
 
     def _first_layer(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the first layer with its batch normalisation folded into it: in a question, once for all cells."""
-        if self._scaled is not None and torch.is_inference_mode_enabled():
-            return self._scaled
-        scaled = self.layers[0].scaled(*self.norms[0].as_affine())
-        if torch.is_inference_mode_enabled():
-            self._scaled = scaled
-        return scaled
+        folded, kept = self._folded, torch.is_inference_mode_enabled()
+        if folded is None or not kept:
+            scale, shift = self.norms[0].as_affine()
+            folded = *self.layers[0].scaled(scale, shift), scale
+        if kept:
+            self._folded = folded
+        return folded

@@ -83,6 +83,17 @@ def test_rows_are_those_of_the_dense_matrix(matrices, dense, smallest, name, row
         np.testing.assert_array_equal(dispatch.dense(as_stored).numpy(), expected)
 
 
+def test_entries_stored_twice_add_up_beyond_their_dtype():
+    twice = sparse.csr_matrix(
+        (np.array([200, 100, 7], np.uint8), np.array([1, 1, 0]), np.array([0, 2, 3])), shape=(2, 3)
+    )
+    for store in (MemoryStore(twice), DeviceStore(MemoryStore(twice), "cpu")):
+        for as_sparse in (False, True):
+            rows = store.rows(np.array([1, 0]), as_sparse=as_sparse).to_dense()
+            np.testing.assert_array_equal(rows.numpy(), [[7, 0, 0], [0, 300, 0]])
+    assert twice.data.tolist() == [200, 100, 7]
+
+
 @pytest.mark.parametrize("first", [0, 3])
 def test_consecutive_rows_are_not_copied(matrices, dense, first):
     matrix = matrices["csr_matrix"]

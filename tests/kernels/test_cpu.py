@@ -1,5 +1,6 @@
 """The compiled kernels against the plain ones in float64, which scipy holds, and their gradients."""
 
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -178,11 +179,31 @@ def test_an_entry_stored_twice_counts_twice():
     np.testing.assert_array_equal(dispatch.dense_rows(matrix, np.array([0, 1]))[:, :2].numpy(), [[0, 2], [1, 0]])
 
 
-def as_csr(counts):
+@pytest.mark.parametrize("theta_shape", [(700,), (40, 700)])
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_gradients_of_small_counts(kind, theta_shape):
+    # Beside those of a million, whose slopes are as large, a count of 2 would not be noticed.
+    counts, *parameters = inputs(kind, theta_shape=theta_shape)
+    counts = torch.from_numpy(
+        np.random.default_rng(1).poisson(0.3 * 1.02 ** np.arange(700) / 2, (40, 700)).clip(max=20)
+    )
+    assert len(counts.unique()) == 21
+    parameters[2][:] = 7  # libraries
+    if kind == KINDS[2]:
+        parameters[4].clamp_(-10, 10)
+    weights = torch.full((40,), -1 / 40)
+    _, ours = value_and_gradients(counts.float(), parameters, weights, True)
+    wide = [values.double() for values in (counts, *parameters, weights)]
+    _, truth = value_and_gradients(wide[0], wide[1:-1], wide[-1], True)
+    for one, other in zip(ours, truth, strict=True):
+        assert ((one - other).abs() <= 1e-4 * other.abs() + 1e-6).all()
+
+
+def as_csr(counts, dtype=np.int32):
     """Return counts as CSR, with some of their zeros stored."""
     kept = sparse.csr_array((counts != 0).numpy() | (np.random.default_rng(0).random(counts.shape) < 0.05))
     values = counts[kept.tocoo().coords].contiguous()
-    ends, genes = (torch.from_numpy(part.astype(np.int32)) for part in (kept.indptr, kept.indices))
+    ends, genes = (torch.from_numpy(part.astype(dtype)) for part in (kept.indptr, kept.indices))
     return torch.sparse_csr_tensor(ends, genes, values, counts.shape)
 
 
@@ -196,8 +217,19 @@ def test_sparse_counts_are_the_dense_ones(kind, fused):
             dispatch.cells_log_prob(as_csr(counts), *parameters, *optional),
             dispatch.cells_log_prob(counts, *parameters, *optional),
         )
+    # Columns out of order would have the kernel write where it must not.
+    of_int64 = as_csr(counts, np.int64)
+    reversed_rows = [slice(*ends) for ends in itertools.pairwise(of_int64.crow_indices().tolist())]
+    genes, values = (
+        torch.cat([part[rows].flip(0) for rows in reversed_rows])
+        for part in (of_int64.col_indices(), of_int64.values())
+    )
+    disordered = torch.sparse_csr_tensor(of_int64.crow_indices(), genes, values, counts.shape, check_invariants=False)
+    plain = dispatch.cells_log_prob(counts, *parameters, *optional)
+    for form in (of_int64, disordered):
+        assert torch.equal(dispatch.cells_log_prob(form, *parameters, *optional), plain)
     dense, sparse_ones = (value_and_gradients(some, parameters, weights, True) for some in (counts, as_csr(counts)))
-    assert len(fused) == 4
+    assert len(fused) == 7
     for one, other in zip(dense[1], sparse_ones[1], strict=True):
         assert torch.equal(one, other)
     # What the fused kernel does not know is made dense.

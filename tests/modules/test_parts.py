@@ -94,10 +94,16 @@ def test_normalisation_folded_into_a_sparse_first_layer():
                 layer(x, cells), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
             )
             x = torch.relu(plain)
+        asked = cells.counts.to_sparse_csr()
+        with torch.inference_mode():
+            for _ in range(2):  # the folded layer is made, and then kept
+                torch.testing.assert_close(mlp(asked, cells), x)
+        assert mlp(asked, cells).requires_grad  # which is not that layer, of which there is no gradient
         with torch.no_grad():
-            torch.testing.assert_close(mlp(cells.counts.to_sparse_csr(), cells), x)
             for weight in mlp.parameters():
                 weight.normal_()
+        with torch.inference_mode():
+            assert not torch.allclose(mlp(asked, cells), mlp.train(False)(asked, cells))
 
 
 @pytest.mark.parametrize("training", [True, False])
