@@ -84,21 +84,36 @@ def guards_table() -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame, path) -> None:
-    """Draw how many times as long, or as much, scvi-tools takes."""
+    """Draw how many times as long, or as much memory, scvi-tools takes."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.3 * len(table)), layout="constrained")
-    names = table["measured"] + ", " + table["data"]
-    ratios = table["ratio"].str.split().str[0].astype(float)
-    bars = axes.barh(names, ratios, color="#4477aa")
-    axes.bar_label(bars, fmt="%.1f", padding=3)
+    tasks = {"step": "an epoch", "whole": "training and embedding", "questions": "", "imports": ""}
+    table = table[~table["measured"].str.contains(": first|: epochs|import and class|imports : peak")]
+    parts = table["measured"].str.extract(r"(\w+) (.*): (.*)")
+    names = (
+        parts[0].map(tasks)
+        + " "
+        + parts[1]
+        + parts[2].map({"seconds": "", "peak_mb": ", peak memory"}).fillna(parts[2])
+    )
+    names = names.str.strip().str.replace(" ,", ",") + ": " + table["data"].str.replace("_", " ")
+    low, ratios, high = table["ratio"].str.extract(r"(\S+) \((\S+) to (\S+)\)")[[1, 0, 2]].astype(float).T.to_numpy()
+    order = ratios.argsort()
+    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.27 * len(table)), layout="constrained")
+    axes.errorbar(
+        ratios[order], names.to_numpy()[order], xerr=[(ratios - low)[order], (high - ratios)[order]], fmt="o", capsize=3
+    )
+    axes.set_xscale("log")
+    axes.set_xticks([1, 2, 5, 10, 20, 50, 100, 200], [1, 2, 5, 10, 20, 50, 100, 200])
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.set(xlabel="scvi-tools / scgen, median of the rounds")
-    figure.savefig(path, dpi=120)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set(
+        xlabel="scvi-tools / scgen: median, and range of the rounds", title="scvi-tools takes how many times as long, or as much memory"
+    )
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
