@@ -54,8 +54,10 @@ def _ascend(ends, genes):
     """Say whether the columns of each row do: the kernels would write where they must not."""
     wrong = 0
     for r in prange(len(ends) - 1):
-        for i in range(ends[r] + 1, ends[r + 1]):
-            wrong += genes[i - 1] >= genes[i]
+        row, n = genes[ends[r] : ends[r + 1]], 0
+        for i in range(len(row) - 1):
+            n += row[i] >= row[i + 1]
+        wrong += n
     return wrong == 0
 
 
