@@ -111,7 +111,7 @@ def draw(table: pd.DataFrame, path) -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.grid(axis="x", alpha=0.3)
     axes.set(
-        xlabel="scvi-tools / scgen: median, and range of the rounds", title="scvi-tools takes how many times as long, or as much memory"
+        xlabel="scvi-tools / scgen: median, and range of the rounds", title="How many times as much scvi-tools takes"
     )
     figure.savefig(path, dpi=110)
 
