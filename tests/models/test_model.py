@@ -411,16 +411,17 @@ def test_marginal_likelihood_is_the_mean_weight(small, at_once):
 def test_bfloat16_where_layers_are_wide(small):
     adata = scgen.simulate_cells(n_cells=300, n_genes=600, n_batches=2, seed=0)
     scgen.setup_anndata(adata, batch_key="batch")
-    elbos = {"32": [], "bf16": []}
-    for precision in elbos:
-        for seed in range(3):  # training takes another course with another rounding, of whatever precision
+    for seed in range(3):
+        elbos = {}
+        for precision in ("32", "bf16"):
             model = scgen.SCVI(adata, seed=seed)
-            model.train(60, batch_size=64, precision=precision, progress=False, seed=seed)
-            elbos[precision].append(model.get_elbo())
-        assert not any(getattr(part, "reduced", False) for part in model.vae.modules())
-        assert model.trainings[-1]["precision"] == precision
-    assert elbos["bf16"] != elbos["32"]
-    assert np.mean(elbos["bf16"]) == pytest.approx(np.mean(elbos["32"]), rel=2e-3)
+            # To the end: when it is best to stop, by 30 cells, is a matter of chance, and of every rounding.
+            model.train(60, batch_size=64, early_stopping=False, precision=precision, progress=False, seed=seed)
+            elbos[precision] = model.get_elbo()
+            assert not any(getattr(part, "reduced", False) for part in model.vae.modules())
+            assert model.trainings[-1]["precision"] == precision
+        assert elbos["bf16"] != elbos["32"]
+        assert elbos["bf16"] == pytest.approx(elbos["32"], rel=2e-3)
 
 
 def test_an_embedding_is_the_means_of_the_posterior(small):
