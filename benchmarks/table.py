@@ -54,11 +54,13 @@ def speed_table() -> pd.DataFrame:
             ratios = [b[figure] / a[figure] for a, b in zip(ours, theirs, strict=True)]
             rows.append(
                 {
-                    "measured": f"{result['task']} {result['label']}: {figure}",
+                    "measured": f"{result['task']} {result['label']}".strip() + f": {figure}",
                     "data": result["data"],
                     "scgen": round(statistics.median(one[figure] for one in ours), 3),
                     "scvi-tools": round(statistics.median(one[figure] for one in theirs), 3),
-                    "ratio": f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                    "ratio": round(statistics.median(ratios), 2),
+                    "least": round(min(ratios), 2),
+                    "most": round(max(ratios), 2),
                     "rounds": len(ratios),
                     "version": result["versions"]["scgen"],
                 }
@@ -90,22 +92,12 @@ def draw(table: pd.DataFrame, path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tasks = {"step": "an epoch", "whole": "training and embedding", "questions": "", "imports": ""}
-    table = table[~table["measured"].str.contains(": first|: epochs|import and class|imports : peak")]
-    parts = table["measured"].str.extract(r"(\w+) (.*): (.*)")
-    names = (
-        parts[0].map(tasks)
-        + " "
-        + parts[1]
-        + parts[2].map({"seconds": "", "peak_mb": ", peak memory"}).fillna(parts[2])
+    table = table[~table["measured"].str.contains(": first|: epochs|import and class|imports: peak")].sort_values(
+        "ratio"
     )
-    names = names.str.strip().str.replace(" ,", ",") + ": " + table["data"].str.replace("_", " ")
-    low, ratios, high = table["ratio"].str.extract(r"(\S+) \((\S+) to (\S+)\)")[[1, 0, 2]].astype(float).T.to_numpy()
-    order = ratios.argsort()
     figure, axes = plt.subplots(figsize=(8, 0.8 + 0.27 * len(table)), layout="constrained")
-    axes.errorbar(
-        ratios[order], names.to_numpy()[order], xerr=[(ratios - low)[order], (high - ratios)[order]], fmt="o", capsize=3
-    )
+    range_ = table["ratio"] - table["least"], table["most"] - table["ratio"]
+    axes.errorbar(table["ratio"], table["measured"] + ", " + table["data"], xerr=range_, fmt="o", capsize=3)
     axes.set_xscale("log")
     axes.set_xticks([1, 2, 5, 10, 20, 50, 100, 200], [1, 2, 5, 10, 20, 50, 100, 200])
     axes.axvline(1, color="black", linewidth=0.8)

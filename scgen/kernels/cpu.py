@@ -62,7 +62,7 @@ def cells_log_prob(
             d_theta = bias.new_zeros(n_rows, n_genes)
         tabulated = kind != POISSON and len(log_theta) == 1
         tables = np.empty((2, n_genes, TABULATED + 1 if tabulated else 0))
-        theta = None if kind == POISSON else log_theta.exp()
+        theta = nothing if kind == POISSON else log_theta.exp()
         if tabulated:
             tabulate(as_array(log_theta[0]), as_array(theta[0]), *tables)
         inputs = (
@@ -70,7 +70,7 @@ def cells_log_prob(
             bias,
             log_library,
             nothing if kind == POISSON else log_theta,
-            nothing if kind == POISSON else theta,
+            theta,
             zi_logits if inflated else nothing_of_logits,
             zi_bias if inflated else bias,
             weights if gradient else value,

@@ -58,17 +58,7 @@ def log1p(counts: Tensor, dtype: torch.dtype) -> Tensor:
     simple = counts.layout == torch.sparse_csr or counts.is_contiguous()
     simple = simple and counts.dtype == torch.float32 and counts.device.type == "cpu"
     listing = _compiled("listing", counts.shape.numel()) if simple else None
-    return listing.log1p(counts, dtype) if listing else torch.log1p(dense(counts)).to(dtype)
-
-
-def dense(counts: Tensor) -> Tensor:
-    """Return a CSR tensor (n, G) as a dense one, and a dense one as it is."""
-    if counts.layout != torch.sparse_csr:
-        return counts
-    simple = counts.device.type == "cpu" and counts.dtype == torch.float32
-    if simple and (rows := _compiled("rows", counts.shape.numel())):
-        return rows.dense(counts)
-    return counts.to_dense()
+    return listing.log1p(counts, dtype) if listing else torch.log1p(counts.to_dense()).to(dtype)
 
 
 def row_sums(matrix: np.ndarray | sparse.csr_matrix | sparse.csr_array) -> np.ndarray:
@@ -97,7 +87,7 @@ def cells_log_prob(
     one_cell_a_row = counts.dim() == 2 and logits.shape[-2:] == counts.shape
     kernel = _fused(counts, *parameters) if one_cell_a_row else None
     if counts.layout == torch.sparse_csr and (kernel is None or counts.device.type != "cpu"):
-        counts = dense(counts)
+        counts = counts.to_dense()
     if kernel is None:
         return reference.cells_log_prob(counts, *parameters, normalised)
     shape = logits.shape[:-1]

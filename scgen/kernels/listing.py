@@ -7,7 +7,7 @@ from torch import Tensor
 
 from scgen.kernels import functions
 from scgen.kernels.functions import write
-from scgen.kernels.rows import COMPILED, dense, threads
+from scgen.kernels.rows import COMPILED, threads
 
 
 def non_zeros(counts: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -17,7 +17,7 @@ def non_zeros(counts: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         genes = counts.col_indices().numpy().astype(np.int32, copy=False)
         if _ascend(ends, genes):
             return ends, genes, counts.values().numpy()
-        counts = dense(counts)
+        counts = counts.to_dense()
     counts = as_array(counts)
     ends = np.zeros(len(counts) + 1, np.int64)
     _count(counts, ends[1:])

@@ -49,15 +49,6 @@ def dense_rows(matrix: sparse.csr_matrix | sparse.csr_array, rows: np.ndarray) -
     return torch.from_numpy(dense)
 
 
-def dense(rows: Tensor) -> Tensor:
-    """Return a CSR tensor (n, G) as a dense one."""
-    result = np.empty(rows.shape, np.float32)
-    parts = (part.numpy() for part in (rows.crow_indices(), rows.col_indices(), rows.values()))
-    with threads():
-        _fill_rows(*parts, np.arange(len(rows)), result)
-    return torch.from_numpy(result)
-
-
 def row_sums(matrix: sparse.csr_matrix | sparse.csr_array) -> np.ndarray:
     """Return the sum of each row, (n,) float64, added in float64."""
     sums = np.empty(matrix.shape[0])
