@@ -133,13 +133,20 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def default_batch_size(n_cells: int, device: torch.device) -> int:
-    """Return the cells in a minibatch: 512; on a GPU, whose steps cost the same, as many as leave 400 in 25 passes."""
-    return 512 if device.type != "cuda" else min(max(n_cells * 25 // 400, 512), 4096)
+    """Return the cells in a minibatch: as many as leave 400 minibatches in 50 passes, but 64 to 512.
+
+    On a GPU, whose steps cost the same, they are up to 4096 if these leave 400 minibatches in 25 passes.
+    """
+    size = min(max(n_cells * 50 // 400, 64), 512)
+    return size if device.type != "cuda" else max(size, min(n_cells * 25 // 400, 4096))
 
 
 def default_epochs(n_steps: int) -> int:
-    """Return the number of passes, of so many minibatches each: enough for 400 steps, but 25 to 400 passes."""
-    return min(max(math.ceil(400 / n_steps), 25), 400)
+    """Return the number of passes, of so many minibatches each: enough for 400 steps, but 25 to 50 passes.
+
+    More passes over few cells, and their ELBO is one of cells learned by heart (benchmarks/NOTES.md).
+    """
+    return min(max(math.ceil(400 / n_steps), 25), 50)
 
 
 def one_cycle(progress: float) -> float:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,7 +86,28 @@ def test_training_loads_no_compiler_nor_what_is_for_plots_and_neighbours():
 
 @pytest.mark.parametrize(
     ("device", "n_cells", "size"),
-    [("cpu", 10**6, 512), ("cuda", 1000, 512), ("cuda", 16_000, 1000), ("cuda", 10**6, 4096)],
+    [
+        ("cpu", 100, 64),
+        ("cpu", 2000, 250),
+        ("cpu", 10**6, 512),
+        ("cuda", 2000, 250),
+        ("cuda", 16_000, 1000),
+        ("cuda", 10**6, 4096),
+    ],
 )
-def test_minibatches_grow_with_the_data_on_a_gpu(device, n_cells, size):
+def test_minibatches_grow_with_the_data(device, n_cells, size):
     assert training.default_batch_size(n_cells, torch.device(device)) == size
+
+
+def test_few_cells_are_not_learned_by_heart():
+    adata = scgen.simulate_cells(n_cells=1200, n_genes=300, seed=0)
+    scgen.setup_anndata(adata, batch_key="batch")
+    few, unseen = adata[:200].copy(), np.arange(200, 1200)
+
+    def bound(max_epochs):
+        model = scgen.SCVI(few)
+        model.train(max_epochs, progress=False)
+        return model.get_elbo(adata, indices=unseen)
+
+    default, *others = (bound(epochs) for epochs in (None, 25, 100, 400))
+    assert default > max(others)

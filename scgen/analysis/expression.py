@@ -63,7 +63,7 @@ def normalized_expression(
             q = {name: vae.posteriors[name](cells) for name in (("z", "library") if latent_library else ("z",))}
             rows = slice(start, start + len(cells))
             for draw in range(n_samples):
-                latents = {name: q[name].rsample_and_log_prob()[0] for name in q}
+                latents = {name: q[name].rsample() for name in q}
                 for i, batch in enumerate(batches):
                     values = vae.decoder.expression(latents, in_batch(cells, batch))[:, columns]
                     if latent_library:

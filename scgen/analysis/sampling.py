@@ -28,7 +28,7 @@ def posterior_predictive(
             cells = cells.to(vae.device)
             q = vae.infer(cells)
             for drawn in blocks:
-                latents = {name: q[name].rsample_and_log_prob()[0] for name in q}
+                latents = {name: q[name].rsample() for name in q}
                 drawn.append(_sampled(vae, latents, in_batch(cells, batch)))
     return [sparse.vstack(drawn, format="csr") for drawn in blocks]
 

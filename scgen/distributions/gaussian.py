@@ -42,7 +42,7 @@ class DiagonalNormal(Distribution):
         return self._variance
 
     def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        return self._mean + self._variance.sqrt() * self._noise(sample_shape)
+        return torch.addcmul(self._mean, self._variance.sqrt(), self._noise(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self._log_density((value - self._mean).square() / self._variance)
@@ -50,7 +50,7 @@ class DiagonalNormal(Distribution):
     def rsample_and_log_prob(self, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Return draws (*shape, ..., d) that carry gradients, and their log-density (*shape, ...)."""
         noise = self._noise(shape)
-        return self._mean + self._variance.sqrt() * noise, self._log_density(noise.square())
+        return torch.addcmul(self._mean, self._variance.sqrt(), noise), self._log_density(noise.square())
 
     def _noise(self, sample_shape: tuple[int, ...]) -> Tensor:
         shape = torch.Size(sample_shape) + self._batch_shape + self._event_shape
@@ -64,7 +64,8 @@ class DiagonalNormal(Distribution):
 @register_kl(DiagonalNormal, DiagonalNormal)
 def _kl_of_gaussians(q: DiagonalNormal, p: DiagonalNormal) -> Tensor:
     ratio = q.variance / p.variance
-    return 0.5 * (ratio - ratio.log() + (q.mean - p.mean).square() / p.variance - 1).sum(-1)
+    terms = ratio - ratio.log() + (q.mean - p.mean).square() / p.variance
+    return 0.5 * (terms.sum(-1) - terms.shape[-1])
 
 
 class PointMass(Distribution):
@@ -79,6 +80,7 @@ class PointMass(Distribution):
 
     arg_constraints = {}
     support = constraints.real_vector
+    has_rsample = True
 
     def __init__(self, value: Tensor):
         self.value = value
@@ -92,9 +94,12 @@ class PointMass(Distribution):
     def variance(self) -> Tensor:
         return torch.zeros_like(self.value)
 
+    def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        return self.value.expand(*sample_shape, *self.value.shape)
+
     def rsample_and_log_prob(self, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Return ``value`` repeated, and zeros."""
-        sample = self.value.expand(*shape, *self.value.shape)
+        sample = self.rsample(shape)
         return sample, sample.new_zeros(sample.shape[:-1])
 
 

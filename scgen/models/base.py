@@ -107,9 +107,10 @@ class Model:
         Parameters
         ----------
         max_epochs
-            Passes over the training cells; None stands for 400 minibatches, but 25 to 400 passes.
+            Passes over the training cells; None stands for 400 minibatches, but 25 to 50 passes.
         batch_size
-            Cells in a minibatch; None stands for 512, on a GPU for up to 4096 as long as 25 passes are 400 minibatches.
+            Cells in a minibatch; None stands for as many as leave 400 minibatches in 50 passes, but 64 to 512; on a GPU
+            for up to 4096 that leave as many in 25.
         train_size
             Share of the cells trained on, of every batch alike; the others validate. Fixed by the first call.
         early_stopping, patience

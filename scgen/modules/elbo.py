@@ -30,12 +30,15 @@ class Elbo:
 
     def loss(self, kl_weight: float = 1.0) -> Tensor:
         """Return the mean negative bound, a scalar, with the KL of z weighted; the library's never is."""
-        return -(self.value + (1 - kl_weight) * self.kl["z"]).mean()
+        value = self.value if kl_weight == 1 else self.value + (1 - kl_weight) * self.kl["z"]
+        return -value.mean()
 
 
-def kl_divergence(q: Distribution, p: Distribution, sample: Tensor, log_q: Tensor) -> Tensor:
-    """Return KL(q || p): in closed form where torch knows one, else its one-draw estimate log q - log p."""
+def draw_and_kl(q: Distribution, p: Distribution, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return draws of q, (*shape, n, d), and KL(q || p): in closed form where torch knows one, else at the draws."""
     try:
-        return torch.distributions.kl_divergence(q, p)
+        kl = torch.distributions.kl_divergence(q, p)
     except NotImplementedError:
-        return log_q - p.log_prob(sample)
+        draws, log_q = q.rsample_and_log_prob(shape)
+        return draws, log_q - p.log_prob(draws)
+    return q.rsample(shape), kl

@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 
 from scgen.data.cells import Cells
 from scgen.distributions import PointMass
-from scgen.modules.elbo import Elbo, kl_divergence
+from scgen.modules.elbo import Elbo, draw_and_kl
 from scgen.modules.networks import WideLinear
 
 
@@ -55,13 +55,10 @@ class VAE(nn.Module):
 
     def forward(self, cells: Cells, shape: tuple[int, ...] = ()) -> Elbo:
         """Return the bound per cell at draws of the given sample shape, (*shape, n)."""
-        q = self.infer(cells)
-        draws = {name: q[name].rsample_and_log_prob(shape) for name in q}
-        likelihood = self.decoder({name: draw for name, (draw, _) in draws.items()}, cells)
-        return Elbo(
-            log_likelihood=likelihood.log_prob(cells.counts),
-            kl={name: kl_divergence(q[name], self.priors[name](cells), *draws[name]) for name in q},
-        )
+        latents, kl = {}, {}
+        for name, q in self.infer(cells).items():
+            latents[name], kl[name] = draw_and_kl(q, self.priors[name](cells), shape)
+        return Elbo(self.decoder(latents, cells).log_prob(cells.counts), kl)
 
     def log_weights(self, cells: Cells, q: dict[str, Distribution], shape: tuple[int, ...]) -> Tensor:
         """Return log p(x, latents) - log q(latents | x) at draws from q, which `infer` gave, (*shape, n).

@@ -415,13 +415,13 @@ def test_bfloat16_where_layers_are_wide(small):
         elbos = {}
         for precision in ("32", "bf16"):
             model = scgen.SCVI(adata, seed=seed)
-            # To the end: when it is best to stop, by 30 cells, is a matter of chance, and of every rounding.
-            model.train(60, batch_size=64, early_stopping=False, precision=precision, progress=False, seed=seed)
+            # On all cells, to the end: which epoch 30 cells find best is a matter of chance, and of every rounding.
+            model.train(40, batch_size=64, train_size=1, precision=precision, progress=False, seed=seed)
             elbos[precision] = model.get_elbo()
             assert not any(getattr(part, "reduced", False) for part in model.vae.modules())
             assert model.trainings[-1]["precision"] == precision
         assert elbos["bf16"] != elbos["32"]
-        assert elbos["bf16"] == pytest.approx(elbos["32"], rel=2e-3)
+        assert elbos["bf16"] == pytest.approx(elbos["32"], rel=1e-3)
 
 
 def test_an_embedding_is_the_means_of_the_posterior(small):
