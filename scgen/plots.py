@@ -57,3 +57,46 @@ def training_curve(path: Path, history: pd.DataFrame) -> None:
     axes.set(xlabel="epoch", ylabel="ELBO (nats per cell)", title="Training")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def volcano(path: Path, table: pd.DataFrame, n_labels: int = 8) -> None:
+    """Draw the Bayes factors of genes against their log2 fold changes, a panel for each comparison.
+
+    Parameters
+    ----------
+    path
+        Where the PNG goes.
+    table
+        What `Model.differential_expression` returns in mode "change".
+    n_labels
+        Genes named in each lower corner: of those called, the ones that fall and rise most.
+
+    Raises
+    ------
+    ValueError
+        If the table is not of mode "change".
+    """
+    from matplotlib.figure import Figure
+
+    called = next((name for name in table if name.startswith("is_de_fdr_")), None)
+    if called is None:
+        raise ValueError('the table has no fold changes: it takes one of differential_expression(mode="change").')
+    comparisons = list(table.groupby("comparison", sort=False))
+    n_columns = min(len(comparisons), 3)
+    n_rows = -(-len(comparisons) // n_columns)
+    figure = Figure(figsize=(5 * n_columns, 4.2 * n_rows), layout="constrained")
+    panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
+    for axes, (name, rows) in zip(panels, comparisons, strict=False):
+        for chosen, colour, label in ((~rows[called], "0.75", None), (rows[called], "tab:red", "called")):
+            axes.scatter(*rows.loc[chosen, ["lfc_mean", "bayes_factor"]].to_numpy().T, s=6, c=colour, label=label)
+        for sign in (-1, 1):
+            axes.axvline(sign * rows["delta"].iloc[0], color="0.4", linewidth=0.8, linestyle=":")
+        # The surest share one height, where their names would lie over each other: they stand in the corners.
+        ascending = rows[rows[called]].sort_values("lfc_mean")["lfc_mean"]
+        falls, rises = ascending[ascending < 0].head(n_labels), ascending[ascending > 0].tail(n_labels)[::-1]
+        axes.text(0.02, 0.02, "\n".join(falls.index), transform=axes.transAxes, fontsize=7, va="bottom")
+        axes.text(0.98, 0.02, "\n".join(rises.index), transform=axes.transAxes, fontsize=7, va="bottom", ha="right")
+        axes.set(title=f"{name}: {rows[called].sum()} called", xlabel="log2 fold change", ylabel="Bayes factor (log)")
+    for axes in panels[len(comparisons) :]:
+        axes.remove()
+    figure.savefig(path, dpi=110)

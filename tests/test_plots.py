@@ -28,3 +28,19 @@ def test_training_curve(tmp_path, n_epochs, validation):
         history["elbo_validation"] = history["elbo_train"] - 5
     plots.training_curve(tmp_path / "curve.png", history)
     assert matplotlib.image.imread(tmp_path / "curve.png").std() > 0.01
+
+
+@pytest.mark.parametrize("n_comparisons", [1, 4])
+def test_volcano(tmp_path, n_comparisons):
+    lfc = np.linspace(-3, 3, 40)
+    table = pd.DataFrame(
+        {"lfc_mean": lfc, "bayes_factor": 5 * abs(lfc) - 5, "delta": 0.25, "is_de_fdr_0.1": abs(lfc) > 2},
+        index=[f"gene_{i}" for i in range(40)],
+    )
+    several = pd.concat([table.assign(comparison=f"{i} vs rest") for i in range(n_comparisons)])
+    plots.volcano(tmp_path / "volcano.png", several)
+    picture = matplotlib.image.imread(tmp_path / "volcano.png")
+    assert picture.std() > 0.01
+    assert (picture.shape[1] > 1.5 * picture.shape[0]) == (n_comparisons == 4)
+    with pytest.raises(ValueError, match="mode=.change"):
+        plots.volcano(tmp_path / "none.png", several.drop(columns="is_de_fdr_0.1"))

@@ -1,15 +1,31 @@
 """Expression as the decoder sees it: denoised, under the observed batch or another one."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 
 import numpy as np
+import pandas as pd
 import torch
 
 from scgen.data.cells import Cells
 from scgen.data.loader import CellLoader
 from scgen.modules.vae import VAE
 from scgen.training import seeded
+
+
+def check(genes: list[str], gene_list: Sequence[str] | None, library_size: float | str, n_samples: int) -> None:
+    """Raise TypeError or ValueError where arguments of `Model.get_normalized_expression` are out of their range."""
+    if isinstance(gene_list, str):
+        raise TypeError(f"gene_list={gene_list!r} is a string where a list belongs: gene_list=[{gene_list!r}].")
+    unknown = pd.Index([] if gene_list is None else gene_list).difference(pd.Index(genes))
+    if len(unknown):
+        raise ValueError(f"the model has no genes {', '.join(unknown[:5])} (it has {', '.join(genes[:5])}, ...).")
+    if library_size != "latent" and not (isinstance(library_size, Real) and 0 < library_size < math.inf):
+        raise ValueError(f'library_size={library_size!r}; it takes a positive number or "latent".')
+    if n_samples < 1:
+        raise ValueError(f"n_samples={n_samples}; it takes a whole number from 1.")
 
 
 def in_batch(cells: Cells, batch: int | None) -> Cells:

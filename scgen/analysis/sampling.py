@@ -3,12 +3,15 @@
 from dataclasses import fields, replace
 
 import numpy as np
+import pandas as pd
 import torch
+from anndata import AnnData
 from scipy import sparse
 
 from scgen.analysis.expression import in_batch
 from scgen.data.cells import Cells
 from scgen.data.loader import CellLoader
+from scgen.data.registry import Registry
 from scgen.modules.vae import VAE
 from scgen.training import seeded
 
@@ -31,6 +34,19 @@ def posterior_predictive(
                 latents = {name: q[name].rsample() for name in q}
                 drawn.append(_sampled(vae, latents, in_batch(cells, batch)))
     return [sparse.vstack(drawn, format="csr") for drawn in blocks]
+
+
+def prior_sample(vae: VAE, registry: Registry, n: int, batch: str | None, seed: int) -> AnnData:
+    """Return new cells with their latents; see `Model.sample_prior`."""
+    rng = np.random.default_rng(seed)
+    cells = registry.blank_cells(n, None if batch is None else registry.batch_code(batch), rng)
+    x, latents = prior_predictive(vae, cells, seed)
+    sample = AnnData(x, var=pd.DataFrame(index=registry.genes), obsm={"z": latents["z"]})
+    names = np.array(registry.batches)[cells.batch.numpy()]
+    sample.obs[registry.setup.batch_key or "batch"] = pd.Categorical(names, categories=registry.batches)
+    if "library" in latents:
+        sample.obs["library"] = np.exp(latents["library"][:, 0])
+    return sample
 
 
 @torch.inference_mode()

@@ -50,6 +50,10 @@ class CellLoader:
         self.columns = {name: column.to(device) for name, column in columns.items()}
         self.index = np.arange(store.shape[0]) if index is None else np.asarray(index)
 
+    def over(self, index: np.ndarray) -> "CellLoader":
+        """Return a loader of other cells of the same store, in their order."""
+        return CellLoader(self.store, self.columns, index, self.batch_size, None, self.as_sparse, self.device)
+
     def __len__(self) -> int:
         return -(-len(self.index) // self.batch_size)
 

@@ -289,6 +289,15 @@ class Registry:
             raise ValueError(f"batch {batch!r} is unknown to the model (it knows: {', '.join(self.batches)}).")
         return self.batches.index(str(batch))
 
+    def batch_codes(self, batch: str | Sequence[str] | None) -> list[int | None]:
+        """Return the codes of one or several batches; None, for each cell's own, of "observed" and None."""
+        if batch is None or (isinstance(batch, str) and batch == "observed"):
+            return [None]
+        names = list(batch) if isinstance(batch, list | tuple | np.ndarray | pd.Index) else [batch]
+        if not names:
+            raise ValueError(f"batch is an empty list; the model knows: {', '.join(self.batches)}.")
+        return [self.batch_code(name) for name in names]
+
     def _gene_columns(self, adata: AnnData) -> np.ndarray | None:
         """Return where the model's genes are in ``adata``, None if they are its genes as they stand."""
         if adata.var_names.equals(pd.Index(self.genes)):

@@ -1,9 +1,7 @@
 """What every model does with an AnnData: train, answer, save, load."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ from anndata import AnnData
 from scipy import sparse
 from torch import Tensor
 
-from scgen.analysis import expression, inference, sampling
+from scgen.analysis import comparisons, differential_expression, expression, inference, sampling
 from scgen.data.loader import CellLoader, rows_asked_for, split
 from scgen.data.registry import Registry, setup_anndata
 from scgen.data.stores import BackedStore, MemoryStore, on_device
@@ -365,23 +363,13 @@ class Model:
         """
         if batch != "observed" and transform_batch is not None:
             raise ValueError("batch and transform_batch are the same thing; give one of them.")
-        if isinstance(gene_list, str):
-            raise TypeError(f"gene_list={gene_list!r} is a string where a list belongs: gene_list=[{gene_list!r}].")
+        expression.check(self.registry.genes, gene_list, library_size, n_samples)
         genes = pd.Index(self.registry.genes if gene_list is None else gene_list)
-        unknown = genes.difference(pd.Index(self.registry.genes))
-        if len(unknown):
-            raise ValueError(
-                f"the model has no genes {', '.join(unknown[:5])} (it has {', '.join(self.registry.genes[:5])}, ...)."
-            )
-        if library_size != "latent" and not (isinstance(library_size, Real) and 0 < library_size < math.inf):
-            raise ValueError(f'library_size={library_size!r}; it takes a positive number or "latent".')
-        if n_samples < 1:
-            raise ValueError(f"n_samples={n_samples}; it takes a whole number from 1.")
         loader = self._loader(adata, indices, batch_size)
         values = expression.normalized_expression(
             self.vae,
             loader,
-            self._batch_codes(batch if transform_batch is None else transform_batch),
+            self.registry.batch_codes(batch if transform_batch is None else transform_batch),
             library_size,
             None if gene_list is None else pd.Index(self.registry.genes).get_indexer(genes),
             n_samples,
@@ -392,6 +380,95 @@ class Model:
             return values
         names = (self.adata if adata is None else adata).obs_names[loader.index]
         return pd.DataFrame(values, index=names, columns=genes, copy=False)
+
+    def differential_expression(
+        self,
+        groupby: str | None = None,
+        group1: str | Sequence[str] | None = None,
+        group2: str | None = None,
+        *,
+        adata: AnnData | None = None,
+        idx1: Sequence[int] | Sequence[bool] | None = None,
+        idx2: Sequence[int] | Sequence[bool] | None = None,
+        mode: str = "change",
+        delta: float = 0.25,
+        fdr_target: float = 0.05,
+        batch_correction: bool = True,
+        n_samples: int = 500,
+        n_cells: int = 500,
+        key_added: str | None = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Return, for each gene, by how much groups of cells differ in its mean expression, and how sure that is.
+
+        Parameters
+        ----------
+        groupby, group1, group2
+            A column of ``adata.obs``; groups in it, one or several, None for all; the group that each is compared with,
+            None for all other cells. Cells without a group (NaN) are left out.
+        adata
+            Other cells than the model's own.
+        idx1, idx2
+            Rows or masks of the two groups, instead of ``groupby``; ``idx2=None`` takes all other cells.
+        mode
+            "change": log2 of the ratio of the groups' mean rho, lfc, and the larger, p, of the probabilities that it is
+            above ``delta`` and below ``-delta``: a gene of which little is known is not called for that.
+            "vanilla": P(rho_a >= rho_b) for a cell of each group (Lopez et al. 2018).
+        delta
+            Log2 fold change that is of interest.
+        fdr_target
+            The largest set of genes with mean(1 - p) up to this is called.
+        batch_correction
+            True averages over all batches, whatever the groups' own are; False leaves each cell in its own.
+        n_samples, n_cells, seed
+            Draws of the means; cells sampled of each group; the seed of both.
+        key_added
+            Where in ``adata.uns`` to write a copy in the form of ``scanpy.tl.rank_genes_groups``, for its plots and
+            ``scanpy.get.rank_genes_groups_df``: scores are Bayes factors, pvals 1 - p, the posterior probability of an
+            error, and pvals_adj its mean over all genes up to this one, the expected false discovery rate. None writes
+            nothing. In mode "vanilla", p is the larger of the two probabilities.
+
+        Returns
+        -------
+        A row per comparison and gene, the surest first, among these the higher in group 1, with "comparison", "group1"
+        and "group2". In mode "change" proba_de, proba_not_de, bayes_factor = log p / (1 - p), scale1, scale2 (means of
+        rho), pseudocounts, delta, lfc_mean, lfc_median, lfc_std, lfc_min, lfc_max, is_de_fdr_0.05 (as ``fdr_target``);
+        in mode "vanilla" proba_m1, proba_m2, bayes_factor, scale1, scale2. In both the counts themselves: raw_mean,
+        non_zeros_proportion, and raw_normalized_mean of counts / total, of groups 1 and 2.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is untrained.
+        ValueError
+            If a column, group or argument is not known or out of its range, or the model is not one of counts.
+
+        Notes
+        -----
+        A draw of a group's mean weighs its cells at random and takes z from q; what the counts leave open, by their
+        standard error, is joined to it, for the decoder's weights are a point estimate. Means of rho are compared after
+        a pseudocount is added: the 0.9 quantile of the larger mean over genes unseen in both groups or, if there are
+        none, one count in the smaller group (Boyeau et al. 2023 is the source of the mode).
+
+        Examples
+        --------
+        >>> import scgen
+        >>> adata = scgen.simulate_cells(n_cells=200, n_genes=30, seed=0)
+        >>> scgen.setup_anndata(adata, batch_key="batch")
+        >>> model = scgen.SCVI(adata)
+        >>> model.train(max_epochs=10, progress=False)
+        >>> table = model.differential_expression("cell_type", "type_1", "type_2", key_added="rank_genes_groups")
+        >>> table.shape, table["comparison"].unique().tolist()
+        ((30, 22), ['type_1 vs type_2'])
+        """
+        settings = differential_expression.Settings(mode, delta, fdr_target, n_samples, n_cells, seed)
+        loader, cells = self._loader(adata, None, 1024), self._cells_of(adata)
+        group, asked = comparisons.asked_for(cells.obs, groupby, group1, group2, idx1, idx2, key_added)
+        batches = list(range(len(self.registry.batches))) if batch_correction else None
+        table = differential_expression.compare(self.vae, loader, self.registry.genes, group, asked, batches, settings)
+        if key_added is not None:
+            cells.uns[key_added] = differential_expression.as_scanpy(table, groupby)
+        return table
 
     def posterior_predictive_sample(
         self,
@@ -420,7 +497,7 @@ class Model:
         """
         if n_samples < 1:
             raise ValueError(f"n_samples={n_samples}; it takes a whole number from 1.")
-        codes = self._batch_codes(batch)
+        codes = self.registry.batch_codes(batch)
         if len(codes) > 1:
             raise ValueError(f"batch={batch!r}; a sample comes from one batch. Name one, or None for each cell's own.")
         loader = self._loader(adata, indices, batch_size)
@@ -447,15 +524,7 @@ class Model:
         self._require_training()
         if n < 1:
             raise ValueError(f"n={n}; it takes a whole number from 1.")
-        rng = np.random.default_rng(seed)
-        cells = self.registry.blank_cells(n, None if batch is None else self.registry.batch_code(batch), rng)
-        x, latents = sampling.prior_predictive(self.vae, cells, seed)
-        sample = AnnData(x, var=pd.DataFrame(index=self.registry.genes), obsm={"z": latents["z"]})
-        names = np.array(self.registry.batches)[cells.batch.numpy()]
-        sample.obs[self.registry.setup.batch_key or "batch"] = pd.Categorical(names, categories=self.registry.batches)
-        if "library" in latents:
-            sample.obs["library"] = np.exp(latents["library"][:, 0])
-        return sample
+        return sampling.prior_sample(self.vae, self.registry, n, batch, seed)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the model, without the cells, into ``folder``: ``model.json`` and a safetensors file.
@@ -527,14 +596,6 @@ class Model:
                 'setup_anndata(adata, layer="counts"), or pass adata= with the counts.'
             )
         return store, columns
-
-    def _batch_codes(self, batch: str | Sequence[str] | None) -> list[int | None]:
-        if batch is None or (isinstance(batch, str) and batch == "observed"):
-            return [None]
-        names = list(batch) if isinstance(batch, list | tuple | np.ndarray | pd.Index) else [batch]
-        if not names:
-            raise ValueError(f"batch is an empty list; the model knows: {', '.join(self.registry.batches)}.")
-        return [self.registry.batch_code(name) for name in names]
 
 
 def _plain(values: dict) -> dict:

@@ -1,0 +1,123 @@
+"""Which cells are compared with which, as users say it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from scgen.data.loader import rows_asked_for
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One union of groups against another: which groups, by their codes."""
+
+    name1: str
+    name2: str
+    groups1: list[int]
+    groups2: list[int]
+
+
+def asked_for(
+    obs: pd.DataFrame,
+    groupby: str | None,
+    group1: str | Sequence[str] | None,
+    group2: str | None,
+    idx1: Sequence[int] | Sequence[bool] | None,
+    idx2: Sequence[int] | Sequence[bool] | None,
+    key_added: str | None,
+) -> tuple[np.ndarray, list[Comparison]]:
+    """Return what `by_column` or `by_rows` does, by which of the two is asked for; ValueError for both or neither."""
+    of_rows, of_column = idx1 is not None or idx2 is not None, not (groupby is group1 is group2 is None)
+    if of_rows == of_column or (idx1 is None and groupby is None):
+        raise ValueError(
+            'name groups, differential_expression("cell_type", "a", "b"), or cells, idx1=..., idx2=...: one of the two.'
+        )
+    if of_rows and key_added is not None:
+        raise ValueError(f"key_added={key_added!r}: Scanpy's form has groups of a column: use groupby=, not idx1=.")
+    return by_rows(len(obs), idx1, idx2) if of_rows else by_column(obs, groupby, group1, group2)
+
+
+def by_column(
+    obs: pd.DataFrame, groupby: str, group1: str | Sequence[str] | None, group2: str | None
+) -> tuple[np.ndarray, list[Comparison]]:
+    """Return a code for each cell, (n,), -1 for none, and comparisons: of each of ``group1`` with ``group2``.
+
+    Parameters
+    ----------
+    obs, groupby
+        A table of cells, and its column of groups; cells without one, NaN, are left out.
+    group1
+        One group or several; None for all.
+    group2
+        The group that they are compared with; None for all cells of other groups.
+
+    Raises
+    ------
+    ValueError
+        If the column or a group is not there, or there is nothing to compare with.
+
+    Examples
+    --------
+    >>> codes, found = by_column(pd.DataFrame({"kind": ["b", "a", "b", None]}), "kind", None, None)
+    >>> codes.tolist(), found[0]
+    ([1, 0, 1, -1], Comparison(name1='a', name2='rest', groups1=[0], groups2=[1]))
+    """
+    if groupby not in obs:
+        raise ValueError(f"groupby={groupby!r} is no column of adata.obs (it has: {', '.join(map(str, obs.columns))}).")
+    column = obs[groupby].astype("category").cat.remove_unused_categories()
+    names = [str(name) for name in column.cat.categories]
+    asked = names if group1 is None else [group1] if isinstance(group1, str) else [str(name) for name in group1]
+    for name in [*asked, *([] if group2 is None else [group2])]:
+        if name not in names:
+            raise ValueError(f"{name!r} is no group of adata.obs[{groupby!r}] (it has: {', '.join(names)}).")
+    if len(names) < 2 or not asked or asked == [group2]:
+        raise ValueError(f"adata.obs[{groupby!r}] leaves nothing to compare: two different groups are needed.")
+    comparisons = []
+    for name in asked:
+        others = [other for other in names if other != name] if group2 is None else [group2]
+        if others != [name]:
+            codes = [names.index(other) for other in others]
+            comparisons.append(Comparison(name, group2 or "rest", [names.index(name)], codes))
+    return _used(column.cat.codes.to_numpy().astype(np.int64), comparisons)
+
+
+def by_rows(
+    n_cells: int, idx1: Sequence[int] | Sequence[bool], idx2: Sequence[int] | Sequence[bool] | None
+) -> tuple[np.ndarray, list[Comparison]]:
+    """Return the same for rows or masks; None compares with all other cells.
+
+    Raises
+    ------
+    ValueError
+        If they are none, out of range, or share cells.
+
+    Examples
+    --------
+    >>> by_rows(4, [0], [2, 3])[0].tolist(), by_rows(4, [0], None)[0].tolist()
+    ([0, -1, 1, 1], [0, 1, 1, 1])
+    """
+    group = np.full(n_cells, -1 if idx2 is not None else 1)
+    if idx2 is not None:
+        group[rows_asked_for(idx2, n_cells)] = 1
+    first = rows_asked_for(idx1, n_cells)
+    if idx2 is not None and (group[first] == 1).any():
+        raise ValueError(f"idx1 and idx2 share {len(np.unique(first[group[first] == 1]))} cells.")
+    group[first] = 0
+    if not (group == 1).any():
+        raise ValueError("idx1 is all cells: nothing is left to compare with.")
+    return group, [Comparison("idx1", "rest" if idx2 is None else "idx2", [0], [1])]
+
+
+def _used(group: np.ndarray, comparisons: list[Comparison]) -> tuple[np.ndarray, list[Comparison]]:
+    """Return the same without the groups that are compared with nothing."""
+    used = sorted({code for one in comparisons for code in (*one.groups1, *one.groups2)})
+    renumbered = np.full(max(used[-1], group.max()) + 2, -1)  # the last is for -1
+    renumbered[used] = np.arange(len(used))
+
+    def new(groups: list[int]) -> list[int]:
+        return renumbered[groups].tolist()
+
+    found = [Comparison(one.name1, one.name2, new(one.groups1), new(one.groups2)) for one in comparisons]
+    return renumbered[group], found

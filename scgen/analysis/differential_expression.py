@@ -1,0 +1,379 @@
+"""Differential expression: which genes differ between groups of cells, by how much, and how sure the model is.
+
+Cells are sampled first and decoded once for all comparisons: a group is compared with others by the mean over cells of
+rho, the decoder's share of each gene, of which there are draws (`group_means`), or cell by cell (`cell_wins`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from scgen.analysis.comparisons import Comparison
+from scgen.data.loader import CellLoader
+from scgen.data.stores import BackedStore, MemoryStore
+from scgen.modules.vae import VAE
+from scgen.training import seeded
+
+#: Draws of z for each sampled cell.
+DRAWS_PER_CELL = 4
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the stored counts say of each group: (K,) cells, and sums over these, (K, G).
+
+    Attributes
+    ----------
+    total, non_zero
+        Of the counts, and of how many are not zero.
+    share, square
+        Of the counts divided by their cell's total, and of the square of that.
+    """
+
+    n_cells: np.ndarray
+    total: np.ndarray
+    non_zero: np.ndarray
+    share: np.ndarray
+    square: np.ndarray
+
+    def union(self, groups: Sequence[int]) -> "Counts":
+        """Return the same of a union of groups, (1,) and (G,)."""
+        parts = (self.n_cells, self.total, self.non_zero, self.share, self.square)
+        return Counts(*(part[groups].sum(0) for part in parts))
+
+    def evidence(self) -> np.ndarray:
+        """Return for how many counts each gene's mean share is as good as known, (G,): 1 / (standard error / mean)^2.
+
+        At least half a count, which none seen leave, and no more than were seen.
+        """
+        mean = self.share / self.n_cells
+        variance = np.maximum(self.square / self.n_cells - mean**2, 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            counts = np.nan_to_num(self.n_cells * mean**2 / variance, nan=0.0, posinf=np.inf)
+        return np.clip(counts, 0.5, self.total + 0.5)
+
+
+def counts_of(store: MemoryStore | BackedStore, group: np.ndarray, n_groups: int) -> Counts:
+    """Sum the counts of each group; ``group`` has a code for each of the store's cells, -1 for none."""
+    sums = np.zeros((4, n_groups, store.shape[1]))
+    for start, block in store.blocks():
+        x = sparse.csr_matrix(block, dtype=np.float64)
+        codes = group[start : start + x.shape[0]]
+        rows = np.flatnonzero(codes >= 0)
+        members = sparse.csr_matrix((np.ones(len(rows)), (codes[rows], rows)), (n_groups, len(codes)))
+        library = np.maximum(np.asarray(x.sum(1)).ravel(), 1)
+        share = sparse.diags(1 / library) @ x
+        for of, values in zip(sums, (x, x.sign(), share, share.multiply(share)), strict=True):
+            of += (members @ values).toarray()
+    return Counts(np.bincount(group[group >= 0], minlength=n_groups), *sums)
+
+
+@torch.inference_mode()
+def _scales(
+    vae: VAE, loader: CellLoader, batches: Sequence[int] | None, seed: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Iterate over (first cell, number of the draw, rho (n, G)) of each minibatch, and of draws of z from q.
+
+    Each draw of a cell is decoded in the next of the batches, from a random one on: their mean is one over them all.
+    """
+    vae.eval()
+    start = 0
+    with seeded(seed):
+        for cells in loader:
+            cells = cells.to(vae.device)
+            q = vae.posteriors["z"](cells)
+            if batches is not None:
+                codes = torch.tensor(batches, device=vae.device)
+                first = torch.randint(len(codes), (len(cells),), device=vae.device)
+            for draw in range(DRAWS_PER_CELL):
+                if batches is not None:
+                    cells = replace(cells, batch=codes[(first + draw) % len(codes)])
+                yield start, draw, vae.decoder.expression({"z": q.rsample()}, cells).cpu()
+            start += len(cells)
+
+
+def group_means(
+    vae: VAE, loader: CellLoader, group: np.ndarray, batches: Sequence[int] | None, n_samples: int, seed: int
+) -> np.ndarray:
+    """Return draws of the mean of rho over the cells of each group, (K, n_samples, G).
+
+    A draw weighs the cells at random (the Bayesian bootstrap, Rubin 1981) and takes one of the draws of each cell's z:
+    draws differ as far as these cells leave open what the mean over all of their kind is.
+
+    Parameters
+    ----------
+    vae, loader
+        The model, and the cells that stand for their groups.
+    group
+        Their codes, from 0 to K - 1.
+    batches
+        Codes of the batches to average over; None leaves each cell in its own.
+    n_samples, seed
+        Number of draws, and their seed.
+    """
+    rng = np.random.default_rng(seed)
+    n_groups = group.max() + 1
+    sums, totals = None, torch.zeros(n_groups, n_samples)
+    for start, draw, rho in _scales(vae, loader, batches, seed):
+        if sums is None:
+            sums = torch.zeros(n_groups, n_samples, rho.shape[1])
+        if draw == 0:
+            weights = torch.from_numpy(rng.standard_exponential((n_samples, len(rho)), dtype=np.float32))
+            chosen = torch.from_numpy(rng.integers(DRAWS_PER_CELL, size=weights.shape))
+        weighted = weights * (chosen == draw)
+        codes = group[start : start + len(rho)]
+        for code in np.unique(codes):
+            members = np.flatnonzero(codes == code)
+            sums[code].addmm_(weighted[:, members], rho[members])
+            totals[code] += weighted[:, members].sum(1)
+    return (sums / totals[..., None]).numpy()
+
+
+def cell_wins(
+    vae: VAE,
+    loader: CellLoader,
+    group: np.ndarray,
+    sizes: np.ndarray,
+    comparisons: Sequence[Comparison],
+    batches: Sequence[int] | None,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return P(rho_a >= rho_b) for cells a, b of each comparison's unions, (C, G), and the number of pairs, (C,).
+
+    Pairs are drawn within minibatches, whose cells are therefore to be of all groups; other parameters as in
+    `group_means`, and ``sizes`` (K,): how many cells each sampled group stands for.
+    """
+    rng = np.random.default_rng(seed)
+    wins, n_pairs = None, np.zeros(len(comparisons))
+    for start, _, rho in _scales(vae, loader, batches, seed):
+        if wins is None:
+            wins = np.zeros((len(comparisons), rho.shape[1]))
+        codes, values = group[start : start + len(rho)], rho.numpy()
+        weights = sizes[codes] / np.bincount(codes)[codes]
+        for i, comparison in enumerate(comparisons):
+            sides = []
+            for groups in (comparison.groups1, comparison.groups2):
+                p = np.where(np.isin(codes, groups), weights, 0)
+                sides.append(rng.choice(len(codes), 4 * len(codes), p=p / p.sum()) if p.any() else None)
+            if all(side is not None for side in sides):
+                wins[i] += (values[sides[0]] >= values[sides[1]]).sum(0)
+                n_pairs[i] += len(sides[0])
+    return wins / n_pairs[:, None], n_pairs
+
+
+def called(probability: np.ndarray, fdr_target: float) -> np.ndarray:
+    """Return the largest set of genes, (G,) bool, of which the mean of 1 - probability is within the target.
+
+    Examples
+    --------
+    >>> called(np.array([0.99, 0.2, 0.9, 0.95]), 0.06).tolist()
+    [True, False, True, True]
+    """
+    order = np.argsort(-probability, kind="stable")
+    n_called = np.searchsorted(running_error(probability[order]), fdr_target, side="right")
+    result = np.zeros(len(probability), bool)
+    result[order[:n_called]] = True
+    return result
+
+
+def running_error(probability: np.ndarray) -> np.ndarray:
+    """Return the mean of 1 - probability up to each, of probabilities that fall."""
+    return np.cumsum(1 - probability) / np.arange(1, len(probability) + 1)
+
+
+def bayes_factor(probability: np.ndarray, n_draws: int) -> np.ndarray:
+    """Return log p / (1 - p) of shares of so many draws, none and all of them counted as half a draw off.
+
+    Examples
+    --------
+    >>> bayes_factor(np.array([0.0, 0.5, 1.0]), 500).round(2).tolist()
+    [-6.91, 0.0, 6.91]
+    """
+    p = np.clip(probability, 0.5 / n_draws, 1 - 0.5 / n_draws)
+    return np.log(p) - np.log1p(-p)
+
+
+def change(
+    means: np.ndarray, counts: Counts, comparison: Comparison, delta: float, fdr_target: float, seed: int
+) -> pd.DataFrame:
+    """Return the columns of mode "change": log2 of the ratio of two unions' mean rho, and whether it is above delta.
+
+    The decoder's weights are a point estimate. What the counts themselves leave open about a mean is therefore joined
+    to its draws: each is multiplied by a Gamma variable of mean 1 and the counts' relative squared standard error.
+
+    Parameters
+    ----------
+    means, counts
+        `group_means`, and `counts_of` all cells of the groups.
+    """
+    rng = np.random.default_rng(seed)
+    unions = [counts.union(groups) for groups in (comparison.groups1, comparison.groups2)]
+    draws = [_union_means(means, counts.n_cells, groups) for groups in (comparison.groups1, comparison.groups2)]
+    scales = [of_one.mean(0) for of_one in draws]
+    unseen = (unions[0].total == 0) & (unions[1].total == 0)
+    # Where every gene was seen, one count more in the smaller of the unions.
+    pseudocount = (
+        np.quantile(np.maximum(*scales)[unseen], 0.9)
+        if unseen.any()
+        else 1 / min(union.total.sum() for union in unions)
+    )
+    logs = []
+    for of_one, union in zip(draws, unions, strict=True):
+        evidence = union.evidence()
+        logs.append(np.log2(of_one * rng.gamma(evidence, 1 / evidence, of_one.shape) + pseudocount))
+    lfc = logs[0] - logs[1]
+    p = np.maximum((lfc > delta).mean(0), (lfc < -delta).mean(0))
+    return pd.DataFrame(
+        {
+            "proba_de": p,
+            "proba_not_de": 1 - p,
+            "bayes_factor": bayes_factor(p, len(lfc)),
+            "scale1": scales[0],
+            "scale2": scales[1],
+            "pseudocounts": pseudocount,
+            "delta": delta,
+            "lfc_mean": lfc.mean(0),
+            "lfc_median": np.median(lfc, 0),
+            "lfc_std": lfc.std(0),
+            "lfc_min": lfc.min(0),
+            "lfc_max": lfc.max(0),
+            f"is_de_fdr_{fdr_target:g}": called(p, fdr_target),
+        }
+    )
+
+
+def vanilla(wins: np.ndarray, n_pairs: int, means: np.ndarray, counts: Counts, comparison: Comparison) -> pd.DataFrame:
+    """Return the columns of mode "vanilla": P(rho_a >= rho_b), of so many pairs, and its logarithmic odds."""
+    scale1, scale2 = (
+        _union_means(means, counts.n_cells, groups).mean(0) for groups in (comparison.groups1, comparison.groups2)
+    )
+    return pd.DataFrame(
+        {
+            "proba_m1": wins,
+            "proba_m2": 1 - wins,
+            "bayes_factor": bayes_factor(wins, n_pairs),
+            "scale1": scale1,
+            "scale2": scale2,
+        }
+    )
+
+
+def raw(counts: Counts, comparison: Comparison) -> pd.DataFrame:
+    """Return what the stored counts say: means, shares of cells that are not zero, means of counts / total."""
+    columns = {}
+    for i, groups in enumerate((comparison.groups1, comparison.groups2), 1):
+        union = counts.union(groups)
+        columns[f"raw_mean{i}"] = union.total / union.n_cells
+        columns[f"non_zeros_proportion{i}"] = union.non_zero / union.n_cells
+        columns[f"raw_normalized_mean{i}"] = union.share / union.n_cells
+    return pd.DataFrame(columns)
+
+
+def _union_means(means: np.ndarray, n_cells: np.ndarray, groups: Sequence[int]) -> np.ndarray:
+    """Return draws (n_samples, G) of the mean over a union of groups, each of which counts by its cells."""
+    return np.tensordot(n_cells[groups] / n_cells[groups].sum(), means[groups].astype(np.float64), 1)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compare; see `Model.differential_expression`."""
+
+    mode: str
+    delta: float
+    fdr_target: float
+    n_samples: int
+    n_cells: int
+    seed: int
+
+    def __post_init__(self):
+        if self.mode not in ("change", "vanilla"):
+            raise ValueError(f'mode={self.mode!r} is unknown; choose "change" or "vanilla".')
+        if not 0 <= self.delta < np.inf:
+            raise ValueError(f"delta={self.delta!r}; it takes a log2 fold change from 0.")
+        if not 0 < self.fdr_target < 1:
+            raise ValueError(f"fdr_target={self.fdr_target!r}; it takes a share between 0 and 1.")
+        for name, value, least in (("n_samples", self.n_samples, 10), ("n_cells", self.n_cells, 2)):
+            if not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name}={value!r}; it takes a whole number from {least}.")
+
+
+def compare(
+    vae: VAE,
+    loader: CellLoader,
+    genes: list[str],
+    group: np.ndarray,
+    comparisons: Sequence[Comparison],
+    batches: Sequence[int] | None,
+    settings: Settings,
+) -> pd.DataFrame:
+    """Return the table of `Model.differential_expression`.
+
+    Parameters
+    ----------
+    vae, loader, genes
+        The model, a loader of all cells in their order, the names of the genes.
+    group, comparisons
+        Codes of the cells, -1 for those that are in no group; which are compared.
+    batches
+        As in `group_means`.
+
+    Raises
+    ------
+    ValueError
+        If the model is not one of counts.
+    """
+    if "library" not in vae.posteriors:
+        raise ValueError('gene_likelihood="normal" has no shares of counts that could be compared.')
+    counts, seed = counts_of(loader.store, group, group.max() + 1), settings.seed
+    rows = sample(group, settings.n_cells, seed)
+    some, codes = loader.over(rows), group[rows]
+    means = group_means(vae, some, codes, batches, settings.n_samples, seed)
+    if settings.mode == "vanilla":
+        wins, n_pairs = cell_wins(vae, some, codes, counts.n_cells, comparisons, batches, seed)
+    tables = []
+    for i, one in enumerate(comparisons):
+        if settings.mode == "vanilla":
+            table = vanilla(wins[i], n_pairs[i], means, counts, one)
+        else:
+            table = change(means, counts, one, settings.delta, settings.fdr_target, seed)
+        table = pd.concat([table, raw(counts, one)], axis=1).set_index(pd.Index(genes))
+        # Of genes that are equally sure, as many may be, those that are higher in the first group come first.
+        table = table.sort_values(["bayes_factor", "lfc_mean" if "lfc_mean" in table else "scale1"], ascending=False)
+        tables.append(table.assign(comparison=f"{one.name1} vs {one.name2}", group1=one.name1, group2=one.name2))
+    return pd.concat(tables)
+
+
+def as_scanpy(table: pd.DataFrame, groupby: str) -> dict:
+    """Return a table of `Model.differential_expression` in the form of ``scanpy.tl.rank_genes_groups``."""
+    columns: dict[str, dict] = {name: {} for name in ("names", "scores", "logfoldchanges", "pvals", "pvals_adj")}
+    for group, rows in table.groupby("group1", sort=False):
+        if "proba_de" in rows:
+            p, lfc = rows["proba_de"].to_numpy(), rows["lfc_mean"]
+        else:
+            p, lfc = rows[["proba_m1", "proba_m2"]].max(axis=1).to_numpy(), np.log2(rows["scale1"] / rows["scale2"])
+        error = np.empty(len(p))
+        order = np.argsort(-p, kind="stable")
+        error[order] = running_error(p[order])
+        columns["names"][group] = rows.index.to_numpy(object)
+        for name, values in (("scores", rows["bayes_factor"]), ("logfoldchanges", lfc), ("pvals", 1 - p)):
+            columns[name][group] = np.asarray(values, np.float64)
+        columns["pvals_adj"][group] = error
+    return {
+        "params": {"groupby": groupby, "reference": table["group2"].iloc[0], "method": "scgen", "use_raw": False}
+        | {"layer": None, "corr_method": "posterior"},
+        **{
+            name: np.rec.fromarrays(list(of_group.values()), names=list(of_group)) for name, of_group in columns.items()
+        },
+    }
+
+
+def sample(group: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """Return rows of at most so many cells of each group, in random order, so that minibatches have cells of all."""
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(group >= 0))
+    rank = pd.Series(group[order]).groupby(group[order]).cumcount().to_numpy()
+    return order[rank < most]

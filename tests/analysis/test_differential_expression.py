@@ -1,0 +1,268 @@
+"""Differential expression, against rank tests, brute force, bootstraps of known variance, and simulated truth."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+import torch
+from scipy import sparse, stats
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+import scgen
+from scgen.analysis import differential_expression as de
+from scgen.analysis.comparisons import Comparison
+from scgen.data.loader import CellLoader
+from scgen.data.stores import MemoryStore
+from scgen.distributions import PointMass
+from scgen.modules.priors import StandardNormalPrior
+from scgen.modules.vae import VAE
+
+ALL = Comparison("a", "b", [0], [1])
+
+
+class Known(nn.Module):
+    """A decoder whose rho is what the cells' counts are, times the batch's number + 1; z is of no effect."""
+
+    def expression(self, latents, cells):
+        return cells.counts * (cells.batch[:, None] + 1)
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, cells):
+        return PointMass(torch.zeros(len(cells), 2))
+
+
+def known(values: np.ndarray, batch_size: int = 50) -> tuple[VAE, CellLoader]:
+    n = len(values)
+    columns = {
+        "library": torch.zeros(n, 1),
+        "batch": torch.zeros(n, dtype=torch.int64),
+        "labels": torch.zeros(n, dtype=torch.int64),
+        "categorical": torch.zeros(n, 0, dtype=torch.int64),
+        "continuous": torch.zeros(n, 0),
+    }
+    store = MemoryStore(values.astype(np.float32))
+    return VAE({"z": Encoder()}, {"z": StandardNormalPrior(2)}, Known()), CellLoader(store, columns, None, batch_size)
+
+
+def test_draws_of_means_are_a_bayesian_bootstrap():
+    rng = np.random.default_rng(0)
+    values, group = rng.gamma(2, 1, (130, 3)), rng.integers(0, 2, 130)
+    means = de.group_means(*known(values), group, None, 4000, seed=0)
+    for code in range(2):
+        x = values[group == code]
+        # Weights Dirichlet(1, ..., 1): mean and variance are those of the sample, the latter over n + 1 (Rubin 1981).
+        np.testing.assert_allclose(means[code].mean(0), x.mean(0), atol=5 * x.std(0).max() / (len(x) * 4000) ** 0.5)
+        np.testing.assert_allclose(means[code].var(0), x.var(0) / (len(x) + 1), rtol=0.15)
+
+
+def test_batches_are_averaged_over():
+    values, group = np.full((40, 2), 3.0), np.repeat([0, 1], 20)
+    means = de.group_means(*known(values), group, [0, 1, 2], 3000, seed=0)
+    # Of batches 0, 1, 2 the decoder makes 3, 6, 9; each cell has four draws, of which one batch gets two.
+    np.testing.assert_allclose(means.mean((1, 2)), 6.0, atol=0.3)
+    np.testing.assert_allclose(de.group_means(*known(values), group, [2], 50, seed=0), 9.0, rtol=1e-6)
+
+
+def test_cells_that_win_are_those_of_a_rank_test():
+    rng = np.random.default_rng(1)
+    group = rng.permutation(np.repeat([0, 1, 2], [60, 90, 50]))
+    values = rng.normal(size=(200, 4)) + 5 + group[:, None] * np.array([0.0, 0.3, -1, 3])
+    both = [ALL, Comparison("a", "rest", [0], [1, 2])]
+    wins, n_pairs = de.cell_wins(*known(values, 200), group, np.array([60, 90, 50]), both, None, seed=0)
+    for row, one in zip(wins, both, strict=True):
+        a, b = values[group == 0], values[np.isin(group, one.groups2)]
+        expected = stats.mannwhitneyu(a, b).statistic / (len(a) * len(b))
+        np.testing.assert_allclose(row, expected, atol=5 * 0.5 / n_pairs.min() ** 0.5)
+    # Group 2 was sampled from 5000 cells: the rest is hardly anything else.
+    wins, n_pairs = de.cell_wins(*known(values, 200), group, np.array([60, 90, 10**6]), both, None, seed=0)
+    a, b = values[group == 0], values[group == 2]
+    np.testing.assert_allclose(wins[1], stats.mannwhitneyu(a, b).statistic / (len(a) * len(b)), atol=0.1)
+
+
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix, sparse.csc_array])
+def test_counts_are_summed_by_group(form):
+    rng = np.random.default_rng(0)
+    x, group = rng.poisson(0.7, (50, 6)), rng.integers(-1, 3, 50)
+    x[3] = 0
+    counts = de.counts_of(MemoryStore(form(x)), group, 3)
+    table = pd.DataFrame(x).groupby(group)
+    shares = pd.DataFrame(x / np.maximum(x.sum(1, keepdims=True), 1)).groupby(group)
+    np.testing.assert_array_equal(counts.n_cells, table.size().drop(-1))
+    np.testing.assert_array_equal(counts.total, table.sum().drop(-1))
+    np.testing.assert_array_equal(counts.non_zero, pd.DataFrame(x > 0).groupby(group).sum().drop(-1))
+    np.testing.assert_allclose(counts.share, shares.sum().drop(-1))
+    union = counts.union([0, 2])
+    np.testing.assert_allclose(union.share / union.n_cells, shares.obj[np.isin(group, [0, 2])].mean())
+
+
+@pytest.mark.parametrize("theta", [np.inf, 0.5])
+def test_evidence_is_the_inverse_of_the_relative_squared_error(theta):
+    # So many experiments: how much do their means differ? Where counts are Poisson's, by one over the counts seen.
+    rng = np.random.default_rng(0)
+    n_cells, mu = 400, np.array([0.02, 0.3, 4.0, 500.0])
+    rate = (
+        np.broadcast_to(mu, (300, n_cells, 4)) if theta == np.inf else rng.gamma(theta, mu / theta, (300, n_cells, 4))
+    )
+    x = rng.poisson(rate)
+    x[..., 3] += 100_000 - x.sum(-1)  # equal libraries
+    found = [de.counts_of(MemoryStore(one), np.zeros(n_cells, int), 1).union([0]).evidence()[:3] for one in x[:20]]
+    means = x.mean(1)[:, :3]
+    np.testing.assert_allclose(np.mean(found, 0), means.mean(0) ** 2 / means.var(0), rtol=0.3)
+
+
+def test_no_evidence_of_a_gene_never_seen():
+    store = MemoryStore(np.array([[0, 5], [0, 7]]))
+    assert de.counts_of(store, np.zeros(2, int), 1).union([0]).evidence()[0] == 0.5
+
+
+def test_the_largest_set_within_the_target_is_called():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        p, target = rng.beta(2, 0.5, 8), rng.uniform(0.01, 0.3)
+        sets = (c for n in range(9) for c in itertools.combinations(range(8), n))
+        largest = max((c for c in sets if not c or (1 - p[list(c)]).mean() <= target), key=len)
+        assert de.called(p, target).sum() == len(largest)
+        assert (1 - p[de.called(p, target)]).sum() <= target * len(largest) + 1e-12
+
+
+def truth_of(adata):
+    """Return the mean share of each gene, each cell in every batch in turn, by type: (types, G)."""
+    log_rho, offsets = np.log(adata.layers["true_scale"]), adata.varm["batch_offset"].T
+    alone = log_rho - offsets[adata.obs["batch"].cat.codes]
+    shares = sum(np.exp(one - np.logaddexp.reduce(one, 1, keepdims=True)) for one in (alone + o for o in offsets))
+    return pd.DataFrame(shares / len(offsets)).groupby(adata.obs["cell_type"].to_numpy()).mean()
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    adata = scgen.simulate_cells(1200, 300, n_batches=2, n_types=3, type_effect=0.3, seed=0)
+    adata.X[:, 299] = 0  # and a gene that nobody sees
+    adata.X.eliminate_zeros()
+    scgen.setup_anndata(adata, batch_key="batch")
+    model = scgen.SCVI(adata)
+    model.train(progress=False)
+    return adata, model
+
+
+@pytest.mark.parametrize("mode", ["change", "vanilla"])
+def test_simulated_truth_is_found(simulated, mode):
+    adata, model = simulated
+    table = model.differential_expression("cell_type", "type_1", "type_2", mode=mode)
+    assert sorted(table.index) == sorted(adata.var_names)
+    truth = truth_of(adata)
+    lfc = pd.Series(np.log2(truth.loc["type_1"] / truth.loc["type_2"]).to_numpy(), adata.var_names)[table.index]
+    differs = lfc.abs() > 0.25
+    if mode == "vanilla":
+        assert stats.spearmanr(table["bayes_factor"], lfc).statistic > 0.9
+        assert table["bayes_factor"].is_monotonic_decreasing
+        return
+    assert roc_auc_score(differs, table["proba_de"]) > 0.85
+    assert np.corrcoef(table["lfc_mean"], lfc)[0, 1] > 0.9
+    called = table["is_de_fdr_0.05"]
+    false = (called & ~differs).sum()
+    assert called.sum() > 30
+    assert false <= 0.05 * called.sum() + 2 * (0.05 * called.sum()) ** 0.5
+    unseen = table.loc["gene_300"]
+    assert (unseen["raw_mean1"], unseen["raw_mean2"], unseen["is_de_fdr_0.05"]) == (0, 0, False)
+    assert unseen["pseudocounts"] == pytest.approx(max(unseen["scale1"], unseen["scale2"]))
+
+
+def test_all_groups_in_one_call_are_each_against_the_rest(simulated):
+    adata, model = simulated
+    together = model.differential_expression("cell_type")
+    for name in adata.obs["cell_type"].cat.categories:
+        mine = (adata.obs["cell_type"] == name).to_numpy()
+        alone = model.differential_expression(idx1=mine)
+        table = together[together["group1"] == name].loc[alone.index]
+        exact = ["raw_mean1", "raw_mean2", "non_zeros_proportion1", "raw_normalized_mean2"]
+        np.testing.assert_allclose(table[exact], alone[exact], rtol=1e-9)
+        np.testing.assert_allclose(table["raw_mean1"], adata[mine, table.index].X.toarray().mean(0), rtol=1e-5)
+        assert np.corrcoef(table["lfc_mean"], alone["lfc_mean"])[0, 1] > 0.97
+        assert (table["group2"] == "rest").all()
+    several = model.differential_expression("cell_type", ["type_1", "type_3"], "type_2")
+    assert several["comparison"].unique().tolist() == ["type_1 vs type_2", "type_3 vs type_2"]
+
+
+def test_halves_of_a_type_do_not_differ(simulated):
+    adata, model = simulated
+    rows = np.flatnonzero(adata.obs["cell_type"] == "type_2")
+    for seed in range(5):
+        halves = np.array_split(np.random.default_rng(seed).permutation(rows), 2)
+        assert not model.differential_expression(idx1=halves[0], idx2=halves[1], seed=seed)["is_de_fdr_0.05"].any()
+
+
+def test_a_gene_of_which_little_is_known_is_not_called():
+    # Of ten cells each: one count of the first gene in all, and a second gene that is well known.
+    total, share = np.array([[1, 90_000], [0, 90_000]]), np.array([[1e-4, 9.9], [0, 9.9]])
+    counts = de.Counts(np.array([10, 10]), total, total > 0, share, share**2 / 10 + 1e-9)
+    means = np.tile([[[4e-3, 0.1]], [[1e-3, 0.1]]], (1, 500, 1))
+    table = de.change(means, counts, ALL, 0.25, 0.05, seed=0)
+    assert table["lfc_median"][0] > 1
+    assert table["proba_de"][0] < 0.9
+    assert table["proba_de"][1] < 0.5
+
+
+def test_seeds_and_cells_of_a_file(simulated, tmp_path):
+    adata, model = simulated
+    table = model.differential_expression("cell_type", "type_1", seed=3)
+    pd.testing.assert_frame_equal(table, model.differential_expression("cell_type", "type_1", seed=3))
+    assert not table.equals(model.differential_expression("cell_type", "type_1", seed=4))
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    backed = sc.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    pd.testing.assert_frame_equal(table, model.differential_expression("cell_type", "type_1", adata=backed, seed=3))
+
+
+def test_scanpy_reads_the_copy(simulated, tmp_path):
+    adata, model = simulated
+    before = set(adata.uns)
+    table = model.differential_expression("cell_type")
+    assert set(adata.uns) == before  # nothing is written unasked
+    copy = adata.copy()
+    model.differential_expression("cell_type", adata=copy, key_added="rank_genes_groups")
+    copy.write_h5ad(tmp_path / "cells.h5ad")
+    copy = sc.read_h5ad(tmp_path / "cells.h5ad")
+    read = sc.get.rank_genes_groups_df(copy, "type_2").set_index("names")
+    mine = table[table["group1"] == "type_2"]
+    assert read.index.tolist() == mine.index.tolist()
+    np.testing.assert_allclose(read["pvals"], mine["proba_not_de"])
+    np.testing.assert_allclose(read["logfoldchanges"], mine["lfc_mean"])
+    assert (read["pvals_adj"] <= 0.05).tolist() == mine["is_de_fdr_0.05"].tolist()
+    sc.pl.rank_genes_groups(copy, show=False)
+    sc.pl.rank_genes_groups_dotplot(copy, n_genes=3, show=False)
+    model.differential_expression("cell_type", adata=copy, mode="vanilla", key_added="wins")
+    assert sc.get.rank_genes_groups_df(copy, "type_2", key="wins")["scores"].is_monotonic_decreasing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "name groups"),
+        ({"groupby": "cell_type", "idx1": [0]}, "one of the two"),
+        ({"idx1": [0], "group1": "type_1"}, "one of the two"),
+        ({"idx2": [0]}, "one of the two"),
+        ({"group1": "type_1"}, "one of the two"),
+        ({"idx1": [0], "key_added": "rank_genes_groups"}, "use groupby="),
+        ({"groupby": "celltype"}, "no column of adata.obs .it has: batch, cell_type"),
+        ({"groupby": "cell_type", "group1": "B"}, "'B' is no group .* type_1, type_2"),
+        ({"groupby": "cell_type", "group1": "type_1", "group2": "type_1"}, "two different groups"),
+        ({"idx1": [0, 1], "idx2": [1, 2]}, "share 1 cells"),
+        ({"idx1": [True] * 120}, "nothing is left"),
+        ({"idx1": [120]}, "out of bounds"),
+        ({"groupby": "cell_type", "mode": "changes"}, '"change" or "vanilla"'),
+        ({"groupby": "cell_type", "delta": -1}, "delta=-1"),
+        ({"groupby": "cell_type", "fdr_target": 5}, "fdr_target=5"),
+        ({"groupby": "cell_type", "n_samples": 1}, "n_samples=1"),
+        ({"groupby": "cell_type", "n_cells": 0.5}, "n_cells=0.5"),
+    ],
+)
+def test_bad_input(trained, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        trained.differential_expression(**arguments)
