@@ -42,5 +42,5 @@ def test_volcano(tmp_path, n_comparisons):
     picture = matplotlib.image.imread(tmp_path / "volcano.png")
     assert picture.std() > 0.01
     assert (picture.shape[1] > 1.5 * picture.shape[0]) == (n_comparisons == 4)
-    with pytest.raises(ValueError, match="mode=.change"):
+    with pytest.raises(ValueError, match=r"mode=.change"):
         plots.volcano(tmp_path / "none.png", several.drop(columns="is_de_fdr_0.1"))
