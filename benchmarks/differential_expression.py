@@ -1,9 +1,9 @@
 """Is what is called different? ``python -m benchmarks.differential_expression``: simulated truth, real cells halved.
 
 Simulations: 20 sets of 2000 cells, 500 genes, 5 types and 3 batches, in which about half of the genes differ between a
-type and the rest (``type_effect=0.2``), or nearly all (1). The truth is whether log2 of the ratio of the true means, each
-cell in every batch in turn, is beyond delta. Halves: the cells of one type of a real set, split at random 20 times;
-whatever is called is false.
+type and the rest (``type_effect=0.2``), or nearly all (1). The truth is whether log2 of the ratio of the true means,
+each cell in every batch in turn, is beyond delta. Halves: the cells of one type of a real set, split at random 20
+times; whatever is called is false.
 """
 
 import json
