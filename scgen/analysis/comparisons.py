@@ -1,12 +1,17 @@
 """Which cells are compared with which, as users say it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 
 from scgen.data.loader import rows_asked_for
+from scgen.data.registry import check_writable
+
+#: A column of more values than this is hardly one of groups.
+MOST_GROUPS = 500
 
 
 @dataclass(frozen=True)
@@ -26,17 +31,16 @@ def asked_for(
     group2: str | None,
     idx1: Sequence[int] | Sequence[bool] | None,
     idx2: Sequence[int] | Sequence[bool] | None,
-    key_added: str | None,
 ) -> tuple[np.ndarray, list[Comparison]]:
     """Return what `by_column` or `by_rows` does, by which of the two is asked for; ValueError for both or neither."""
-    of_rows, of_column = idx1 is not None or idx2 is not None, not (groupby is group1 is group2 is None)
-    if of_rows == of_column or (idx1 is None and groupby is None):
-        raise ValueError(
-            'name groups, differential_expression("cell_type", "a", "b"), or cells, idx1=..., idx2=...: one of the two.'
-        )
-    if of_rows and key_added is not None:
-        raise ValueError(f"key_added={key_added!r}: Scanpy's form has groups of a column: use groupby=, not idx1=.")
-    return by_rows(len(obs), idx1, idx2) if of_rows else by_column(obs, groupby, group1, group2)
+    if groupby is not None and idx1 is None and idx2 is None:
+        return by_column(obs, groupby, group1, group2)
+    if idx1 is not None and groupby is None and group1 is None and group2 is None:
+        return by_rows(len(obs), idx1, idx2)
+    raise ValueError(
+        'differential_expression("cell_type", "a", "b") compares groups in a column of adata.obs, (idx1=..., idx2=...) '
+        "rows: give groupby= or idx1=, one of the two."
+    )
 
 
 def by_column(
@@ -64,22 +68,31 @@ def by_column(
     >>> codes.tolist(), found[0]
     ([1, 0, 1, -1], Comparison(name1='a', name2='rest', groups1=[0], groups2=[1]))
     """
-    if groupby not in obs:
+    if not isinstance(groupby, str) or groupby not in obs:
         raise ValueError(f"groupby={groupby!r} is no column of adata.obs (it has: {', '.join(map(str, obs.columns))}).")
     column = obs[groupby].astype("category").cat.remove_unused_categories()
     names = [str(name) for name in column.cat.categories]
-    asked = names if group1 is None else [group1] if isinstance(group1, str) else [str(name) for name in group1]
-    for name in [*asked, *([] if group2 is None else [group2])]:
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    if len(names) > MOST_GROUPS or len(set(names)) < len(names):
+        why = "more than can be compared" if len(names) > MOST_GROUPS else "of which some are written alike"
+        raise ValueError(f"adata.obs[{groupby!r}] has {len(names)} values, {why} ({shown}): it takes names of groups.")
+    several = isinstance(group1, list | tuple | set | np.ndarray | pd.Index | pd.Series)
+    asked = names if group1 is None else list(dict.fromkeys(map(str, group1 if several else [group1])))
+    other = None if group2 is None else str(group2)
+    for name in [*asked, *([] if other is None else [other])]:
         if name not in names:
-            raise ValueError(f"{name!r} is no group of adata.obs[{groupby!r}] (it has: {', '.join(names)}).")
-    if len(names) < 2 or not asked or asked == [group2]:
-        raise ValueError(f"adata.obs[{groupby!r}] leaves nothing to compare: two different groups are needed.")
+            raise ValueError(f"{name!r} is no group of adata.obs[{groupby!r}] (it has: {shown}).")
+    asked = [name for name in asked if name != other]
+    if len(names) < 2 or not asked:
+        raise ValueError(
+            f"nothing to compare: adata.obs[{groupby!r}] has the groups {shown}; name two different ones, or leave out "
+            "group2 to compare with all other cells."
+        )
     comparisons = []
     for name in asked:
-        others = [other for other in names if other != name] if group2 is None else [group2]
-        if others != [name]:
-            codes = [names.index(other) for other in others]
-            comparisons.append(Comparison(name, group2 or "rest", [names.index(name)], codes))
+        against = [one for one in names if one != name] if other is None else [other]
+        codes = [names.index(one) for one in against]
+        comparisons.append(Comparison(name, other or "rest", [names.index(name)], codes))
     return _used(column.cat.codes.to_numpy().astype(np.int64), comparisons)
 
 
@@ -103,10 +116,11 @@ def by_rows(
         group[rows_asked_for(idx2, n_cells)] = 1
     first = rows_asked_for(idx1, n_cells)
     if idx2 is not None and (group[first] == 1).any():
-        raise ValueError(f"idx1 and idx2 share {len(np.unique(first[group[first] == 1]))} cells.")
+        shared = len(np.unique(first[group[first] == 1]))
+        raise ValueError(f"idx1 and idx2 share {shared} cells: each cell can be in one of the two.")
     group[first] = 0
     if not (group == 1).any():
-        raise ValueError("idx1 is all cells: nothing is left to compare with.")
+        raise ValueError("idx1 is all cells: nothing is left to compare with. Leave some out, or name others in idx2=.")
     return group, [Comparison("idx1", "rest" if idx2 is None else "idx2", [0], [1])]
 
 
@@ -121,3 +135,17 @@ def _used(group: np.ndarray, comparisons: list[Comparison]) -> tuple[np.ndarray,
 
     found = [Comparison(one.name1, one.name2, new(one.groups1), new(one.groups2)) for one in comparisons]
     return renumbered[group], found
+
+
+def check_copy(adata: AnnData, groupby: str | None, key_added: str | None) -> None:
+    """Raise ValueError where a copy for Scanpy cannot be written to ``adata.uns[key_added]``, or would overwrite."""
+    if key_added is None:
+        return
+    if groupby is None:
+        raise ValueError(f"key_added={key_added!r}: Scanpy's form has groups of a column: use groupby=, not idx1=.")
+    if not isinstance(key_added, str) or not key_added or "/" in key_added:
+        raise ValueError(f'key_added={key_added!r}; it takes a name, such as "rank_genes_groups", without "/".')
+    there = adata.uns.get(key_added)
+    if there is not None and not (isinstance(there, Mapping) and "names" in there):
+        raise ValueError(f"adata.uns[{key_added!r}] holds something else than a ranking of genes: choose another name.")
+    check_writable(adata)

@@ -5,7 +5,8 @@ rho, the decoder's share of each gene, of which there are draws (`group_means`),
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -14,13 +15,17 @@ from scipy import sparse
 from torch import Tensor
 
 from scgen.analysis.comparisons import Comparison
+from scgen.analysis.expression import in_batch
 from scgen.data.loader import CellLoader
 from scgen.data.stores import BackedStore, MemoryStore
 from scgen.modules.vae import VAE
 from scgen.training import seeded
 
-#: Draws of z for each sampled cell.
-DRAWS_PER_CELL = 4
+#: Times that each sampled cell is decoded, at least; as often as there are batches to average over, if these are more.
+DECODED = 4
+
+#: Pairs drawn for each sampled cell each time, in mode "vanilla".
+PAIRS = 4
 
 
 @dataclass(frozen=True)
@@ -42,20 +47,27 @@ class Counts:
     square: np.ndarray
 
     def union(self, groups: Sequence[int]) -> "Counts":
-        """Return the same of a union of groups, (1,) and (G,)."""
-        parts = (self.n_cells, self.total, self.non_zero, self.share, self.square)
-        return Counts(*(part[groups].sum(0) for part in parts))
+        """Return the same of these groups alone."""
+        return Counts(*(getattr(self, field.name)[groups] for field in fields(self)))
 
-    def evidence(self) -> np.ndarray:
-        """Return for how many counts each gene's mean share is as good as known, (G,): 1 / (standard error / mean)^2.
+    def means(self) -> dict[str, np.ndarray]:
+        """Return the means over all cells, (G,), of what there are sums of."""
+        n = self.n_cells.sum()
+        return {field.name: getattr(self, field.name).sum(0) / n for field in fields(self)[1:]}
 
-        At least half a count, which none seen leave, and no more than were seen.
+    def relative_error(self) -> np.ndarray:
+        """Return the squared standard error of each gene's mean share over its square, (G,).
+
+        The groups are strata. At least 1 / (counts seen + 1/2), as of Poisson counts, and at most 2, for a gene never
+        seen; of so few cells that their spread says nothing of it, 1.
         """
-        mean = self.share / self.n_cells
-        variance = np.maximum(self.square / self.n_cells - mean**2, 0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            counts = np.nan_to_num(self.n_cells * mean**2 / variance, nan=0.0, posinf=np.inf)
-        return np.clip(counts, 0.5, self.total + 0.5)
+        n = self.n_cells[:, None].astype(float)
+        mean = self.share / n
+        degrees = np.maximum(n - 3, 1)  # those of a variance that is itself estimated: Student's t
+        variance = np.where(n > 3, np.maximum(self.square - n * mean**2, 0) / degrees, n * mean**2)
+        union, error = (n * mean).sum(0), (n * variance).sum(0)
+        relative = np.divide(error, union**2, out=np.full(union.shape, 2.0), where=union > 0)
+        return np.clip(relative, 1 / (self.total.sum(0) + 0.5), 2)
 
 
 def counts_of(store: MemoryStore | BackedStore, group: np.ndarray, n_groups: int) -> Counts:
@@ -77,9 +89,9 @@ def counts_of(store: MemoryStore | BackedStore, group: np.ndarray, n_groups: int
 def _scales(
     vae: VAE, loader: CellLoader, batches: Sequence[int] | None, seed: int
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Iterate over (first cell, number of the draw, rho (n, G)) of each minibatch, and of draws of z from q.
+    """Iterate over (first cell, number of the draw, rho (n, G)) of minibatches, and of `n_draws` draws of z from q.
 
-    Each draw of a cell is decoded in the next of the batches, from a random one on: their mean is one over them all.
+    For each draw all cells are decoded in each of the batches in turn, so that whatever is compared shares its batch.
     """
     vae.eval()
     start = 0
@@ -87,14 +99,16 @@ def _scales(
         for cells in loader:
             cells = cells.to(vae.device)
             q = vae.posteriors["z"](cells)
-            if batches is not None:
-                codes = torch.tensor(batches, device=vae.device)
-                first = torch.randint(len(codes), (len(cells),), device=vae.device)
-            for draw in range(DRAWS_PER_CELL):
-                if batches is not None:
-                    cells = replace(cells, batch=codes[(first + draw) % len(codes)])
-                yield start, draw, vae.decoder.expression({"z": q.rsample()}, cells).cpu()
+            for draw in range(n_draws(batches)):
+                z = {"z": q.rsample()}
+                for batch in batches or [None]:
+                    yield start, draw, vae.decoder.expression(z, in_batch(cells, batch)).cpu()
             start += len(cells)
+
+
+def n_draws(batches: Sequence[int] | None) -> int:
+    """Return how many draws of z, decoded in each of the batches, are `DECODED` times or more."""
+    return -(-DECODED // len(batches or [None]))
 
 
 def group_means(
@@ -117,14 +131,14 @@ def group_means(
         Number of draws, and their seed.
     """
     rng = np.random.default_rng(seed)
-    n_groups = group.max() + 1
+    n_groups, last = group.max() + 1, None
     sums, totals = None, torch.zeros(n_groups, n_samples)
     for start, draw, rho in _scales(vae, loader, batches, seed):
         if sums is None:
             sums = torch.zeros(n_groups, n_samples, rho.shape[1])
-        if draw == 0:
+        if start != last:
             weights = torch.from_numpy(rng.standard_exponential((n_samples, len(rho)), dtype=np.float32))
-            chosen = torch.from_numpy(rng.integers(DRAWS_PER_CELL, size=weights.shape))
+            chosen, last = torch.from_numpy(rng.integers(n_draws(batches), size=weights.shape)), start
         weighted = weights * (chosen == draw)
         codes = group[start : start + len(rho)]
         for code in np.unique(codes):
@@ -143,27 +157,24 @@ def cell_wins(
     batches: Sequence[int] | None,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return P(rho_a >= rho_b) for cells a, b of each comparison's unions, (C, G), and the number of pairs, (C,).
+    """Return P(rho_a >= rho_b) for cells a, b of each comparison's unions, (C, G), and the groups' mean rho, (K, G).
 
-    Pairs are drawn within minibatches, whose cells are therefore to be of all groups; other parameters as in
-    `group_means`, and ``sizes`` (K,): how many cells each sampled group stands for.
+    The loader has all cells in one minibatch; other parameters as in `group_means`, and ``sizes`` (K,): how many cells
+    each sampled group stands for.
     """
     rng = np.random.default_rng(seed)
-    wins, n_pairs = None, np.zeros(len(comparisons))
-    for start, _, rho in _scales(vae, loader, batches, seed):
-        if wins is None:
-            wins = np.zeros((len(comparisons), rho.shape[1]))
-        codes, values = group[start : start + len(rho)], rho.numpy()
-        weights = sizes[codes] / np.bincount(codes)[codes]
-        for i, comparison in enumerate(comparisons):
+    wins = means = n_decoded = 0
+    members = np.eye(len(sizes))[group].T / np.bincount(group)[:, None]
+    for _, _, rho in _scales(vae, loader, batches, seed):
+        values, won = rho.numpy(), []
+        for one in comparisons:
             sides = []
-            for groups in (comparison.groups1, comparison.groups2):
-                p = np.where(np.isin(codes, groups), weights, 0)
-                sides.append(rng.choice(len(codes), 4 * len(codes), p=p / p.sum()) if p.any() else None)
-            if all(side is not None for side in sides):
-                wins[i] += (values[sides[0]] >= values[sides[1]]).sum(0)
-                n_pairs[i] += len(sides[0])
-    return wins / n_pairs[:, None], n_pairs
+            for groups in (one.groups1, one.groups2):
+                p = np.where(np.isin(group, groups), (sizes / np.bincount(group))[group], 0)
+                sides.append(rng.choice(len(group), PAIRS * len(group), p=p / p.sum()))
+            won.append((values[sides[0]] >= values[sides[1]]).mean(0))
+        wins, means, n_decoded = wins + np.array(won), means + members @ values, n_decoded + 1
+    return wins / n_decoded, means / n_decoded
 
 
 def called(probability: np.ndarray, fdr_target: float) -> np.ndarray:
@@ -199,33 +210,35 @@ def bayes_factor(probability: np.ndarray, n_draws: int) -> np.ndarray:
 
 
 def change(
-    means: np.ndarray, counts: Counts, comparison: Comparison, delta: float, fdr_target: float, seed: int
+    means: np.ndarray,
+    counts: Counts,
+    comparison: Comparison,
+    delta: float,
+    fdr_target: float,
+    rng: np.random.Generator,
 ) -> pd.DataFrame:
-    """Return the columns of mode "change": log2 of the ratio of two unions' mean rho, and whether it is above delta.
+    """Return the columns of mode "change": log2 of the ratio of two unions' mean rho, and whether it is beyond delta.
 
-    The decoder's weights are a point estimate. What the counts themselves leave open about a mean is therefore joined
-    to its draws: each is multiplied by a Gamma variable of mean 1 and the counts' relative squared standard error.
+    The decoder's weights are a point estimate: the draws differ by less than the counts leave open. Each is therefore
+    multiplied by a Gamma variable of mean 1, of as much variance as makes up for the standard error of the counts.
 
     Parameters
     ----------
     means, counts
         `group_means`, and `counts_of` all cells of the groups.
     """
-    rng = np.random.default_rng(seed)
     unions = [counts.union(groups) for groups in (comparison.groups1, comparison.groups2)]
     draws = [_union_means(means, counts.n_cells, groups) for groups in (comparison.groups1, comparison.groups2)]
     scales = [of_one.mean(0) for of_one in draws]
-    unseen = (unions[0].total == 0) & (unions[1].total == 0)
-    # Where every gene was seen, one count more in the smaller of the unions.
-    pseudocount = (
-        np.quantile(np.maximum(*scales)[unseen], 0.9)
-        if unseen.any()
-        else 1 / min(union.total.sum() for union in unions)
-    )
+    unseen = (unions[0].total.sum(0) == 0) & (unions[1].total.sum(0) == 0)
+    if unseen.any():
+        pseudocount = np.quantile(np.maximum(*scales)[unseen], 0.9)
+    else:  # one count in the smaller of the unions; size factors have another unit than shares, which sum to 1
+        pseudocount = np.mean([scale.sum() for scale in scales]) / min(union.total.sum() for union in unions)
     logs = []
-    for of_one, union in zip(draws, unions, strict=True):
-        evidence = union.evidence()
-        logs.append(np.log2(of_one * rng.gamma(evidence, 1 / evidence, of_one.shape) + pseudocount))
+    for of_one, scale, union in zip(draws, scales, unions, strict=True):
+        missing = np.maximum(union.relative_error() - of_one.var(0) / scale**2, 1e-12)
+        logs.append(np.log2(of_one * rng.gamma(1 / missing, missing, of_one.shape) + pseudocount))
     lfc = logs[0] - logs[1]
     p = np.maximum((lfc > delta).mean(0), (lfc < -delta).mean(0))
     return pd.DataFrame(
@@ -247,18 +260,19 @@ def change(
     )
 
 
-def vanilla(wins: np.ndarray, n_pairs: int, means: np.ndarray, counts: Counts, comparison: Comparison) -> pd.DataFrame:
-    """Return the columns of mode "vanilla": P(rho_a >= rho_b), of so many pairs, and its logarithmic odds."""
-    scale1, scale2 = (
-        _union_means(means, counts.n_cells, groups).mean(0) for groups in (comparison.groups1, comparison.groups2)
-    )
+def vanilla(wins: np.ndarray, means: np.ndarray, n_sampled: np.ndarray, n_cells: np.ndarray, one: Comparison):
+    """Return the columns of mode "vanilla": P(rho_a >= rho_b), and its logarithmic odds.
+
+    These are clipped by the cells that were sampled, not by their pairs, which are many of few cells.
+    """
+    fewest = min(n_sampled[one.groups1].sum(), n_sampled[one.groups2].sum())
     return pd.DataFrame(
         {
             "proba_m1": wins,
             "proba_m2": 1 - wins,
-            "bayes_factor": bayes_factor(wins, n_pairs),
-            "scale1": scale1,
-            "scale2": scale2,
+            "bayes_factor": bayes_factor(wins, DECODED * fewest),
+            "scale1": _union_means(means, n_cells, one.groups1),
+            "scale2": _union_means(means, n_cells, one.groups2),
         }
     )
 
@@ -267,16 +281,16 @@ def raw(counts: Counts, comparison: Comparison) -> pd.DataFrame:
     """Return what the stored counts say: means, shares of cells that are not zero, means of counts / total."""
     columns = {}
     for i, groups in enumerate((comparison.groups1, comparison.groups2), 1):
-        union = counts.union(groups)
-        columns[f"raw_mean{i}"] = union.total / union.n_cells
-        columns[f"non_zeros_proportion{i}"] = union.non_zero / union.n_cells
-        columns[f"raw_normalized_mean{i}"] = union.share / union.n_cells
+        means = counts.union(groups).means()
+        columns[f"raw_mean{i}"] = means["total"]
+        columns[f"non_zeros_proportion{i}"] = means["non_zero"]
+        columns[f"raw_normalized_mean{i}"] = means["share"]
     return pd.DataFrame(columns)
 
 
 def _union_means(means: np.ndarray, n_cells: np.ndarray, groups: Sequence[int]) -> np.ndarray:
-    """Return draws (n_samples, G) of the mean over a union of groups, each of which counts by its cells."""
-    return np.tensordot(n_cells[groups] / n_cells[groups].sum(), means[groups].astype(np.float64), 1)
+    """Return (draws of) the mean over a union of groups, (..., G), each of which counts by its cells."""
+    return np.tensordot((n_cells[groups] / n_cells[groups].sum()).astype(means.dtype), means[groups], 1)
 
 
 @dataclass(frozen=True)
@@ -293,11 +307,15 @@ class Settings:
     def __post_init__(self):
         if self.mode not in ("change", "vanilla"):
             raise ValueError(f'mode={self.mode!r} is unknown; choose "change" or "vanilla".')
-        if not 0 <= self.delta < np.inf:
+        if not isinstance(self.delta, Real) or not 0 <= self.delta < np.inf:
             raise ValueError(f"delta={self.delta!r}; it takes a log2 fold change from 0.")
-        if not 0 < self.fdr_target < 1:
+        if not isinstance(self.fdr_target, Real) or not 0 < self.fdr_target < 1:
             raise ValueError(f"fdr_target={self.fdr_target!r}; it takes a share between 0 and 1.")
-        for name, value, least in (("n_samples", self.n_samples, 10), ("n_cells", self.n_cells, 2)):
+        for name, value, least in (
+            ("n_samples", self.n_samples, 10),
+            ("n_cells", self.n_cells, 10),
+            ("seed", self.seed, 0),
+        ):
             if not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"{name}={value!r}; it takes a whole number from {least}.")
 
@@ -331,45 +349,50 @@ def compare(
         raise ValueError('gene_likelihood="normal" has no shares of counts that could be compared.')
     counts, seed = counts_of(loader.store, group, group.max() + 1), settings.seed
     rows = sample(group, settings.n_cells, seed)
-    some, codes = loader.over(rows), group[rows]
-    means = group_means(vae, some, codes, batches, settings.n_samples, seed)
-    if settings.mode == "vanilla":
-        wins, n_pairs = cell_wins(vae, some, codes, counts.n_cells, comparisons, batches, seed)
+    codes, by_change = group[rows], settings.mode == "change"
+    some = loader.over(rows, loader.batch_size if by_change else len(rows))
+    if by_change:
+        means = group_means(vae, some, codes, batches, settings.n_samples, seed)
+    else:
+        wins, means = cell_wins(vae, some, codes, counts.n_cells, comparisons, batches, seed)
     tables = []
     for i, one in enumerate(comparisons):
-        if settings.mode == "vanilla":
-            table = vanilla(wins[i], n_pairs[i], means, counts, one)
+        if by_change:
+            table = change(means, counts, one, settings.delta, settings.fdr_target, np.random.default_rng([seed, i]))
         else:
-            table = change(means, counts, one, settings.delta, settings.fdr_target, seed)
+            table = vanilla(wins[i], means, np.bincount(codes), counts.n_cells, one)
         table = pd.concat([table, raw(counts, one)], axis=1).set_index(pd.Index(genes))
         # Of genes that are equally sure, as many may be, those that are higher in the first group come first.
-        table = table.sort_values(["bayes_factor", "lfc_mean" if "lfc_mean" in table else "scale1"], ascending=False)
+        table = table.sort_values(["bayes_factor", "lfc_mean" if by_change else "scale1"], ascending=False)
         tables.append(table.assign(comparison=f"{one.name1} vs {one.name2}", group1=one.name1, group2=one.name2))
     return pd.concat(tables)
 
 
 def as_scanpy(table: pd.DataFrame, groupby: str) -> dict:
-    """Return a table of `Model.differential_expression` in the form of ``scanpy.tl.rank_genes_groups``."""
+    """Return a table of `Model.differential_expression` in the form of ``scanpy.tl.rank_genes_groups``.
+
+    Genes that are higher in the group come first, the surest of them first, as Scanpy has them; then the lower ones, the
+    surest last.
+    """
     columns: dict[str, dict] = {name: {} for name in ("names", "scores", "logfoldchanges", "pvals", "pvals_adj")}
     for group, rows in table.groupby("group1", sort=False):
         if "proba_de" in rows:
-            p, lfc = rows["proba_de"].to_numpy(), rows["lfc_mean"]
+            p, lfc = rows["proba_de"], rows["lfc_mean"]
+            higher = np.where(lfc > 0, p, -p)
         else:
-            p, lfc = rows[["proba_m1", "proba_m2"]].max(axis=1).to_numpy(), np.log2(rows["scale1"] / rows["scale2"])
+            p, lfc = rows[["proba_m1", "proba_m2"]].max(axis=1), np.log2(rows["scale1"] / rows["scale2"])
+            higher = rows["proba_m1"].to_numpy()
+        falling = p.to_numpy().argsort(kind="stable")[::-1]
         error = np.empty(len(p))
-        order = np.argsort(-p, kind="stable")
-        error[order] = running_error(p[order])
-        columns["names"][group] = rows.index.to_numpy(object)
-        for name, values in (("scores", rows["bayes_factor"]), ("logfoldchanges", lfc), ("pvals", 1 - p)):
-            columns[name][group] = np.asarray(values, np.float64)
-        columns["pvals_adj"][group] = error
-    return {
-        "params": {"groupby": groupby, "reference": table["group2"].iloc[0], "method": "scgen", "use_raw": False}
-        | {"layer": None, "corr_method": "posterior"},
-        **{
-            name: np.rec.fromarrays(list(of_group.values()), names=list(of_group)) for name, of_group in columns.items()
-        },
-    }
+        error[falling] = running_error(p.to_numpy()[falling])
+        values = {"scores": rows["bayes_factor"], "logfoldchanges": lfc, "pvals": 1 - p, "pvals_adj": error}
+        order = np.lexsort((-lfc, -higher))
+        columns["names"][group] = rows.index.to_numpy(object)[order]
+        for name, of_all in values.items():
+            columns[name][group] = np.asarray(of_all, np.float64)[order]
+    arrays = {name: np.rec.fromarrays(list(of.values()), names=list(of)) for name, of in columns.items()}
+    params = {"groupby": groupby, "reference": table["group2"].iloc[0], "method": "scgen", "use_raw": False}
+    return {"params": params | {"layer": None, "corr_method": "posterior"}, **arrays}
 
 
 def sample(group: np.ndarray, most: int, seed: int) -> np.ndarray:

@@ -50,9 +50,9 @@ class CellLoader:
         self.columns = {name: column.to(device) for name, column in columns.items()}
         self.index = np.arange(store.shape[0]) if index is None else np.asarray(index)
 
-    def over(self, index: np.ndarray) -> "CellLoader":
+    def over(self, index: np.ndarray, batch_size: int) -> "CellLoader":
         """Return a loader of other cells of the same store, in their order."""
-        return CellLoader(self.store, self.columns, index, self.batch_size, None, self.as_sparse, self.device)
+        return CellLoader(self.store, self.columns, index, batch_size, None, self.as_sparse, self.device)
 
     def __len__(self) -> int:
         return -(-len(self.index) // self.batch_size)

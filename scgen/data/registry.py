@@ -289,6 +289,17 @@ class Registry:
             raise ValueError(f"batch {batch!r} is unknown to the model (it knows: {', '.join(self.batches)}).")
         return self.batches.index(str(batch))
 
+    def batches_to_average(self, groupby: str | None, batch_correction: bool) -> list[int] | None:
+        """Return the codes of all batches, or None for each cell's own; ValueError where that hides what is asked."""
+        if not isinstance(batch_correction, bool):
+            raise ValueError(f"batch_correction={batch_correction!r}; it takes True or False.")
+        if batch_correction and groupby is not None and groupby == self.setup.batch_key:
+            raise ValueError(
+                f"groupby={groupby!r} is the batch_key: averaged over all batches, batches do not differ. Use "
+                "batch_correction=False to compare them."
+            )
+        return list(range(len(self.batches))) if batch_correction else None
+
     def batch_codes(self, batch: str | Sequence[str] | None) -> list[int | None]:
         """Return the codes of one or several batches; None, for each cell's own, of "observed" and None."""
         if batch is None or (isinstance(batch, str) and batch == "observed"):

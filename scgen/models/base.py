@@ -419,19 +419,20 @@ class Model:
         fdr_target
             The largest set of genes with mean(1 - p) up to this is called.
         batch_correction
-            True averages over all batches, whatever the groups' own are; False leaves each cell in its own.
+            True averages over all batches, whatever the groups' own are; False leaves each cell in its own, and with it
+            the batches' differences. Other covariates are each cell's own.
         n_samples, n_cells, seed
             Draws of the means; cells sampled of each group; the seed of both.
         key_added
             Where in ``adata.uns`` to write a copy in the form of ``scanpy.tl.rank_genes_groups``, for its plots and
-            ``scanpy.get.rank_genes_groups_df``: scores are Bayes factors, pvals 1 - p, the posterior probability of an
-            error, and pvals_adj its mean over all genes up to this one, the expected false discovery rate. None writes
-            nothing. In mode "vanilla", p is the larger of the two probabilities.
+            ``scanpy.get.rank_genes_groups_df``: genes that are higher in the group first; scores are Bayes factors,
+            pvals 1 - p, the posterior probability of an error, and pvals_adj its mean over all genes that are as sure,
+            the expected false discovery rate. None writes nothing. In mode "vanilla", p is the larger of the two
+            probabilities.
 
         Returns
         -------
-        A row per comparison and gene, the surest first, among these the higher in group 1, with "comparison", "group1"
-        and "group2". In mode "change" proba_de, proba_not_de, bayes_factor = log p / (1 - p), scale1, scale2 (means of
+        A row per comparison and gene, by bayes_factor, with "comparison", "group1" and "group2". In mode "change" proba_de, proba_not_de, bayes_factor = log p / (1 - p), scale1, scale2 (means of
         rho), pseudocounts, delta, lfc_mean, lfc_median, lfc_std, lfc_min, lfc_max, is_de_fdr_0.05 (as ``fdr_target``);
         in mode "vanilla" proba_m1, proba_m2, bayes_factor, scale1, scale2. In both the counts themselves: raw_mean,
         non_zeros_proportion, and raw_normalized_mean of counts / total, of groups 1 and 2.
@@ -445,10 +446,11 @@ class Model:
 
         Notes
         -----
-        A draw of a group's mean weighs its cells at random and takes z from q; what the counts leave open, by their
-        standard error, is joined to it, for the decoder's weights are a point estimate. Means of rho are compared after
-        a pseudocount is added: the 0.9 quantile of the larger mean over genes unseen in both groups or, if there are
-        none, one count in the smaller group (Boyeau et al. 2023 is the source of the mode).
+        A draw of a group's mean weighs its cells at random and takes z from q, and is spread until it varies by no less
+        than the standard error of the counts: the decoder's weights are a point estimate. Of three cells and fewer the
+        counts say hardly anything. Means of rho are compared after a pseudocount is added: the 0.9 quantile of the
+        larger mean over genes unseen in both groups or, if there are none, one count in the smaller group (Boyeau et
+        al. 2023 is the source of the mode).
 
         Examples
         --------
@@ -462,9 +464,11 @@ class Model:
         ((30, 22), ['type_1 vs type_2'])
         """
         settings = differential_expression.Settings(mode, delta, fdr_target, n_samples, n_cells, seed)
-        loader, cells = self._loader(adata, None, 1024), self._cells_of(adata)
-        group, asked = comparisons.asked_for(cells.obs, groupby, group1, group2, idx1, idx2, key_added)
-        batches = list(range(len(self.registry.batches))) if batch_correction else None
+        cells = self._cells_of(None) if adata is None else adata
+        group, asked = comparisons.asked_for(cells.obs, groupby, group1, group2, idx1, idx2)
+        comparisons.check_copy(cells, groupby, key_added)
+        batches = self.registry.batches_to_average(groupby, batch_correction)
+        loader = self._loader(adata, None, 1024)
         table = differential_expression.compare(self.vae, loader, self.registry.genes, group, asked, batches, settings)
         if key_added is not None:
             cells.uns[key_added] = differential_expression.as_scanpy(table, groupby)

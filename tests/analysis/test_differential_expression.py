@@ -65,9 +65,10 @@ def test_draws_of_means_are_a_bayesian_bootstrap():
 
 def test_batches_are_averaged_over():
     values, group = np.full((40, 2), 3.0), np.repeat([0, 1], 20)
-    means = de.group_means(*known(values), group, [0, 1, 2], 3000, seed=0)
-    # Of batches 0, 1, 2 the decoder makes 3, 6, 9; each cell has four draws, of which one batch gets two.
-    np.testing.assert_allclose(means.mean((1, 2)), 6.0, atol=0.3)
+    # Of batches 0, 1, 2 the decoder makes 3, 6, 9.
+    np.testing.assert_allclose(de.group_means(*known(values), group, [0, 1, 2], 50, seed=0), 6.0, rtol=0.2)
+    means = de.group_means(*known(values), group, [0, 1, 2], 4000, seed=0).mean(1)
+    np.testing.assert_allclose(means, 6.0, rtol=0.01)
     np.testing.assert_allclose(de.group_means(*known(values), group, [2], 50, seed=0), 9.0, rtol=1e-6)
 
 
@@ -76,15 +77,22 @@ def test_cells_that_win_are_those_of_a_rank_test():
     group = rng.permutation(np.repeat([0, 1, 2], [60, 90, 50]))
     values = rng.normal(size=(200, 4)) + 5 + group[:, None] * np.array([0.0, 0.3, -1, 3])
     both = [ALL, Comparison("a", "rest", [0], [1, 2])]
-    wins, n_pairs = de.cell_wins(*known(values, 200), group, np.array([60, 90, 50]), both, None, seed=0)
+    wins, means = de.cell_wins(*known(values, 200), group, np.array([60, 90, 50]), both, None, seed=0)
     for row, one in zip(wins, both, strict=True):
         a, b = values[group == 0], values[np.isin(group, one.groups2)]
         expected = stats.mannwhitneyu(a, b).statistic / (len(a) * len(b))
-        np.testing.assert_allclose(row, expected, atol=5 * 0.5 / n_pairs.min() ** 0.5)
-    # Group 2 was sampled from 5000 cells: the rest is hardly anything else.
-    wins, n_pairs = de.cell_wins(*known(values, 200), group, np.array([60, 90, 10**6]), both, None, seed=0)
+        np.testing.assert_allclose(row, expected, atol=5 * 0.5 / (4 * 4 * 200) ** 0.5)
+    np.testing.assert_allclose(means, [values[group == code].mean(0) for code in range(3)], rtol=1e-5)
+    # Group 2 was sampled from a million cells: the rest is hardly anything else.
+    wins, _ = de.cell_wins(*known(values, 200), group, np.array([60, 90, 10**6]), both, None, seed=0)
     a, b = values[group == 0], values[group == 2]
-    np.testing.assert_allclose(wins[1], stats.mannwhitneyu(a, b).statistic / (len(a) * len(b)), atol=0.1)
+    np.testing.assert_allclose(wins[1], stats.mannwhitneyu(a, b).statistic / (len(a) * len(b)), atol=0.05)
+
+
+def test_cells_are_compared_within_a_batch():
+    values, group = np.repeat([[1.2], [1.0]], 30, axis=0), np.repeat([0, 1], 30)
+    wins, _ = de.cell_wins(*known(values, 60), group, np.array([30, 30]), [ALL], list(range(5)), seed=0)
+    assert wins.tolist() == [[1.0]]  # whatever the batches add to both
 
 
 @pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix, sparse.csc_array])
@@ -100,27 +108,88 @@ def test_counts_are_summed_by_group(form):
     np.testing.assert_array_equal(counts.non_zero, pd.DataFrame(x > 0).groupby(group).sum().drop(-1))
     np.testing.assert_allclose(counts.share, shares.sum().drop(-1))
     union = counts.union([0, 2])
-    np.testing.assert_allclose(union.share / union.n_cells, shares.obj[np.isin(group, [0, 2])].mean())
+    np.testing.assert_allclose(union.means()["share"], shares.obj[np.isin(group, [0, 2])].mean())
+    table = de.raw(counts, Comparison("a", "b", [0, 2], [1]))
+    np.testing.assert_allclose(table["raw_normalized_mean1"], shares.obj[np.isin(group, [0, 2])].mean())
+    np.testing.assert_allclose(table["raw_mean2"], x[group == 1].mean(0))
+    np.testing.assert_allclose(table["non_zeros_proportion2"], (x[group == 1] > 0).mean(0))
 
 
 @pytest.mark.parametrize("theta", [np.inf, 0.5])
-def test_evidence_is_the_inverse_of_the_relative_squared_error(theta):
-    # So many experiments: how much do their means differ? Where counts are Poisson's, by one over the counts seen.
+def test_relative_error_is_that_of_repeated_experiments(theta):
     rng = np.random.default_rng(0)
-    n_cells, mu = 400, np.array([0.02, 0.3, 4.0, 500.0])
-    rate = (
-        np.broadcast_to(mu, (300, n_cells, 4)) if theta == np.inf else rng.gamma(theta, mu / theta, (300, n_cells, 4))
-    )
+    n_cells, mu = 400, np.array([0.1, 0.5, 4.0, 500.0])
+    shape = (300, n_cells, 4)
+    rate = np.broadcast_to(mu, shape) if theta == np.inf else rng.gamma(theta, mu / theta, shape)
     x = rng.poisson(rate)
     x[..., 3] += 100_000 - x.sum(-1)  # equal libraries
-    found = [de.counts_of(MemoryStore(one), np.zeros(n_cells, int), 1).union([0]).evidence()[:3] for one in x[:20]]
+    codes = np.repeat([0, 1], 200)  # two strata of one kind are one
+    found = [de.counts_of(MemoryStore(one), codes, 2).relative_error()[:3] for one in x[:20]]
     means = x.mean(1)[:, :3]
-    np.testing.assert_allclose(np.mean(found, 0), means.mean(0) ** 2 / means.var(0), rtol=0.3)
+    np.testing.assert_allclose(np.mean(found, 0), means.var(0) / means.mean(0) ** 2, rtol=0.3)
 
 
-def test_no_evidence_of_a_gene_never_seen():
-    store = MemoryStore(np.array([[0, 5], [0, 7]]))
-    assert de.counts_of(store, np.zeros(2, int), 1).union([0]).evidence()[0] == 0.5
+def test_little_is_known_of_few_counts_and_cells():
+    def error(x):
+        return de.counts_of(MemoryStore(np.array(x)), np.zeros(len(x), int), 1).relative_error()
+
+    assert error([[0, 5], [0, 7], [0, 6], [0, 5]])[0] == 2  # never seen
+    np.testing.assert_allclose(error([[40, 60]] * 3), 1)  # three cells that agree, by chance
+    np.testing.assert_allclose(error([[40, 60]] * 50)[0], 1 / 2000.5)  # as certain as Poisson counts at most
+
+
+def test_groups_of_a_union_are_strata():
+    # Groups that differ are not taken for noise: the error of their union's mean is that within them.
+    x = np.repeat([[10, 90], [90, 10]], 50, axis=0) + np.tile([[1, -1], [-1, 1]], (50, 1))
+    errors = [
+        de.counts_of(MemoryStore(x), c, n).relative_error()
+        for c, n in ((np.repeat([0, 1], 50), 2), (np.zeros(100, int), 1))
+    ]
+    assert (errors[0] < errors[1] / 5).all()
+
+
+def test_posteriors_are_as_wide_as_experiments_differ():
+    # rho known exactly, 60 cells of a group: by how much does the log ratio of means vary, and by how much is it said to?
+    rng = np.random.default_rng(0)
+    said, seen = [], []
+    for seed in range(60):
+        rho = np.column_stack([rng.gamma(2, 1, (120, 20)), np.full(120, 60.0)])
+        x = rng.poisson(rho * 50)
+        group = np.repeat([0, 1], 60)
+        counts = de.counts_of(MemoryStore(x), group, 2)
+        table = de.change(
+            de.group_means(*known(rho), group, None, 300, seed), counts, ALL, 0.25, 0.05, np.random.default_rng(seed)
+        )
+        said.append(table["lfc_std"][:20])
+        seen.append(table["lfc_mean"][:20])
+    assert np.mean(said) == pytest.approx(np.std(seen), rel=0.15)
+
+
+def test_groups_of_a_union_weigh_by_their_cells():
+    means = np.array([[[1.0]], [[4.0]], [[2.0]]]).repeat(400, axis=1)
+    total = np.array([[900_000.0], [100_000], [500_000]])
+    counts = de.Counts(
+        np.array([900, 100, 500]), total, total, np.array([[900.0], [100], [500]]), np.array([[900.0], [100], [500]])
+    )
+    table = de.change(means, counts, Comparison("a", "b", [0, 1], [2]), 0.25, 0.05, np.random.default_rng(0))
+    assert (table["scale1"][0], table["scale2"][0]) == (pytest.approx(1.3), pytest.approx(2.0))
+
+
+def test_pseudocounts():
+    rng = np.random.default_rng(0)
+    means = rng.gamma(2, 1, (2, 1, 30)).repeat(200, axis=1)
+    total = np.full((2, 30), 50.0)
+    counts = de.Counts(np.array([10, 10]), total, total > 0, total / 1500, (total / 1500) ** 2)
+    counts.total[1] *= 2
+    arguments = (ALL, 0.25, 0.05, np.random.default_rng(0))
+    # All seen: one count in the smaller group, 1 of 1500, in the unit of the means.
+    expected = means[:, 0].sum(1).mean() / 1500
+    assert de.change(means, counts, *arguments)["pseudocounts"][0] == pytest.approx(expected)
+    counts.total[:, :11] = counts.share[:, :11] = 0
+    counts.total[1, 10] = 1  # seen in one of them
+    larger = np.sort(means[:, 0, :10].max(0))
+    expected = larger[8] + 0.1 * (larger[9] - larger[8])  # of ten, the 0.9 quantile
+    assert de.change(means, counts, *arguments)["pseudocounts"][0] == pytest.approx(expected)
 
 
 def test_the_largest_set_within_the_target_is_called():
@@ -204,10 +273,44 @@ def test_a_gene_of_which_little_is_known_is_not_called():
     total, share = np.array([[1, 90_000], [0, 90_000]]), np.array([[1e-4, 9.9], [0, 9.9]])
     counts = de.Counts(np.array([10, 10]), total, total > 0, share, share**2 / 10 + 1e-9)
     means = np.tile([[[4e-3, 0.1]], [[1e-3, 0.1]]], (1, 500, 1))
-    table = de.change(means, counts, ALL, 0.25, 0.05, seed=0)
+    table = de.change(means, counts, ALL, 0.25, 0.05, np.random.default_rng(0))
     assert table["lfc_median"][0] > 1
-    assert table["proba_de"][0] < 0.9
+    assert table["proba_de"][0] < 0.95
     assert table["proba_de"][1] < 0.5
+
+
+def test_one_cell_is_no_group_to_call_genes_of(simulated):
+    adata, model = simulated
+    rows = np.flatnonzero(adata.obs["cell_type"] == "type_2")
+    for seed in range(3):
+        assert model.differential_expression(idx1=rows[[seed]], idx2=rows[10:], seed=seed)["is_de_fdr_0.05"].sum() == 0
+    labels = np.array(["many"] * adata.n_obs, object)
+    labels[:2] = "rare 1", "rare 2"
+    rare = adata.copy()
+    rare.obs["kind"] = labels
+    table = model.differential_expression("kind", "rare 1", "rare 2", adata=rare, mode="vanilla")
+    assert np.isfinite(table.select_dtypes("number")).all().all()
+    assert table["bayes_factor"].abs().max() < 3
+
+
+def test_batches_differ_if_they_are_not_averaged_over(simulated):
+    adata, model = simulated
+    with pytest.raises(ValueError, match="batch_correction=False"):
+        model.differential_expression("batch")
+    own = model.differential_expression("batch", "batch_1", "batch_2", batch_correction=False)
+    truth = (
+        pd.DataFrame(adata.layers["true_scale"], columns=adata.var_names).groupby(adata.obs["batch"].to_numpy()).mean()
+    )
+    lfc = np.log2(truth.loc["batch_1"] / truth.loc["batch_2"])[own.index]
+    assert np.corrcoef(own["lfc_mean"], lfc)[0, 1] > 0.9
+
+
+def test_cells_are_sampled_of_each_group():
+    group = np.random.default_rng(0).integers(-1, 3, 1000)
+    rows = de.sample(group, 100, seed=0)
+    assert np.bincount(group[rows]).tolist() == [100, 100, 100]
+    assert len(np.unique(rows)) == 300
+    assert len(de.sample(group, 10**6, seed=0)) == (group >= 0).sum()
 
 
 def test_seeds_and_cells_of_a_file(simulated, tmp_path):
@@ -231,28 +334,50 @@ def test_scanpy_reads_the_copy(simulated, tmp_path):
     copy = sc.read_h5ad(tmp_path / "cells.h5ad")
     read = sc.get.rank_genes_groups_df(copy, "type_2").set_index("names")
     mine = table[table["group1"] == "type_2"]
-    assert read.index.tolist() == mine.index.tolist()
+    rising = mine[mine["lfc_mean"] > 0]
+    assert read.index[: len(rising)].tolist() == rising.index.tolist()
+    assert (read["logfoldchanges"][len(rising) :] <= 0).all()
+    mine = mine.loc[read.index]
     np.testing.assert_allclose(read["pvals"], mine["proba_not_de"])
     np.testing.assert_allclose(read["logfoldchanges"], mine["lfc_mean"])
+    np.testing.assert_allclose(read["scores"], mine["bayes_factor"])
     assert (read["pvals_adj"] <= 0.05).tolist() == mine["is_de_fdr_0.05"].tolist()
     sc.pl.rank_genes_groups(copy, show=False)
     sc.pl.rank_genes_groups_dotplot(copy, n_genes=3, show=False)
     model.differential_expression("cell_type", adata=copy, mode="vanilla", key_added="wins")
     assert sc.get.rank_genes_groups_df(copy, "type_2", key="wins")["scores"].is_monotonic_decreasing
+    copy.uns["mine"] = {"precious": 1}
+    for key in ("scgen", "mine", "a/b", "", True):
+        with pytest.raises(ValueError, match="key_added|adata.uns"):
+            model.differential_expression("cell_type", adata=copy, key_added=key)
+
+
+@pytest.mark.parametrize("values", [np.arange(1200.0), np.array(["1"] * 600 + [1] * 600, object)])
+def test_columns_that_are_not_of_groups(simulated, values):
+    adata = simulated[0].copy()
+    adata.obs["odd"] = pd.Categorical(values)
+    with pytest.raises(ValueError, match="names of groups"):
+        simulated[1].differential_expression("odd", adata=adata)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "name groups"),
+        ({}, "one of the two"),
         ({"groupby": "cell_type", "idx1": [0]}, "one of the two"),
         ({"idx1": [0], "group1": "type_1"}, "one of the two"),
         ({"idx2": [0]}, "one of the two"),
         ({"group1": "type_1"}, "one of the two"),
+        ({"idx1": []}, "empty"),
+        ({"groupby": "cell_type", "delta": "1"}, "delta='1'"),
+        ({"groupby": "cell_type", "seed": None}, "seed=None"),
+        ({"groupby": "cell_type", "batch_correction": "batch_1"}, "takes True or False"),
         ({"idx1": [0], "key_added": "rank_genes_groups"}, "use groupby="),
         ({"groupby": "celltype"}, "no column of adata.obs .it has: batch, cell_type"),
         ({"groupby": "cell_type", "group1": "B"}, "'B' is no group .* type_1, type_2"),
-        ({"groupby": "cell_type", "group1": "type_1", "group2": "type_1"}, "two different groups"),
+        ({"groupby": "cell_type", "group1": 0}, "'0' is no group"),
+        ({"groupby": ["cell_type"]}, "no column of adata.obs"),
+        ({"groupby": "cell_type", "group1": "type_1", "group2": "type_1"}, "two different ones"),
         ({"idx1": [0, 1], "idx2": [1, 2]}, "share 1 cells"),
         ({"idx1": [True] * 120}, "nothing is left"),
         ({"idx1": [120]}, "out of bounds"),
