@@ -371,8 +371,8 @@ def compare(
 def as_scanpy(table: pd.DataFrame, groupby: str) -> dict:
     """Return a table of `Model.differential_expression` in the form of ``scanpy.tl.rank_genes_groups``.
 
-    Genes that are higher in the group come first, the surest of them first, as Scanpy has them; then the lower ones, the
-    surest last.
+    Genes that are higher in the group come first, the surest of them first, as Scanpy has them; then the lower ones,
+    the surest last.
     """
     columns: dict[str, dict] = {name: {} for name in ("names", "scores", "logfoldchanges", "pvals", "pvals_adj")}
     for group, rows in table.groupby("group1", sort=False):

@@ -432,8 +432,9 @@ class Model:
 
         Returns
         -------
-        A row per comparison and gene, by bayes_factor, with "comparison", "group1" and "group2". In mode "change" proba_de, proba_not_de, bayes_factor = log p / (1 - p), scale1, scale2 (means of
-        rho), pseudocounts, delta, lfc_mean, lfc_median, lfc_std, lfc_min, lfc_max, is_de_fdr_0.05 (as ``fdr_target``);
+        A row per comparison and gene, by bayes_factor, with "comparison", "group1" and "group2". In mode "change"
+        proba_de, proba_not_de, bayes_factor = log p / (1 - p), scale1, scale2 (means of rho), pseudocounts, delta,
+        lfc_mean, lfc_median, lfc_std, lfc_min, lfc_max, is_de_fdr_0.05 (as ``fdr_target``);
         in mode "vanilla" proba_m1, proba_m2, bayes_factor, scale1, scale2. In both the counts themselves: raw_mean,
         non_zeros_proportion, and raw_normalized_mean of counts / total, of groups 1 and 2.
 

@@ -149,7 +149,7 @@ def test_groups_of_a_union_are_strata():
 
 
 def test_posteriors_are_as_wide_as_experiments_differ():
-    # rho known exactly, 60 cells of a group: by how much does the log ratio of means vary, and by how much is it said to?
+    # rho known exactly, 60 cells of a group: how much does the log ratio of means vary, and how much is it said to?
     rng = np.random.default_rng(0)
     said, seen = [], []
     for seed in range(60):
@@ -348,7 +348,7 @@ def test_scanpy_reads_the_copy(simulated, tmp_path):
     assert sc.get.rank_genes_groups_df(copy, "type_2", key="wins")["scores"].is_monotonic_decreasing
     copy.uns["mine"] = {"precious": 1}
     for key in ("scgen", "mine", "a/b", "", True):
-        with pytest.raises(ValueError, match="key_added|adata.uns"):
+        with pytest.raises(ValueError, match=r"key_added|adata.uns"):
             model.differential_expression("cell_type", adata=copy, key_added=key)
 
 
