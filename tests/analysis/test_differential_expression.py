@@ -305,6 +305,23 @@ def test_batches_differ_if_they_are_not_averaged_over(simulated):
     assert np.corrcoef(own["lfc_mean"], lfc)[0, 1] > 0.9
 
 
+def test_means_of_few_cells_vary_more(simulated):
+    def spread(n_cells):
+        runs = (simulated[1].differential_expression("cell_type", "type_1", n_cells=n_cells, seed=s) for s in range(4))
+        scales = np.array([run.sort_index()["scale1"] for run in runs])
+        return np.median(scales.std(0) / scales.mean(0))
+
+    assert spread(10) > 3 * spread(500)
+
+
+def test_of_equally_sure_genes_the_higher_come_first(simulated):
+    table = simulated[1].differential_expression("cell_type", "type_1")
+    assert table["bayes_factor"].is_monotonic_decreasing
+    surest = table[table["bayes_factor"] == table["bayes_factor"].max()]
+    assert len(surest) > 2
+    assert surest["lfc_mean"].is_monotonic_decreasing
+
+
 def test_cells_are_sampled_of_each_group():
     group = np.random.default_rng(0).integers(-1, 3, 1000)
     rows = de.sample(group, 100, seed=0)
