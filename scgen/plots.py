@@ -87,8 +87,8 @@ def volcano(path: Path, table: pd.DataFrame, n_labels: int = 8) -> None:
     figure = Figure(figsize=(5 * n_columns, 4.2 * n_rows), layout="constrained")
     panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     for axes, (name, rows) in zip(panels, comparisons, strict=False):
-        for chosen, colour, label in ((~rows[called], "0.75", None), (rows[called], "tab:red", "called")):
-            axes.scatter(*rows.loc[chosen, ["lfc_mean", "bayes_factor"]].to_numpy().T, s=6, c=colour, label=label)
+        for chosen, colour in ((~rows[called], "0.75"), (rows[called], "tab:red")):
+            axes.scatter(*rows.loc[chosen, ["lfc_mean", "bayes_factor"]].to_numpy().T, s=6, c=colour)
         for sign in (-1, 1):
             axes.axvline(sign * rows["delta"].iloc[0], color="0.4", linewidth=0.8, linestyle=":")
         # The surest share one height, where their names would lie over each other: they stand in the corners.

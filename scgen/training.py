@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ class Options:
             ("batch_size", batch_size, 3),
             ("patience", self.patience, 1),
         ):
-            if value is not None and (not isinstance(value, int | np.integer) or value < least):
-                raise ValueError(f"{name}={value!r}; it takes a whole number from {least}.")
+            if value is not None:
+                check_whole(name, value, least)
         if not 0 < train_size <= 1:
             raise ValueError(f"train_size={train_size!r}; it takes a share above 0 and up to 1.")
         if not 0 < self.learning_rate < math.inf:

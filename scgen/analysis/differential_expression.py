@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scgen.analysis.comparisons import Comparison
 from scgen.analysis.expression import in_batch
+from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader
 from scgen.data.stores import BackedStore, MemoryStore
 from scgen.modules.vae import VAE
@@ -164,15 +165,19 @@ def cell_wins(
     """
     rng = np.random.default_rng(seed)
     wins = means = n_decoded = 0
-    members = np.eye(len(sizes))[group].T / np.bincount(group)[:, None]
+    n_sampled = np.bincount(group)
+    members = np.eye(len(sizes))[group].T / n_sampled[:, None]
+
+    def shares(groups: list[int]) -> np.ndarray:
+        p = np.where(np.isin(group, groups), (sizes / n_sampled)[group], 0)
+        return p / p.sum()
+
+    drawn_by = [(shares(one.groups1), shares(one.groups2)) for one in comparisons]
     for _, _, rho in _scales(vae, loader, batches, seed):
         values, won = rho.numpy(), []
-        for one in comparisons:
-            sides = []
-            for groups in (one.groups1, one.groups2):
-                p = np.where(np.isin(group, groups), (sizes / np.bincount(group))[group], 0)
-                sides.append(rng.choice(len(group), PAIRS * len(group), p=p / p.sum()))
-            won.append((values[sides[0]] >= values[sides[1]]).mean(0))
+        for both in drawn_by:
+            first, second = (rng.choice(len(group), PAIRS * len(group), p=p) for p in both)
+            won.append((values[first] >= values[second]).mean(0))
         wins, means, n_decoded = wins + np.array(won), means + members @ values, n_decoded + 1
     return wins / n_decoded, means / n_decoded
 
@@ -260,7 +265,9 @@ def change(
     )
 
 
-def vanilla(wins: np.ndarray, means: np.ndarray, n_sampled: np.ndarray, n_cells: np.ndarray, one: Comparison):
+def vanilla(
+    wins: np.ndarray, means: np.ndarray, n_sampled: np.ndarray, n_cells: np.ndarray, one: Comparison
+) -> pd.DataFrame:
     """Return the columns of mode "vanilla": P(rho_a >= rho_b), and its logarithmic odds.
 
     These are clipped by the cells that were sampled, not by their pairs, which are many of few cells.
@@ -311,13 +318,8 @@ class Settings:
             raise ValueError(f"delta={self.delta!r}; it takes a log2 fold change from 0.")
         if not isinstance(self.fdr_target, Real) or not 0 < self.fdr_target < 1:
             raise ValueError(f"fdr_target={self.fdr_target!r}; it takes a share between 0 and 1.")
-        for name, value, least in (
-            ("n_samples", self.n_samples, 10),
-            ("n_cells", self.n_cells, 10),
-            ("seed", self.seed, 0),
-        ):
-            if not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name}={value!r}; it takes a whole number from {least}.")
+        for name, least in (("n_samples", 10), ("n_cells", 10), ("seed", 0)):
+            check_whole(name, getattr(self, name), least)
 
 
 def compare(

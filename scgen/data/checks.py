@@ -127,6 +127,12 @@ def raise_errors(found: list[Finding], call: str) -> None:
         raise ValueError(f"{call} found {len(errors)} problems:\n- " + "\n- ".join(errors))
 
 
+def check_whole(name: str, value: int, least: int) -> None:
+    """Raise ValueError for an argument that is no whole number, or one below ``least``."""
+    if not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name}={value!r}; it takes a whole number from {least}.")
+
+
 def nearest(name: str, names: list[str]) -> str | None:
     """Return the name most like the one given, or None."""
     return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), None)

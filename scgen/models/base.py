@@ -12,6 +12,7 @@ from scipy import sparse
 from torch import Tensor
 
 from scgen.analysis import comparisons, differential_expression, expression, inference, sampling
+from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader, rows_asked_for, split
 from scgen.data.registry import Registry, setup_anndata
 from scgen.data.stores import BackedStore, MemoryStore, on_device
@@ -308,8 +309,7 @@ class Model:
         ``return_mean=False`` returns one value per cell, (n,). Other parameters and errors are those of
         `get_latent_representation`.
         """
-        if not isinstance(n_mc_samples, int | np.integer) or n_mc_samples < 1:
-            raise ValueError(f"n_mc_samples={n_mc_samples!r}; it takes a whole number from 1.")
+        check_whole("n_mc_samples", n_mc_samples, 1)
         values = inference.marginal(self.vae, self._loader(adata, indices, batch_size), n_mc_samples, seed)
         return float(values.mean()) if return_mean else values
 

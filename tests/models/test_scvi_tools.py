@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.distributions import kl_divergence
 
 import scgen
 
@@ -78,8 +79,6 @@ def test_the_forward_pass_is_theirs(likelihood, dispersion, n_layers, monkeypatc
 
         none = torch.zeros(len(x), 0)
         totals = x.sum(1, keepdim=True).log()
-        from torch.distributions import kl_divergence
-
         from scgen.data.cells import Cells
 
         cells = Cells(x, totals, batch, batch * 0, none.long(), none, torch.arange(len(x)))
