@@ -1,4 +1,4 @@
-"""The command ``scgen``: integrate, check, simulate."""
+"""The command ``scgen``: integrate, check, simulate, convert."""
 
 import argparse
 import logging
@@ -69,6 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     command.set_defaults(run=_simulate)
+
+    command = commands.add_parser("convert", help="make a model that scvi-tools saved a model of scgen's")
+    command.add_argument("input", type=Path, metavar="SCVI_DIR", help="folder with model.pt; nothing in it is run")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="for SCVI.load")
+    command.add_argument("--prefix", default="", help="the prefix that the model was saved with")
+    command.add_argument("--data", type=Path, metavar="IN.h5ad", help="cells it was trained on, for its library sizes")
+    command.add_argument("--overwrite", action="store_true", help="replace the model in DIR if there is one")
+    command.set_defaults(run=_convert)
     return parser
 
 
@@ -154,6 +162,15 @@ def _simulate(args: argparse.Namespace) -> int:
 
     _write(simulate_cells(args.n_cells, args.n_genes, n_batches=args.n_batches, seed=args.seed), args.output)
     print(f"wrote {args.output}: {args.n_cells} cells x {args.n_genes} genes, batch_key batch, labels_key cell_type")
+    return OK
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from scgen.models.scvi import SCVI
+
+    model = SCVI.from_scvi_tools(args.input, args.data and _read(args.data), prefix=args.prefix)
+    model.save(args.output, overwrite=args.overwrite)
+    print(f"wrote {args.output}: {model}")
     return OK
 
 

@@ -10,13 +10,21 @@ ROOT = Path(__file__).parents[1] / "scgen"
 #: Prefixes of what each part may import of scgen, besides what lies beside it in its own folder; longest key wins.
 ALLOWED = {
     "__init__": (),
-    "cli": ("__version__", "integration", "reporting", "data"),
+    "cli": ("__version__", "integration", "reporting", "models", "data"),
     "integration": ("models", "analysis", "data", "plots"),
     "reporting": ("models", "analysis", "data", "plots"),
     "plots": (),
     "storage": (),
     "training": ("modules.elbo", "data", "storage"),
-    "models": ("__version__", "analysis", "training", "modules", "data", "storage", "models.base", "models.files"),
+    "models": (
+        "__version__",
+        "analysis",
+        "training",
+        "modules",
+        "data",
+        "storage",
+        *(f"models.{name}" for name in ("base", "files", "pickles", "scvi_tools")),
+    ),
     "analysis": ("training", "modules", "distributions", "data", "analysis"),
     "modules": ("distributions", "data.cells", "modules.networks", "modules.flows", "modules.elbo"),
     "distributions": ("kernels.dispatch", "kernels.reference", "distributions"),

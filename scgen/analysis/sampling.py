@@ -38,6 +38,11 @@ def posterior_predictive(
 
 def prior_sample(vae: VAE, registry: Registry, n: int, batch: str | None, seed: int) -> AnnData:
     """Return new cells with their latents; see `Model.sample_prior`."""
+    if "library" in vae.priors and not (vae.priors["library"].variance > 0).all():
+        raise ValueError(
+            "the model knows no library sizes to draw from: it came from scvi-tools without cells. Pass them: "
+            "SCVI.from_scvi_tools(folder, adata)."
+        )
     rng = np.random.default_rng(seed)
     cells = registry.blank_cells(n, None if batch is None else registry.batch_code(batch), rng)
     x, latents = prior_predictive(vae, cells, seed)

@@ -73,14 +73,14 @@ class Model:
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
-        state = f"trained for {len(self.history)} epochs" if self.is_trained else "untrained"
+        state = f"trained for {len(self.history) or 'unknown'} epochs" if self.is_trained else "untrained"
         n_genes, n_batches = len(self.registry.genes), len(self.registry.batches)
         return f"{type(self).__name__}({shown}): {n_genes} genes, {n_batches} batches, {state}"
 
     @property
     def is_trained(self) -> bool:
-        """Whether `train` has run."""
-        return len(self.history) > 0
+        """Whether `train` has run, or the weights come from a trained model."""
+        return len(self.trainings) > 0
 
     def train(
         self,

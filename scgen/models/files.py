@@ -43,19 +43,7 @@ def load(cls: type, folder: str | Path, adata: AnnData | None):
     weights = {name.removeprefix("vae."): tensor for name, tensor in tensors.items() if name.startswith("vae.")}
     try:
         registry = _registry(description["registry"])
-        model = cls.__new__(cls)
-        # Built without memory first: a description may claim any size, the weights have one.
-        with torch.device("meta"):
-            model.assemble(registry, dict(description["arguments"]))
-        expected = {name: (tensor.dtype, tensor.shape) for name, tensor in model.vae.state_dict().items()}
-        found = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
-        if expected != found:
-            wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-            raise ValueError(f"weights and arguments disagree about {', '.join(wrong[:3])}")
-        if not all(tensor.isfinite().all() for tensor in weights.values()):
-            raise ValueError("weights are not finite")
-        model.vae.load_state_dict(weights, assign=True)
-        model.vae = model.vae.eval().requires_grad_(True)
+        model = assembled(cls, registry, dict(description["arguments"]), weights)
         history = dict(description["history"])
         model.history = pd.DataFrame(history, index=pd.Index(history.pop("epoch"), name="epoch"))
         model.trainings, model.fingerprint = list(description["trainings"]), description["data"]
@@ -64,11 +52,34 @@ def load(cls: type, folder: str | Path, adata: AnnData | None):
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise ModelFileError(f"{folder}/model.json does not describe a model that scgen can build: {error}") from error
     if adata is not None:
-        registry.check_new(adata)
-        model.adata, (_, _, fingerprint) = adata, registry.read(adata)
-        if fingerprint != model.fingerprint:  # other cells: the split is not theirs
-            model.fingerprint, model.train_indices, model.validation_indices = fingerprint, None, None
+        give_cells(model, adata)
     return model
+
+
+def assembled(cls: type, registry: Registry, arguments: dict, weights: dict[str, torch.Tensor]):
+    """Return a model of these parts, without cells; ValueError where weights and arguments disagree."""
+    model = cls.__new__(cls)
+    # Built without memory first: a description may claim any size, the weights have one.
+    with torch.device("meta"):
+        model.assemble(registry, arguments)
+    expected = {name: (tensor.dtype, tensor.shape) for name, tensor in model.vae.state_dict().items()}
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise ValueError(f"weights and arguments disagree about {', '.join(wrong[:3])}")
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise ValueError("weights are not finite")
+    model.vae.load_state_dict(weights, assign=True)
+    model.vae = model.vae.eval().requires_grad_(True)
+    return model
+
+
+def give_cells(model, adata: AnnData) -> None:
+    """Make ``adata`` the model's own cells."""
+    model.registry.check_new(adata)
+    model.adata, (_, _, fingerprint) = adata, model.registry.read(adata)
+    if fingerprint != model.fingerprint:  # other cells: the split is not theirs
+        model.fingerprint, model.train_indices, model.validation_indices = fingerprint, None, None
 
 
 def _split(tensors: dict[str, torch.Tensor], n_cells: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,11 @@
 """SCVI: the model of Lopez et al. (2018), its parts chosen by name."""
 
+from pathlib import Path
+
 from anndata import AnnData
 
 from scgen.data.registry import Registry
+from scgen.models import scvi_tools
 from scgen.models.base import Model
 from scgen.modules.decoders import CountDecoder, Dispersion, GaussianDecoder
 from scgen.modules.posteriors import GaussianPosterior, LibraryPosterior, ObservedLibrary
@@ -41,6 +44,8 @@ class SCVI(Model):
         True takes a cell's total for l, as scvi-tools does by default, instead of inferring it.
     encode_covariates
         Whether the encoders see batch and covariates; the decoder always does.
+    library_residual
+        True infers l by correcting the cell's total; False leaves it to the network to find, as in the paper.
     seed
         Seed of the initial weights.
 
@@ -77,6 +82,7 @@ class SCVI(Model):
         dispersion: str = "gene",
         use_observed_lib_size: bool = False,
         encode_covariates: bool = True,
+        library_residual: bool = True,
         seed: int = 0,
     ):
         super().__init__(
@@ -91,9 +97,41 @@ class SCVI(Model):
                 "dispersion": dispersion,
                 "use_observed_lib_size": use_observed_lib_size,
                 "encode_covariates": encode_covariates,
+                "library_residual": library_residual,
                 "seed": seed,
             },
         )
+
+    @classmethod
+    def from_scvi_tools(cls, folder: str | Path, adata: AnnData | None = None, *, prefix: str = "") -> "SCVI":
+        """Return a model that scvi-tools (from 1.0 on) saved, with its weights: it gives scvi-tools' numbers.
+
+        Nothing of the file is run: of what its pickle names, only containers, tensors and arrays are made. The history
+        of its training is left out.
+
+        Parameters
+        ----------
+        folder
+            Where scvi-tools' ``model.save(folder)`` wrote ``model.pt``.
+        adata
+            The cells it was trained on, or others, as in `load`; need not be set up. Without them, a model with
+            observed library sizes cannot answer `sample_prior`, since scvi-tools fits no prior to these.
+        prefix
+            The prefix that it was saved with.
+
+        Raises
+        ------
+        scgen.storage.ModelFileError
+            If there is no model, the file is damaged, names anything else outside of the history, or the model has no
+            equal here: another class than SCVI, ``gene_likelihood="normal"``, layer normalisation and the like.
+        ValueError
+            If ``adata`` does not fit the model.
+
+        Examples
+        --------
+        >>> model = scgen.SCVI.from_scvi_tools("scvi_model/", adata)  # doctest: +SKIP
+        """
+        return scvi_tools.load(cls, folder, adata, prefix)
 
     @staticmethod
     def build(
@@ -108,6 +146,7 @@ class SCVI(Model):
         use_observed_lib_size: bool,
         encode_covariates: bool,
         seed: int,
+        library_residual: bool = True,  # models saved before there was a choice
     ) -> VAE:
         """Return the module for these arguments: here, and only here, names become parts."""
         for name, value, most in (
@@ -122,6 +161,7 @@ class SCVI(Model):
         for name, flag in {
             "use_observed_lib_size": use_observed_lib_size,
             "encode_covariates": encode_covariates,
+            "library_residual": library_residual,
         }.items():
             if not isinstance(flag, bool):
                 raise ValueError(f"{name}={flag!r}; it takes True or False.")
@@ -152,7 +192,7 @@ class SCVI(Model):
         if use_observed_lib_size or registry.setup.size_factor_key is not None:
             posteriors["library"] = ObservedLibrary()
         else:
-            posteriors["library"] = LibraryPosterior(n_genes, n_hidden, dropout_rate, *encoded)
+            posteriors["library"] = LibraryPosterior(n_genes, n_hidden, dropout_rate, *encoded, library_residual)
         priors["library"] = LibraryPrior(len(registry.batches))
         theta = Dispersion(dispersion, n_genes, len(registry.batches), len(registry.labels), n_hidden)
         decoder = CountDecoder(

@@ -1,0 +1,174 @@
+"""Models that scvi-tools saved, made models of ours: the same weights, the same numbers."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from anndata import AnnData
+from torch import Tensor
+
+from scgen.data.checks import Setup
+from scgen.data.registry import Registry
+from scgen.models import files, pickles
+from scgen.storage import ModelFileError
+
+#: Options of theirs that ours has no equal for, with the one value of each that is what ours does.
+FIXED = {
+    "latent_distribution": "normal",
+    "log_variational": True,
+    "deeply_inject_covariates": True,
+    "batch_representation": "one-hot",
+    "use_batch_norm": "both",
+    "use_layer_norm": "none",
+    "var_activation": None,
+    "extra_encoder_kwargs": None,
+    "extra_decoder_kwargs": None,
+    "batch_embedding_kwargs": None,
+    "extra_payload_autotune": False,
+    "use_size_factor_key": False,
+}
+#: Options that both have, with scvi-tools' defaults.
+SHARED = {
+    "n_latent": 10,
+    "n_hidden": 128,
+    "n_layers": 1,
+    "dropout_rate": 0.1,
+    "gene_likelihood": "zinb",
+    "dispersion": "gene",
+    "use_observed_lib_size": True,
+    "encode_covariates": False,
+}
+
+
+def load(cls: type, folder: str | Path, adata: AnnData | None, prefix: str):
+    """Return a model of scvi-tools' as one of ours; see `SCVI.from_scvi_tools`."""
+    path = Path(folder) / f"{prefix}model.pt"
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in Path(folder).iterdir())[:8]) if Path(folder).is_dir() else "no folder"
+        raise ModelFileError(
+            f"{path} is not there (found: {there or 'nothing'}). Give the folder that scvi-tools' model.save(folder) "
+            "wrote, and the prefix it was saved with."
+        )
+    content = pickles.read(path, unread=("attr_dict", "history_"))
+    try:
+        attributes, weights = content["attr_dict"], content["model_state_dict"]
+        version, name = (attributes["registry_"][key] for key in ("scvi_version", "model_name"))
+        if name != "SCVI":
+            raise ValueError(f"it is a {name}; only SCVI has an equal here")
+        if not attributes["is_trained_"]:
+            raise ValueError("it was saved untrained")
+        registry = _registry(attributes["registry_"], content["var_names"])
+        arguments = _arguments(attributes["init_params_"])
+        ours = {name: weight.contiguous() for name, weight in _weights(weights, registry, arguments).items()}
+        model = files.assembled(cls, registry, arguments, ours)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        detail = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ModelFileError(f"{path} cannot be made a model of scgen: {detail}.") from error
+    model.trainings = [{"trained_by": f"scvi-tools {version}"}]
+    if adata is not None:
+        files.give_cells(model, adata)
+        if "library_log_means" not in weights:
+            _, columns, _ = registry.read(adata)
+            model.vae.priors["library"].fit(columns["library"], columns["batch"])
+    return model
+
+
+def _arguments(saved: dict) -> dict:
+    """Return the arguments of ours that make the same model; ValueError where there are none."""
+    given = dict(saved["non_kwargs"])
+    for extra in saved["kwargs"].values():
+        given |= extra
+    for name, value in given.items():
+        # None and an empty dictionary are the same there.
+        if name in FIXED and (value or None) != (FIXED[name] or None):
+            raise ValueError(f"it was made with {name}={value!r}, which has no equal here (only {FIXED[name]!r})")
+        if name not in FIXED and name not in SHARED:
+            raise ValueError(f"it was made with {name}={value!r}, which is unknown here")
+    arguments = {name: given.get(name, default) for name, default in SHARED.items()}
+    if arguments["gene_likelihood"] == "normal":
+        raise ValueError('its gene_likelihood is "normal", where their library scales the mean and ours has none')
+    return {**arguments, "library_residual": False, "seed": 0}
+
+
+def _registry(saved: dict, genes) -> Registry:
+    """Return what the model reads of an AnnData."""
+    arguments, fields = saved["setup_args"], saved["field_registries"]
+    keys = {
+        name: tuple(arguments.get(name) or ()) for name in ("categorical_covariate_keys", "continuous_covariate_keys")
+    }
+    names = ("layer", "batch_key", "labels_key", "size_factor_key")
+    setup = Setup(**{name: arguments.get(name) for name in names}, **keys)
+    categories = {}
+    for field, key in (("batch", setup.batch_key), ("labels", setup.labels_key)):
+        if key is not None:
+            categories[key] = fields[field]["state_registry"]["categorical_mapping"]
+    if setup.categorical_covariate_keys:
+        categories |= fields["extra_categorical_covs"]["state_registry"]["mappings"]
+    categories = {key: [str(value) for value in values] for key, values in categories.items()}
+    # They take continuous covariates as they are.
+    scaling = dict.fromkeys(setup.continuous_covariate_keys, (0.0, 1.0))
+    return Registry(setup, [str(gene) for gene in genes], categories, scaling)
+
+
+def _weights(theirs: dict[str, Tensor], registry: Registry, arguments: dict) -> dict[str, Tensor]:
+    """Return our weights by name."""
+    seen = (registry.n_categories, len(registry.scaling))
+    encoded = seen if arguments["encode_covariates"] else ((), 0)
+    n_batches, n_latent = len(registry.batches), theirs["z_encoder.mean_encoder.bias"].shape
+    found = {"priors.z.mean": torch.zeros(n_latent), "priors.z.variance": torch.ones(n_latent)}
+    found |= _encoder("posteriors.z", "z_encoder", theirs, encoded)
+    found |= _layers("decoder.mlp", "decoder.px_decoder", theirs, *seen)
+    found |= _linear("decoder.scale", "decoder.px_scale_decoder.0", theirs)
+    if arguments["gene_likelihood"] == "zinb":
+        found |= _linear("decoder.zi_logits", "decoder.px_dropout_decoder", theirs)
+    if arguments["gene_likelihood"] != "poisson":
+        if arguments["dispersion"] == "gene-cell":
+            found |= _linear("decoder.dispersion.head", "decoder.px_r_decoder", theirs)
+        else:
+            found["decoder.dispersion.log_theta"] = theirs["px_r"].t()
+    if "library_log_means" in theirs:
+        found |= _encoder("posteriors.library", "l_encoder", theirs, encoded)
+        found["priors.library.mean"] = theirs["library_log_means"][0]
+        found["priors.library.variance"] = theirs["library_log_vars"][0]
+    else:  # where the library is observed, it has no prior there; `LibraryPrior.fit` makes one of cells
+        found |= {"priors.library.mean": torch.zeros(n_batches), "priors.library.variance": torch.zeros(n_batches)}
+    return found
+
+
+def _encoder(to: str, part: str, theirs: dict[str, Tensor], covariates: tuple) -> dict[str, Tensor]:
+    return (
+        _layers(f"{to}.mlp", f"{part}.encoder", theirs, *covariates)
+        | _linear(f"{to}.mean", f"{part}.mean_encoder", theirs)
+        | _linear(f"{to}.log_variance", f"{part}.var_encoder", theirs)
+    )
+
+
+def _linear(to: str, part: str, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{to}.{name}": theirs[f"{part}.{name}"] for name in ("weight", "bias")}
+
+
+def _layers(
+    to: str, part: str, theirs: dict[str, Tensor], n_categories: Sequence[int], n_continuous: int
+) -> dict[str, Tensor]:
+    """Return the weights of an `MLP`.
+
+    Of the columns of a layer's weight, the first are for what comes in, then follow the continuous covariates, in the
+    first layer alone, and the one-hots of each category of two values and more, which are rows of tables here.
+    """
+    found = {}
+    used = {i: n for i, n in enumerate(n_categories) if n > 1}
+    for layer in itertools.count():
+        block, ours = f"{part}.fc_layers.Layer {layer}", f"{to}.layers.{layer}"
+        if f"{block}.0.weight" not in theirs:
+            return found
+        weight = theirs[f"{block}.0.weight"]
+        n_slopes = n_continuous if layer == 0 else 0
+        n_in = weight.shape[1] - n_slopes - sum(used.values())
+        found[f"{ours}.linear.weight"], slopes, *tables = weight.split([n_in, n_slopes, *used.values()], dim=1)
+        found[f"{ours}.linear.bias"] = theirs[f"{block}.0.bias"]
+        found |= {f"{ours}.rows.{i}": table.T for i, table in zip(used, tables, strict=True)}
+        if n_continuous:
+            found[f"{ours}.slopes"] = slopes.T if layer == 0 else torch.zeros(n_continuous, len(weight))
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            found[f"{to}.norms.{layer}.{name}"] = theirs[f"{block}.1.{name}"]
