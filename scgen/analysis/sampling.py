@@ -1,6 +1,6 @@
 """New cells: from the prior, or from what the posterior says of given ones."""
 
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 
 import numpy as np
 import pandas as pd
@@ -15,8 +15,8 @@ from scgen.data.registry import Registry
 from scgen.modules.vae import VAE
 from scgen.training import seeded
 
-#: Of `Cells`.
-FIELDS = [field.name for field in fields(Cells)]
+#: Of `Cells`, those that all cells have.
+FIELDS = [field.name for field in fields(Cells) if field.default is MISSING]
 
 
 @torch.inference_mode()

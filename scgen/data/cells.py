@@ -27,6 +27,9 @@ class Cells:
         (n, K) float: standardised continuous covariates.
     index
         (n,) int64: the cells' rows in their AnnData.
+    completed
+        (n, G + M) float: the counts, then what is expected of M genes that were not measured; what encoders read
+        instead. None where no gene is missing.
     """
 
     counts: Tensor
@@ -36,25 +39,32 @@ class Cells:
     categorical: Tensor
     continuous: Tensor
     index: Tensor
+    completed: Tensor | None = None
+
+    @property
+    def seen(self) -> Tensor:
+        """What the encoders read, before its logarithm."""
+        return self.counts if self.completed is None else self.completed
 
     @cached_property
     def log_counts(self) -> Tensor:
         """log(1 + counts), (n, G), sparse if they are: what the encoders of counts read in questions."""
-        return torch.log1p(self.counts)
+        return torch.log1p(self.seen)
 
     @cached_property
     def dense_log_counts(self) -> Tensor:
         """The same, dense: what they read in training, since a sparse product has a slow gradient."""
-        return dispatch.log1p(self.counts, self.counts.dtype)
+        return dispatch.log1p(self.seen, self.counts.dtype)
 
     @cached_property
     def reduced_log_counts(self) -> Tensor:
         """The same, dense and in bfloat16, for products that are taken in it."""
-        return dispatch.log1p(self.counts, torch.bfloat16)
+        return dispatch.log1p(self.seen, torch.bfloat16)
 
     def to(self, device: torch.device) -> "Cells":
         """Return the same cells on another device."""
-        return Cells(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return Cells(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors))
 
     def __len__(self) -> int:
         return len(self.counts)

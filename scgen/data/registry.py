@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from scgen.data.cells import Cells
 from scgen.data.checks import Finding, Setup, check_types, findings, matrix_of, raise_errors
+from scgen.data.genes import identifiers
 from scgen.data.stores import BackedStore, MemoryStore, open_store, totals
 
 
@@ -179,12 +180,21 @@ class Registry:
         By column: the values, as strings, in the order of their codes.
     scaling
         By continuous column: mean and standard deviation.
+    gene_ids
+        By column of ``adata.var``: other names of the genes.
+    missing
+        Of a query: genes of its reference that its cells were not measured for. The decoder's last.
+    known
+        Of a query: by categorical column, the number of values that its reference knew.
     """
 
     setup: Setup
     genes: list[str]
     categories: dict[str, list[str]]
     scaling: dict[str, tuple[float, float]]
+    gene_ids: dict[str, list[str]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    known: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, adata: AnnData, labels: bool = True) -> "Registry":
@@ -207,7 +217,7 @@ class Registry:
             key: (v.mean(), v.std() if v.std() > 1e-8 * max(1, abs(v.mean())) else 1.0) for key, v in values.items()
         }
         scaling = {key: (float(mean), float(sd)) for key, (mean, sd) in scaling.items()}
-        return cls(setup, [str(name) for name in adata.var_names], categories, scaling)
+        return cls(setup, [str(name) for name in adata.var_names], categories, scaling, identifiers(adata.var))
 
     @property
     def batches(self) -> list[str]:
@@ -265,6 +275,13 @@ class Registry:
                 np.stack(values, 1).astype(np.float32) if values else np.zeros((n, 0), np.float32)
             ),
         }
+
+    def learned_rows(self, dispersion: str) -> dict[str, int]:
+        """Return, of a query, by the ends of their names, parameters with new rows, and how many others each has."""
+        keys = [self.setup.batch_key, *self.setup.categorical_covariate_keys]
+        rows = {f"rows.{i}": self.known[key] for i, key in enumerate(keys) if key in self.known}
+        key = {"gene-batch": self.setup.batch_key, "gene-label": self.setup.labels_key}.get(dispersion)
+        return rows | ({"dispersion.log_theta": self.known[key]} if key in self.known else {})
 
     def blank_cells(self, n: int, batch: int | None, rng: np.random.Generator) -> Cells:
         """Return n cells without counts: in one batch, or in batches drawn evenly, as all other categories are."""

@@ -16,7 +16,7 @@ from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader, rows_asked_for, split
 from scgen.data.registry import Registry, setup_anndata
 from scgen.data.stores import BackedStore, MemoryStore, on_device
-from scgen.models import files
+from scgen.models import files, queries
 from scgen.modules.vae import VAE
 from scgen.training import (
     NonFiniteLoss,
@@ -169,17 +169,18 @@ class Model:
             self.train_indices, self.validation_indices = training, validation
         batch_size = batch_size or default_batch_size(len(self.train_indices), device)
         held_out = np.sort(rng.permutation(self.validation_indices)[:MAX_VALIDATION_CELLS])
-        form = {"as_sparse": self._reads_sparse(device), "device": device}
+        form = {"as_sparse": self._reads_sparse(device), "device": device, "complete": self._complete}
         rows: list[dict] = self.history.to_dict(orient="records")
         self.trainings.append(_plain(asdict(options) | {"device": str(device), "batch_size": batch_size}))
         try:
-            fit(
-                self.vae.to(device),
-                CellLoader(store, columns, self.train_indices, batch_size, rng, **form),
-                CellLoader(store, columns, held_out, max(batch_size, 512), **form) if len(held_out) else None,
-                options,
-                rows,
-            )
+            with self.vae.to(device).learning_rows(self.registry.learned_rows(self.arguments["dispersion"])):
+                fit(
+                    self.vae,
+                    CellLoader(store, columns, self.train_indices, batch_size, rng, **form),
+                    CellLoader(store, columns, held_out, max(batch_size, 512), **form) if len(held_out) else None,
+                    options,
+                    rows,
+                )
         except NonFiniteLoss as error:
             raise FloatingPointError(error.names(adata.obs_names, self.registry.genes, learning_rate)) from error
         finally:
@@ -531,6 +532,38 @@ class Model:
             raise ValueError(f"n={n}; it takes a whole number from 1.")
         return sampling.prior_sample(self.vae, self.registry, n, batch, seed)
 
+    def query(
+        self, adata: AnnData, *, layer: str | None = None, batch_key: str | None = None, min_overlap: float = 0.5
+    ) -> queries.Query:
+        """Return new cells mapped onto this model, which stays as it is: of any batches, and not of all genes.
+
+        Genes are found by name, or by whichever identifier in ``adata.var`` of both finds most; others are ignored.
+        Genes that were not measured are no zeros: the encoder reads what the decoder expects of them, and all answers
+        are about those that were. A batch that the model has not seen is taken for the mean of those it has, until
+        `Query.train` fits its own effect.
+
+        Parameters
+        ----------
+        adata
+            New cells, raw counts; need not be set up.
+        layer, batch_key
+            Where counts and batch are, if not where the model has its own.
+        min_overlap
+            Share of the model's genes that must be there.
+
+        Returns
+        -------
+        A `Query`: its embedding, labels, typicality, and a model of its cells.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is untrained.
+        ValueError
+            If too few genes are there, or ``adata`` is not what `setup_anndata` would take.
+        """
+        return queries.mapped(self, adata, layer, batch_key, min_overlap)
+
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the model, without the cells, into ``folder``: ``model.json`` and a safetensors file.
 
@@ -584,7 +617,13 @@ class Model:
             raise ValueError(f"batch_size={batch_size}; it takes a whole number from 1.")
         adata = self._cells_of(adata)
         index = rows_asked_for(indices, adata.n_obs)
-        return CellLoader(*self._read(adata), index, batch_size, as_sparse=self._reads_sparse(self.vae.device))
+        as_sparse = self._reads_sparse(self.vae.device)
+        return CellLoader(*self._read(adata), index, batch_size, as_sparse=as_sparse, complete=self._complete)
+
+    @property
+    def _complete(self) -> Callable | None:
+        """What adds genes to a minibatch that were not measured; None where all were."""
+        return self.vae.complete if self.registry.missing else None
 
     def _reads_sparse(self, device: torch.device) -> bool:
         """Say whether minibatches are to come as CSR: for counts on a CPU, and where MKL multiplies them."""

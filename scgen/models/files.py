@@ -106,4 +106,6 @@ def _registry(plain: dict) -> Registry:
         list(genes),
         {key: list(values) for key, values in categories.items()},
         {key: (float(mean), float(sd)) for key, (mean, sd) in scaling.items()},
+        # Models saved before there were queries have none of these.
+        *(plain.get(name, empty) for name, empty in (("gene_ids", {}), ("missing", []), ("known", {}))),
     )

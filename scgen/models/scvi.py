@@ -181,7 +181,7 @@ class SCVI(Model):
         if dispersion == "gene-label" and registry.setup.labels_key is None:
             raise ValueError('dispersion="gene-label" needs labels: setup_anndata(adata, labels_key=...).')
 
-        n_genes, n_continuous = len(registry.genes), len(registry.scaling)
+        n_genes, n_continuous = len(registry.genes) + len(registry.missing), len(registry.scaling)
         seen = (registry.n_categories, n_continuous)
         encoded = seen if encode_covariates else ((), 0)
         counts = gene_likelihood != "normal"
@@ -204,5 +204,6 @@ class SCVI(Model):
             n_genes,
             *seen,
             normalised=registry.setup.size_factor_key is None,
+            n_missing=len(registry.missing),
         )
         return VAE(posteriors, priors, decoder)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from scgen.data.checks import Setup
+from scgen.data.genes import identifiers
 from scgen.data.registry import Registry
 from scgen.models import files, pickles
 from scgen.storage import ModelFileError
@@ -68,6 +70,7 @@ def load(cls: type, folder: str | Path, adata: AnnData | None, prefix: str):
     model.trainings = [{"trained_by": f"scvi-tools {version}"}]
     if adata is not None:
         files.give_cells(model, adata)
+        model.registry = replace(registry, gene_ids=identifiers(adata.var.loc[registry.genes]))
         if "library_log_means" not in weights:
             _, columns, _ = registry.read(adata)
             model.vae.priors["library"].fit(columns["library"], columns["batch"])

@@ -58,6 +58,8 @@ class CountDecoder(nn.Module):
         Sizes, as in `MLP`.
     normalised
         False makes rho = softplus(f(z, s)) instead, for size factors, whose unit is arbitrary.
+    n_missing
+        The last so many genes were not measured: the decoder is of the others, and l the sum over these.
     """
 
     def __init__(
@@ -71,9 +73,10 @@ class CountDecoder(nn.Module):
         n_categories: Sequence[int] = (),
         n_continuous: int = 0,
         normalised: bool = True,
+        n_missing: int = 0,
     ):
         super().__init__()
-        self.normalised = normalised
+        self.normalised, self.measured = normalised, slice(0, n_genes - n_missing)
         self.mlp = MLP(n_latent, n_hidden, n_layers, n_categories, n_continuous)
         self.scale = WideLinear(n_hidden, n_genes)
         self.dispersion = dispersion
@@ -89,14 +92,28 @@ class CountDecoder(nn.Module):
         with torch.no_grad():
             self.scale.bias.copy_(mean.log() if self.normalised else mean + torch.log(-torch.expm1(-mean)))
 
-    def expression(self, latents: dict[str, Tensor], cells: Cells) -> Tensor:
-        """Return rho (..., n, G), the mean of the counts for each unit of the library."""
+    def expression(self, latents: dict[str, Tensor], cells: Cells, missing: bool = False) -> Tensor:
+        """Return rho (..., n, G), the mean of the counts for each unit of the library; (..., n, G + M) if so asked."""
         logits = self.scale(self.mlp(latents["z"], cells))
+        logits = logits if missing else logits[..., self.measured]
         return softmax(logits, -1) if self.normalised else softplus(logits)
+
+    def expected(self, latents: dict[str, Tensor], cells: Cells) -> Tensor:
+        """Return the counts that are expected of the genes that were not measured, (n, M), given those that were."""
+        rho = self.expression(latents, cells, missing=True)
+        unit = rho[..., self.measured].sum(-1, keepdim=True) if self.normalised else 1
+        return rho[..., self.measured.stop :] * cells.library.exp() / unit
 
     def forward(self, latents: dict[str, Tensor], cells: Cells) -> CellCounts:
         h = self.mlp(latents["z"], cells)
         logits, bias = self.scale.product(h), self.scale.bias
+        zi_logits = None if self.zi_logits is None else self.zi_logits.product(h)
+        zi_bias = None if self.zi_logits is None else self.zi_logits.bias
+        log_theta = None if self.dispersion is None else self.dispersion(h, cells)
+        if self.n_missing:
+            measured = (logits, bias, zi_logits, zi_bias, log_theta)
+            measured = (None if part is None else part[..., self.measured].contiguous() for part in measured)
+            logits, bias, zi_logits, zi_bias, log_theta = measured
         if not self.normalised:
             # softplus(x) is exp(x) to float32's precision below -15, where its own logarithm loses digits.
             f = logits + bias
@@ -105,11 +122,16 @@ class CountDecoder(nn.Module):
             logits,
             bias,
             self.log_library(latents),
-            None if self.dispersion is None else self.dispersion(h, cells),
-            None if self.zi_logits is None else self.zi_logits.product(h),
-            None if self.zi_logits is None else self.zi_logits.bias,
+            log_theta,
+            zi_logits,
+            zi_bias,
             self.normalised,
         )
+
+    @property
+    def n_missing(self) -> int:
+        """Number of genes that were not measured."""
+        return len(self.scale.bias) - self.measured.stop
 
     def log_library(self, latents: dict[str, Tensor]) -> Tensor:
         """Return log l (..., n, 1), kept in its range."""

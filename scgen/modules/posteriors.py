@@ -92,11 +92,16 @@ class LibraryPosterior(GaussianPosterior):
 
     def forward(self, cells: Cells) -> DiagonalNormal:
         q = super().forward(cells)
-        return DiagonalNormal(q.mean + cells.library, q.variance) if self.residual else q
+        return DiagonalNormal(q.mean + self.base(cells), q.variance)
 
     def means(self, cells: Cells) -> Tensor:
-        residual = super().means(cells)
-        return residual + cells.library if self.residual else residual
+        return super().means(cells) + self.base(cells)
+
+    def base(self, cells: Cells) -> Tensor | float:
+        """Return what the network's output is added to: without the residual, what makes l that of measured genes."""
+        if self.residual:
+            return cells.library
+        return 0.0 if cells.completed is None else cells.library - cells.completed.sum(-1, keepdim=True).log()
 
 
 class ObservedLibrary(nn.Module):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class VAE(nn.Module):
         self.posteriors = nn.ModuleDict(posteriors)
         self.priors = nn.ModuleDict(priors)
         self.decoder = decoder
+        self.frozen = False
 
     @property
     def device(self) -> torch.device:
@@ -48,6 +50,59 @@ class VAE(nn.Module):
         finally:
             for layer in wide:
                 layer.reduced = False
+
+    @torch.no_grad()
+    def complete(self, cells: Cells, n_rounds: int = 8) -> Cells:
+        """Return the cells with the counts that are expected of genes that were not measured, for the encoders.
+
+        Each round infers z from the counts as they were completed, from zeros at first, and decodes it anew: the mean
+        path of the chain that imputes missing values under a trained model (Rezende et al. 2014, section 5).
+        """
+        counts = cells.counts.to_dense()
+        n_missing = self.decoder.n_missing
+        cells = replace(cells, completed=torch.cat([counts, counts.new_zeros(len(counts), n_missing)], 1))
+        for _ in range(n_rounds):
+            expected = self.decoder.expected({"z": self.posteriors["z"].means(cells)}, cells)
+            cells = replace(cells, completed=torch.cat([counts, expected], 1))
+        return cells
+
+    @contextmanager
+    def learning_rows(self, known: dict[str, int]) -> Iterator[None]:
+        """Within the block, let training change nothing but what belongs to categories added to the ``known`` ones.
+
+        Parameters
+        ----------
+        known
+            By the end of its parameter's name, as "rows.0": the number of rows that stay as they are. If empty, all
+            is learned.
+        """
+        if not known:
+            yield
+            return
+        new = {name: n for name, _ in self.named_parameters() for end, n in known.items() if name.endswith(end)}
+        before = {name: weight.detach().clone() for name, weight in self.named_parameters()}
+        hooks = []
+        for name, weight in self.named_parameters():
+            weight.requires_grad_(name in new)
+            if name in new:
+                old = (torch.arange(len(weight), device=weight.device) < new[name])[:, None]
+                hooks.append(weight.register_hook(lambda gradient, old=old: gradient.masked_fill(old, 0)))
+        self.frozen = True
+        try:
+            yield
+        finally:
+            self.frozen = False
+            for hook in hooks:
+                hook.remove()
+            with torch.no_grad():
+                for name, weight in self.named_parameters():
+                    rows = slice(0, new.get(name))
+                    weight[rows] = before[name][rows].to(weight.device)  # weight decay moves them, too
+                    weight.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> "VAE":
+        """Start or end training; where only rows are learned, dropout and batch normalisation stay as in questions."""
+        return super().train(mode and not self.frozen)
 
     def infer(self, cells: Cells) -> dict[str, Distribution]:
         """Return q of every latent."""
