@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 
+from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader
 from scgen.modules.vae import VAE
 from scgen.training import seeded
@@ -51,6 +52,7 @@ def bound(vae: VAE, loader: CellLoader, seed: int) -> dict[str, np.ndarray]:
 @torch.inference_mode()
 def marginal(vae: VAE, loader: CellLoader, n_draws: int, seed: int, at_once: int = 16) -> np.ndarray:
     """Return the log-mean-exp of so many importance weights p(x, latents) / q(latents | x) for each cell, (n,)."""
+    check_whole("n_mc_samples", n_draws, 1)
     vae.eval()
     results = []
     with seeded(seed):

@@ -10,6 +10,7 @@ from scipy import sparse
 
 from scgen.analysis.expression import in_batch
 from scgen.data.cells import Cells
+from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry
 from scgen.modules.vae import VAE
@@ -24,6 +25,7 @@ def posterior_predictive(
     vae: VAE, loader: CellLoader, batch: int | None, n_samples: int, seed: int
 ) -> list[sparse.csr_matrix]:
     """Return ``n_samples`` matrices (n, G) of x ~ p(x | z, l, s), with z, l ~ q; each sparse, as counts are."""
+    check_whole("n_samples", n_samples, 1)
     vae.eval()
     blocks: list[list[sparse.csr_matrix]] = [[] for _ in range(n_samples)]
     with seeded(seed):
@@ -38,6 +40,7 @@ def posterior_predictive(
 
 def prior_sample(vae: VAE, registry: Registry, n: int, batch: str | None, seed: int) -> AnnData:
     """Return new cells with their latents; see `Model.sample_prior`."""
+    check_whole("n", n, 1)
     rng = np.random.default_rng(seed)
     cells = registry.blank_cells(n, None if batch is None else registry.batch_code(batch), rng)
     x, latents = prior_predictive(vae, cells, seed)

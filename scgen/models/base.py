@@ -18,15 +18,7 @@ from scgen.data.registry import Registry, setup_anndata
 from scgen.data.stores import BackedStore, MemoryStore, on_device
 from scgen.models import files
 from scgen.modules.vae import VAE
-from scgen.training import (
-    NonFiniteLoss,
-    Options,
-    choose_device,
-    default_batch_size,
-    fit,
-    seeded,
-    start_from_data,
-)
+from scgen.training import NonFiniteLoss, Options, choose_device, default_batch_size, fit, seeded, start_from_data
 
 #: The validation bound is computed on at most so many cells.
 MAX_VALIDATION_CELLS = 1024
@@ -309,7 +301,6 @@ class Model:
         ``return_mean=False`` returns one value per cell, (n,). Other parameters and errors are those of
         `get_latent_representation`.
         """
-        check_whole("n_mc_samples", n_mc_samples, 1)
         values = inference.marginal(self.vae, self._loader(adata, indices, batch_size), n_mc_samples, seed)
         return float(values.mean()) if return_mean else values
 
@@ -500,13 +491,9 @@ class Model:
         -------
         (n, G) in CSR form, or ``n_samples`` of them.
         """
-        if n_samples < 1:
-            raise ValueError(f"n_samples={n_samples}; it takes a whole number from 1.")
-        codes = self.registry.batch_codes(batch)
-        if len(codes) > 1:
-            raise ValueError(f"batch={batch!r}; a sample comes from one batch. Name one, or None for each cell's own.")
+        code = self.registry.one_batch_code(batch)
         loader = self._loader(adata, indices, batch_size)
-        drawn = sampling.posterior_predictive(self.vae, loader, codes[0], n_samples, seed)
+        drawn = sampling.posterior_predictive(self.vae, loader, code, n_samples, seed)
         return drawn[0] if n_samples == 1 else drawn
 
     def sample_prior(self, n: int = 1000, batch: str | None = None, *, seed: int = 0) -> AnnData:
@@ -527,8 +514,6 @@ class Model:
         AnnData with counts in ``X``, the batch and ``library`` in ``obs``, z in ``obsm["z"]``.
         """
         self._require_training()
-        if n < 1:
-            raise ValueError(f"n={n}; it takes a whole number from 1.")
         return sampling.prior_sample(self.vae, self.registry, n, batch, seed)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -580,8 +565,7 @@ class Model:
     def _loader(self, adata: AnnData | None, indices: Sequence[int] | None, batch_size: int) -> CellLoader:
         """Return the cells asked about, in their order."""
         self._require_training()
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}; it takes a whole number from 1.")
+        check_whole("batch_size", batch_size, 1)
         adata = self._cells_of(adata)
         index = rows_asked_for(indices, adata.n_obs)
         return CellLoader(*self._read(adata), index, batch_size, as_sparse=self._reads_sparse(self.vae.device))
@@ -592,15 +576,7 @@ class Model:
 
     def _read(self, adata: AnnData) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]]:
         """Return values and columns of all cells; raise if the model's own cells are no longer what they were."""
-        store, columns, fingerprint = self.registry.read(adata)
-        if adata is self.adata and fingerprint != self.fingerprint:
-            raise ValueError(
-                "the model's AnnData has changed since the model was made: other or renamed cells, other values in "
-                f"{self.registry.setup.where} or in the columns that the model reads. "
-                "Keep the counts in a layer of their own, "
-                'setup_anndata(adata, layer="counts"), or pass adata= with the counts.'
-            )
-        return store, columns
+        return self.registry.read(adata, self.fingerprint if adata is self.adata else None)[:2]
 
 
 def _plain(values: dict) -> dict:
