@@ -289,20 +289,66 @@ class Model:
         indices: Sequence[int] | None = None,
         n_mc_samples: int = 1000,
         return_mean: bool = True,
+        return_ess: bool = False,
         batch_size: int = 64,
         seed: int = 0,
-    ) -> float | np.ndarray:
+    ) -> float | np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Return the estimate of log p(x), in nats per cell, from importance-weighted draws of the latents.
 
         Where the library is observed, it is that of log p(x | l), which compares only with its like.
 
-        log (1/K) sum_k p(x, z_k, l_k) / q(z_k, l_k | x), with K = ``n_mc_samples`` draws from q: never below `get_elbo`
-        in expectation, and closer to log p(x) from below the more draws (Burda et al. 2016).
-        ``return_mean=False`` returns one value per cell, (n,). Other parameters and errors are those of
+        log (1/K) sum_k w_k, w_k = p(x, z_k, l_k) / q(z_k, l_k | x), with K = ``n_mc_samples`` draws from q: never below
+        `get_elbo` in expectation, and closer to log p(x) from below the more draws (Burda et al. 2016).
+
+        ``return_mean=False`` returns one value per cell, (n,); ``return_ess=True`` these and their effective sample
+        sizes (sum_k w_k)^2 / sum_k w_k^2 (Kong 1992), (n,) each: K where q is the posterior itself; where it is near 1,
+        one draw has all the weight, and more are needed. Other parameters and errors are those of
         `get_latent_representation`.
+
+        Examples
+        --------
+        >>> values, ess = model.get_marginal_ll(n_mc_samples=100, return_ess=True)  # doctest: +SKIP
         """
-        values = inference.marginal(self.vae, self._loader(adata, indices, batch_size), n_mc_samples, seed)
+        values, ess = inference.marginal(self.vae, self._loader(adata, indices, batch_size), n_mc_samples, seed)
+        if return_ess:
+            return values, ess
         return float(values.mean()) if return_mean else values
+
+    def active_units(
+        self, threshold: float = 0.01, adata: AnnData | None = None, *, indices: Sequence[int] | None = None
+    ) -> pd.DataFrame:
+        """Return how much each latent of z is used: a row per latent, in the order of `get_latent_representation`.
+
+        Parameters
+        ----------
+        threshold
+            Latents are active whose "variance" is above this.
+        adata, indices
+            As in `get_latent_representation`.
+
+        Returns
+        -------
+        "variance": over the cells, of the means of q(z_u | x) (Burda et al. 2016); "kl": the mean over the cells of
+        KL(q(z_u | x) || p(z_u)), in nats, NaN unless both are Gaussian with independent units; and "active".
+
+        Raises
+        ------
+        RuntimeError
+            If the model is untrained.
+        ValueError
+            If the threshold is negative or no number, or as `get_latent_representation`.
+
+        Examples
+        --------
+        >>> import scgen
+        >>> adata = scgen.simulate_cells(n_cells=100, n_genes=30, seed=0)
+        >>> scgen.setup_anndata(adata, batch_key="batch")
+        >>> model = scgen.SCVI(adata, n_latent=4)
+        >>> model.train(max_epochs=2, progress=False)
+        >>> model.active_units().columns.tolist(), len(model.active_units())
+        (['variance', 'kl', 'active'], 4)
+        """
+        return inference.active_units(self.vae, self._loader(adata, indices, 1024), threshold)
 
     def get_normalized_expression(
         self,
