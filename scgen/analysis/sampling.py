@@ -1,5 +1,6 @@
 """New cells: from the prior, or from what the posterior says of given ones."""
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from scipy import sparse
+from torch import Tensor
 
 from scgen.analysis.expression import in_batch
 from scgen.data.cells import Cells
@@ -20,22 +22,32 @@ from scgen.training import seeded
 FIELDS = [field.name for field in fields(Cells)]
 
 
-@torch.inference_mode()
 def posterior_predictive(
     vae: VAE, loader: CellLoader, batch: int | None, n_samples: int, seed: int
 ) -> list[sparse.csr_matrix]:
     """Return ``n_samples`` matrices (n, G) of x ~ p(x | z, l, s), with z, l ~ q; each sparse, as counts are."""
     check_whole("n_samples", n_samples, 1)
-    vae.eval()
     blocks: list[list[sparse.csr_matrix]] = [[] for _ in range(n_samples)]
+    for _, number, x in replicates(vae, loader, batch, n_samples, seed):
+        blocks[number].append(sparse.csr_matrix(x.cpu().numpy()))
+    return [sparse.vstack(drawn, format="csr") for drawn in blocks]
+
+
+@torch.inference_mode()
+def replicates(
+    vae: VAE, loader: CellLoader, batch: int | None, n_samples: int, seed: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Iterate over (first cell, number of the replicate, x (n, G)) of minibatches, each with all of its replicates."""
+    vae.eval()
+    start = 0
     with seeded(seed):
         for cells in loader:
             cells = cells.to(vae.device)
             q = vae.infer(cells)
-            for drawn in blocks:
+            for number in range(n_samples):
                 latents = {name: q[name].rsample() for name in q}
-                drawn.append(_sampled(vae, latents, in_batch(cells, batch)))
-    return [sparse.vstack(drawn, format="csr") for drawn in blocks]
+                yield start, number, vae.decoder(latents, in_batch(cells, batch)).sample()
+            start += len(cells)
 
 
 def prior_sample(vae: VAE, registry: Registry, n: int, batch: str | None, seed: int) -> AnnData:
@@ -71,9 +83,5 @@ def prior_predictive(vae: VAE, cells: Cells, seed: int, n_at_once: int = 1024) -
                 shape = () if p.batch_shape else (len(some),)
                 drawn[name] = p.sample(shape)
                 latents[name].append(drawn[name].cpu().numpy())
-            blocks.append(_sampled(vae, drawn, some))
+            blocks.append(sparse.csr_matrix(vae.decoder(drawn, some).sample().cpu().numpy()))
     return sparse.vstack(blocks, format="csr"), {name: np.concatenate(parts) for name, parts in latents.items()}
-
-
-def _sampled(vae: VAE, latents: dict[str, torch.Tensor], cells: Cells) -> sparse.csr_matrix:
-    return sparse.csr_matrix(vae.decoder(latents, cells).sample().cpu().numpy())
