@@ -10,9 +10,11 @@ from importlib import metadata
 __version__ = "0.1.0"
 
 _HOME = {
+    "PosteriorPredictiveCheck": "criticism",
     "SCVI": "models.scvi",
     "check": "data.registry",
     "integrate": "integration",
+    "posterior_predictive_check": "criticism",
     "setup_anndata": "data.registry",
     "simulate_cells": "data.simulate",
 }

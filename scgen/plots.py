@@ -100,3 +100,50 @@ def volcano(path: Path, table: pd.DataFrame, n_labels: int = 8) -> None:
     for axes in panels[len(comparisons) :]:
         axes.remove()
     figure.savefig(path, dpi=110)
+
+
+def posterior_predictive(path: Path, check) -> None:
+    """Draw observed counts against replicates of them: zeros, variances and libraries, a panel each.
+
+    Parameters
+    ----------
+    path
+        Where the PNG goes.
+    check
+        What `scgen.posterior_predictive_check` returns.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.3), layout="constrained")
+    zeros, variances, libraries = figure.subplots(1, 3)
+    _against_observed(zeros, check.genes, "zero_share")
+    _against_observed(libraries, check.cells, "library")
+    zeros.set(title="Share of zeros of each gene", aspect="equal")
+    libraries.set(title="Library of each cell", xscale="log", yscale="log", aspect="equal")
+    kinds = {"observed": "0.45", "replicated": "tab:orange"}
+    points = np.concatenate([check.genes[[f"mean_{kind}", f"variance_{kind}"]] for kind in kinds])
+    colours = np.repeat(list(kinds.values()), len(check.genes))
+    # In random order, so that neither hides the other; what is not expressed has no place on logarithmic axes.
+    order = np.random.default_rng(0).permutation(np.flatnonzero((points > 0).all(1)))
+    variances.scatter(*points[order].T, s=3, c=colours[order], linewidths=0, rasterized=True)
+    for kind, colour in kinds.items():
+        variances.scatter([], [], s=12, c=colour, linewidths=0, label=kind)
+    ends = points[order, 0].min(), points[order, 0].max()
+    variances.plot(ends, ends, color="black", linewidth=0.8, linestyle=":", label="Poisson")
+    variances.set(title="Mean and variance of each gene", xscale="log", yscale="log", xlabel="mean", ylabel="variance")
+    variances.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _against_observed(axes, table: pd.DataFrame, name: str) -> None:
+    """Draw replicated values against observed ones; those outside of the replicates' interval are red."""
+    observed, replicated = table[f"{name}_observed"], table[f"{name}_replicated"]
+    within = observed.between(table[f"{name}_lower"], table[f"{name}_upper"])
+    for chosen, colour, where in ((within, "0.45", "within"), (~within, "tab:red", "outside")):
+        label = f"{where} the replicates' interval: {chosen.mean():.0%}"
+        axes.scatter(observed[chosen], replicated[chosen], s=3, c=colour, linewidths=0, rasterized=True)
+        axes.scatter([], [], s=12, c=colour, linewidths=0, label=label)
+    ends = min(observed.min(), replicated.min()), max(observed.max(), replicated.max())
+    axes.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="observed", ylabel="replicated")
+    axes.legend(frameon=False, loc="upper left", fontsize=8)

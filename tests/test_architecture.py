@@ -12,6 +12,7 @@ ALLOWED = {
     "__init__": (),
     "cli": ("__version__", "integration", "reporting", "models", "data"),
     "integration": ("models", "analysis", "data", "plots"),
+    "criticism": ("models", "analysis", "data", "plots"),
     "reporting": ("models", "analysis", "data", "plots"),
     "plots": (),
     "storage": (),
@@ -38,7 +39,7 @@ ALLOWED = {
     "kernels.cuda": ("kernels.cuda_functions",),
     "kernels.functions": ("kernels.rows",),
 }
-MAY_NAME_ANNDATA = ("data", "models", "analysis", "integration", "reporting", "cli")
+MAY_NAME_ANNDATA = ("data", "models", "analysis", "integration", "criticism", "reporting", "cli")
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -1,5 +1,8 @@
 """Pictures are drawn whatever the categories are."""
 
+from types import SimpleNamespace
+
+import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pandas as pd
@@ -44,3 +47,26 @@ def test_volcano(tmp_path, n_comparisons):
     assert (picture.shape[1] > 1.5 * picture.shape[0]) == (n_comparisons == 4)
     with pytest.raises(ValueError, match=r"mode=.change"):
         plots.volcano(tmp_path / "none.png", several.drop(columns="is_de_fdr_0.1"))
+
+
+@pytest.mark.parametrize("covered", [True, False])
+def test_posterior_predictive(tmp_path, covered):
+    rng = np.random.default_rng(0)
+    mean = np.append(rng.gamma(1, 2, 300), 0)  # the last gene is not expressed
+    means, variances, zeros = mean, mean + mean**2, np.exp(-mean)
+    shifted = {"observed": 1, "replicated": 1.3, "lower": 0.5 if covered else 1.2, "upper": 1.5}
+    genes = pd.DataFrame(
+        {
+            f"{name}_{kind}": values * factor
+            for name, values in {"mean": means, "variance": variances, "zero_share": zeros}.items()
+            for kind, factor in shifted.items()
+        }
+    )
+    cells = pd.DataFrame({f"library_{kind}": rng.gamma(9, 200, 50) * factor for kind, factor in shifted.items()})
+    plots.posterior_predictive(tmp_path / "check.png", SimpleNamespace(genes=genes, cells=cells))
+    picture = matplotlib.image.imread(tmp_path / "check.png")[..., :3]
+    red = (np.abs(picture - matplotlib.colors.to_rgb("tab:red")).max(-1) < 0.02).reshape(-1, picture.shape[1])
+    thirds = [part.sum() for part in np.array_split(red, 3, axis=1)]
+    assert picture.shape[1] > 2.5 * picture.shape[0]
+    assert (thirds[0] > 300) == (not covered)  # in the legend alone, or for the genes
+    assert thirds[1] < 20

@@ -1,11 +1,19 @@
-"""What the posterior says of each cell: its latents, and the parts of its evidence lower bound."""
+"""What the posterior says of each cell: its latents, the bounds on its log-likelihood, and which latents it uses."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+from numbers import Real
 
 import numpy as np
+import pandas as pd
 import torch
+from torch import Tensor
+from torch.distributions import Distribution, kl_divergence
 
+from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader
+from scgen.distributions import DiagonalNormal
 from scgen.modules.vae import VAE
 from scgen.training import seeded
 
@@ -49,16 +57,60 @@ def bound(vae: VAE, loader: CellLoader, seed: int) -> dict[str, np.ndarray]:
 
 
 @torch.inference_mode()
-def marginal(vae: VAE, loader: CellLoader, n_draws: int, seed: int, at_once: int = 16) -> np.ndarray:
-    """Return the log-mean-exp of so many importance weights p(x, latents) / q(latents | x) for each cell, (n,)."""
+def marginal(vae: VAE, loader: CellLoader, n_draws: int, seed: int, at_once: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Return the log-mean-exp of so many importance weights for each cell, and their effective number, (n,) each.
+
+    The weights are w = p(x, latents) / q(latents | x), their effective number (sum w)^2 / sum w^2. Only ``at_once`` of
+    the draws are in memory together.
+    """
+    check_whole("n_mc_samples", n_draws, 1)
     vae.eval()
     results = []
     with seeded(seed):
         for cells in loader:
             cells = cells.to(vae.device)
-            q, total = vae.infer(cells), None
-            for start in range(0, n_draws, at_once):
-                some = vae.log_weights(cells, q, (min(at_once, n_draws - start),)).double().logsumexp(0)
-                total = some if total is None else torch.logaddexp(total, some)
-            results.append((total - math.log(n_draws)).cpu().numpy())
-    return np.concatenate(results)
+            q = vae.infer(cells)
+            log_sum, log_squares = log_sums(partial(vae.log_weights, cells, q), n_draws, at_once)
+            results.append(torch.stack([log_sum - math.log(n_draws), (2 * log_sum - log_squares).exp()]).cpu().numpy())
+    values, sizes = np.concatenate(results, axis=1)
+    return values, sizes
+
+
+def log_sums(draw: Callable[[tuple[int]], Tensor], n_draws: int, at_once: int = 16) -> Tensor:
+    """Return log sum w and log sum w^2 over so many draws, (2, n) float64; ``draw((k,))`` returns k log w, (k, n).
+
+    Examples
+    --------
+    >>> log_sums(torch.zeros, 20).exp().round().tolist()
+    [20.0, 20.0]
+    """
+    total = None
+    for start in range(0, n_draws, at_once):
+        log_w = draw((min(at_once, n_draws - start),)).double()
+        some = torch.stack([log_w, 2 * log_w]).logsumexp(1)
+        total = some if total is None else torch.logaddexp(total, some)
+    return total
+
+
+@torch.inference_mode()
+def active_units(vae: VAE, loader: CellLoader, threshold: float) -> pd.DataFrame:
+    """Return variance, KL and activity of each latent of z; see `Model.active_units`."""
+    if not (isinstance(threshold, Real) and 0 <= threshold < math.inf):
+        raise ValueError(f"threshold={threshold!r}; it takes a variance, a number from 0.")
+    vae.eval()
+    means, divergence = [], 0.0
+    for cells in loader:
+        cells = cells.to(vae.device)
+        q = vae.posteriors["z"](cells)
+        means.append(q.mean.cpu().numpy())
+        divergence = divergence + _kl_of_units(q, vae.priors["z"](cells)).double().sum(0).cpu().numpy()
+    variance = np.concatenate(means).var(0, dtype=np.float64)
+    table = {"variance": variance, "kl": divergence / len(loader.index), "active": variance > threshold}
+    return pd.DataFrame(table, index=pd.RangeIndex(len(variance), name="latent"))
+
+
+def _kl_of_units(q: Distribution, p: Distribution) -> Tensor:
+    """Return KL(q || p) of each unit, (n, d), between Gaussians; NaN where the units of either are not independent."""
+    if not (isinstance(q, DiagonalNormal) and isinstance(p, DiagonalNormal)):
+        return torch.full_like(q.mean, math.nan)
+    return kl_divergence(*(DiagonalNormal(one.mean[..., None], one.variance[..., None]) for one in (q, p)))

@@ -1,5 +1,6 @@
 """New cells: from the prior, or from what the posterior says of given ones."""
 
+from collections.abc import Iterator
 from dataclasses import MISSING, fields, replace
 
 import numpy as np
@@ -7,9 +8,11 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from scipy import sparse
+from torch import Tensor
 
 from scgen.analysis.expression import in_batch
 from scgen.data.cells import Cells
+from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry
 from scgen.modules.vae import VAE
@@ -19,25 +22,37 @@ from scgen.training import seeded
 FIELDS = [field.name for field in fields(Cells) if field.default is MISSING]
 
 
-@torch.inference_mode()
 def posterior_predictive(
     vae: VAE, loader: CellLoader, batch: int | None, n_samples: int, seed: int
 ) -> list[sparse.csr_matrix]:
     """Return ``n_samples`` matrices (n, G) of x ~ p(x | z, l, s), with z, l ~ q; each sparse, as counts are."""
-    vae.eval()
+    check_whole("n_samples", n_samples, 1)
     blocks: list[list[sparse.csr_matrix]] = [[] for _ in range(n_samples)]
+    for _, number, x in replicates(vae, loader, batch, n_samples, seed):
+        blocks[number].append(sparse.csr_matrix(x.cpu().numpy()))
+    return [sparse.vstack(drawn, format="csr") for drawn in blocks]
+
+
+@torch.inference_mode()
+def replicates(
+    vae: VAE, loader: CellLoader, batch: int | None, n_samples: int, seed: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Iterate over (first cell, number of the replicate, x (n, G)) of minibatches, each with all of its replicates."""
+    vae.eval()
+    start = 0
     with seeded(seed):
         for cells in loader:
             cells = cells.to(vae.device)
             q = vae.infer(cells)
-            for drawn in blocks:
+            for number in range(n_samples):
                 latents = {name: q[name].rsample() for name in q}
-                drawn.append(_sampled(vae, latents, in_batch(cells, batch)))
-    return [sparse.vstack(drawn, format="csr") for drawn in blocks]
+                yield start, number, vae.decoder(latents, in_batch(cells, batch)).sample()
+            start += len(cells)
 
 
 def prior_sample(vae: VAE, registry: Registry, n: int, batch: str | None, seed: int) -> AnnData:
     """Return new cells with their latents; see `Model.sample_prior`."""
+    check_whole("n", n, 1)
     if "library" in vae.priors and not (vae.priors["library"].variance > 0).all():
         raise ValueError(
             "the model knows no library sizes to draw from: it came from scvi-tools without cells. Pass them: "
@@ -73,9 +88,5 @@ def prior_predictive(vae: VAE, cells: Cells, seed: int, n_at_once: int = 1024) -
                 shape = () if p.batch_shape else (len(some),)
                 drawn[name] = p.sample(shape)
                 latents[name].append(drawn[name].cpu().numpy())
-            blocks.append(_sampled(vae, drawn, some))
+            blocks.append(sparse.csr_matrix(vae.decoder(drawn, some).sample().cpu().numpy()))
     return sparse.vstack(blocks, format="csr"), {name: np.concatenate(parts) for name, parts in latents.items()}
-
-
-def _sampled(vae: VAE, latents: dict[str, torch.Tensor], cells: Cells) -> sparse.csr_matrix:
-    return sparse.csr_matrix(vae.decoder(latents, cells).sample().cpu().numpy())

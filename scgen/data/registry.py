@@ -245,12 +245,21 @@ class Registry:
             digest.update((np.round(values, 3) + 0.0).tobytes())  # no -0
         return {"n_cells": adata.n_obs, "sha256": digest.hexdigest()}
 
-    def read(self, adata: AnnData) -> tuple[MemoryStore | BackedStore, dict[str, Tensor], dict[str, int | str]]:
-        """Return the values, the columns and the fingerprint of all cells."""
+    def read(
+        self, adata: AnnData, expected: dict[str, int | str] | None = None
+    ) -> tuple[MemoryStore | BackedStore, dict[str, Tensor], dict[str, int | str]]:
+        """Return the values, the columns and the fingerprint of all cells; ValueError if another one is expected."""
         store = self.store(adata)
         sums = totals(store)
         columns = self.columns(adata, sums)
-        return store, columns, self.fingerprint(adata, sums, columns)
+        fingerprint = self.fingerprint(adata, sums, columns)
+        if expected not in (None, fingerprint):
+            raise ValueError(
+                "the model's AnnData has changed since the model was made: other or renamed cells, other values in "
+                f"{self.setup.where} or in the columns that the model reads. Keep the counts in a layer of their own, "
+                'setup_anndata(adata, layer="counts"), or pass adata= with the counts.'
+            )
+        return store, columns, fingerprint
 
     def check_new(self, adata: AnnData) -> None:
         """Raise where another AnnData lacks what the model reads, or has it in a wrong form."""
@@ -325,6 +334,13 @@ class Registry:
         if not names:
             raise ValueError(f"batch is an empty list; the model knows: {', '.join(self.batches)}.")
         return [self.batch_code(name) for name in names]
+
+    def one_batch_code(self, batch: str | None) -> int | None:
+        """Return the code of a batch, or None for each cell's own; ValueError where several are named."""
+        codes = self.batch_codes(batch)
+        if len(codes) > 1:
+            raise ValueError(f"batch={batch!r}; a sample comes from one batch. Name one, or None for each cell's own.")
+        return codes[0]
 
     def _gene_columns(self, adata: AnnData) -> np.ndarray | None:
         """Return where the model's genes are in ``adata``, None if they are its genes as they stand."""

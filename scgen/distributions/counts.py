@@ -1,5 +1,7 @@
 """Distributions of counts, parametrised by logarithms: Poisson, negative binomial and its zero-inflated form."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
@@ -184,6 +186,15 @@ class CellCounts(Distribution):
     ):
         self.parameters = logits, bias, log_library, log_theta, zi_logits, zi_bias, normalised
         super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=False)
+
+    def scaled(self, factor: float) -> "CellCounts":
+        """Return the counts of the same cells at ``factor`` times their library.
+
+        Below 1, that is what is left of these counts if each is kept with probability ``factor``: theta and the zero
+        inflation stay as they are.
+        """
+        logits, bias, log_library, *others = self.parameters
+        return CellCounts(logits, bias, log_library + math.log(factor), *others)
 
     @property
     def base_dist(self) -> Poisson | NegativeBinomial | ZeroInflatedNegativeBinomial:

@@ -11,22 +11,14 @@ from anndata import AnnData
 from scipy import sparse
 from torch import Tensor
 
-from scgen.analysis import comparisons, differential_expression, expression, inference, sampling
+from scgen.analysis import comparisons, differential_expression, expression, inference, sampling, thinning
 from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader, rows_asked_for, split
 from scgen.data.registry import Registry, setup_anndata
 from scgen.data.stores import BackedStore, MemoryStore, on_device
 from scgen.models import files, queries
 from scgen.modules.vae import VAE
-from scgen.training import (
-    NonFiniteLoss,
-    Options,
-    choose_device,
-    default_batch_size,
-    fit,
-    seeded,
-    start_from_data,
-)
+from scgen.training import NonFiniteLoss, Options, choose_device, default_batch_size, fit, seeded, start_from_data
 
 #: The validation bound is computed on at most so many cells.
 MAX_VALIDATION_CELLS = 1024
@@ -298,21 +290,130 @@ class Model:
         indices: Sequence[int] | None = None,
         n_mc_samples: int = 1000,
         return_mean: bool = True,
+        return_ess: bool = False,
         batch_size: int = 64,
         seed: int = 0,
-    ) -> float | np.ndarray:
+    ) -> float | np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Return the estimate of log p(x), in nats per cell, from importance-weighted draws of the latents.
 
         Where the library is observed, it is that of log p(x | l), which compares only with its like.
 
-        log (1/K) sum_k p(x, z_k, l_k) / q(z_k, l_k | x), with K = ``n_mc_samples`` draws from q: never below `get_elbo`
-        in expectation, and closer to log p(x) from below the more draws (Burda et al. 2016).
-        ``return_mean=False`` returns one value per cell, (n,). Other parameters and errors are those of
+        log (1/K) sum_k w_k, w_k = p(x, z_k, l_k) / q(z_k, l_k | x), with K = ``n_mc_samples`` draws from q: never below
+        `get_elbo` in expectation, and closer to log p(x) from below the more draws (Burda et al. 2016).
+
+        ``return_mean=False`` returns one value per cell, (n,); ``return_ess=True`` these and their effective sample
+        sizes (sum_k w_k)^2 / sum_k w_k^2 (Kong 1992), (n,) each: K where q is the posterior itself; where it is near 1,
+        one draw has all the weight, and more are needed. Other parameters and errors are those of
         `get_latent_representation`.
+
+        Examples
+        --------
+        >>> values, ess = model.get_marginal_ll(n_mc_samples=100, return_ess=True)  # doctest: +SKIP
         """
-        check_whole("n_mc_samples", n_mc_samples, 1)
-        values = inference.marginal(self.vae, self._loader(adata, indices, batch_size), n_mc_samples, seed)
+        values, ess = inference.marginal(self.vae, self._loader(adata, indices, batch_size), n_mc_samples, seed)
+        if return_ess:
+            return values, ess
         return float(values.mean()) if return_mean else values
+
+    def get_thinned_ll(
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Sequence[int] | None = None,
+        held_out: float = 0.1,
+        n_samples: int = 100,
+        return_mean: bool = True,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> float | np.ndarray:
+        """Return the log-likelihood of counts held out of each cell, in nats per cell, given those that were kept.
+
+        Each count is split, x_kept ~ Binomial(x, 1 - held_out) and x_rest = x - x_kept; z and l are inferred from
+        x_kept alone, as if it were the cell, and what is returned is
+
+        log (1/K) sum_k p(x_rest | z_k, l_k held_out / (1 - held_out), s), z_k, l_k ~ q(. | x_kept, s), K = n_samples.
+
+        Higher is better. It compares across treatments of the library, latents and likelihoods of counts, for the same
+        cells and seed are split alike whatever the model. Weights have seen all counts of the cells they were trained
+        on: ask about others, as ``indices=model.validation_indices``.
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            As in `get_latent_representation`.
+        held_out
+            Share of the counts held out.
+        n_samples
+            Draws of z and l.
+        return_mean
+            False returns one value per cell, (n,).
+        seed
+            Seed of the split and of the draws.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is untrained.
+        ValueError
+            If the model is not one of counts, an argument is out of its range, or as `get_latent_representation`.
+
+        Notes
+        -----
+        An observed library is the total of x_kept; a cell of which nothing is kept counts as one of one count. Size
+        factors are multiplied by 1 - held_out; where they come from the counts, they know of the held-out ones, too.
+        Given z and l, the two parts of Poisson counts are independent, and the thinned counts of all likelihoods have
+        the same theta and zero inflation at the thinned mean. Of overdispersed counts, the parts also share the noise
+        about the mean, of which p(x_rest | z, l, s) makes no use.
+
+        References
+        ----------
+        Batson, Royer and Webber, Molecular cross-validation for single-cell RNA-seq, bioRxiv 786269 (2019).
+        Neufeld et al., Inference after latent variable estimation for single-cell RNA sequencing data, Biostatistics 25
+        (2024) 270: count splitting.
+
+        Examples
+        --------
+        >>> model.get_thinned_ll(indices=model.validation_indices)  # doctest: +SKIP
+        """
+        loader, factors = self._loader(adata, indices, batch_size), self.registry.setup.size_factor_key is not None
+        values = thinning.held_out_log_likelihood(self.vae, loader, factors, held_out, n_samples, seed)
+        return float(values.mean()) if return_mean else values
+
+    def active_units(
+        self, threshold: float = 0.01, adata: AnnData | None = None, *, indices: Sequence[int] | None = None
+    ) -> pd.DataFrame:
+        """Return how much each latent of z is used: a row per latent, in the order of `get_latent_representation`.
+
+        Parameters
+        ----------
+        threshold
+            Latents are active whose "variance" is above this.
+        adata, indices
+            As in `get_latent_representation`.
+
+        Returns
+        -------
+        "variance": over the cells, of the means of q(z_u | x) (Burda et al. 2016); "kl": the mean over the cells of
+        KL(q(z_u | x) || p(z_u)), in nats, NaN unless both are Gaussian with independent units; and "active".
+
+        Raises
+        ------
+        RuntimeError
+            If the model is untrained.
+        ValueError
+            If the threshold is negative or no number, or as `get_latent_representation`.
+
+        Examples
+        --------
+        >>> import scgen
+        >>> adata = scgen.simulate_cells(n_cells=100, n_genes=30, seed=0)
+        >>> scgen.setup_anndata(adata, batch_key="batch")
+        >>> model = scgen.SCVI(adata, n_latent=4)
+        >>> model.train(max_epochs=2, progress=False)
+        >>> model.active_units().columns.tolist(), len(model.active_units())
+        (['variance', 'kl', 'active'], 4)
+        """
+        return inference.active_units(self.vae, self._loader(adata, indices, 1024), threshold)
 
     def get_normalized_expression(
         self,
@@ -501,13 +602,9 @@ class Model:
         -------
         (n, G) in CSR form, or ``n_samples`` of them.
         """
-        if n_samples < 1:
-            raise ValueError(f"n_samples={n_samples}; it takes a whole number from 1.")
-        codes = self.registry.batch_codes(batch)
-        if len(codes) > 1:
-            raise ValueError(f"batch={batch!r}; a sample comes from one batch. Name one, or None for each cell's own.")
+        code = self.registry.one_batch_code(batch)
         loader = self._loader(adata, indices, batch_size)
-        drawn = sampling.posterior_predictive(self.vae, loader, codes[0], n_samples, seed)
+        drawn = sampling.posterior_predictive(self.vae, loader, code, n_samples, seed)
         return drawn[0] if n_samples == 1 else drawn
 
     def sample_prior(self, n: int = 1000, batch: str | None = None, *, seed: int = 0) -> AnnData:
@@ -528,8 +625,6 @@ class Model:
         AnnData with counts in ``X``, the batch and ``library`` in ``obs``, z in ``obsm["z"]``.
         """
         self._require_training()
-        if n < 1:
-            raise ValueError(f"n={n}; it takes a whole number from 1.")
         return sampling.prior_sample(self.vae, self.registry, n, batch, seed)
 
     def query(
@@ -613,8 +708,7 @@ class Model:
     def _loader(self, adata: AnnData | None, indices: Sequence[int] | None, batch_size: int) -> CellLoader:
         """Return the cells asked about, in their order."""
         self._require_training()
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}; it takes a whole number from 1.")
+        check_whole("batch_size", batch_size, 1)
         adata = self._cells_of(adata)
         index = rows_asked_for(indices, adata.n_obs)
         as_sparse = self._reads_sparse(self.vae.device)
@@ -631,15 +725,7 @@ class Model:
 
     def _read(self, adata: AnnData) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]]:
         """Return values and columns of all cells; raise if the model's own cells are no longer what they were."""
-        store, columns, fingerprint = self.registry.read(adata)
-        if adata is self.adata and fingerprint != self.fingerprint:
-            raise ValueError(
-                "the model's AnnData has changed since the model was made: other or renamed cells, other values in "
-                f"{self.registry.setup.where} or in the columns that the model reads. "
-                "Keep the counts in a layer of their own, "
-                'setup_anndata(adata, layer="counts"), or pass adata= with the counts.'
-            )
-        return store, columns
+        return self.registry.read(adata, self.fingerprint if adata is self.adata else None)[:2]
 
 
 def _plain(values: dict) -> dict:
