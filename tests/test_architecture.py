@@ -24,7 +24,7 @@ ALLOWED = {
         "modules",
         "data",
         "storage",
-        *(f"models.{name}" for name in ("base", "files", "pickles", "queries", "scvi_tools")),
+        *(f"models.{name}" for name in ("base", "files", "loaders", "pickles", "queries", "scvi_tools")),
     ),
     "analysis": ("training", "modules", "distributions", "data", "analysis"),
     "modules": ("distributions", "data.cells", "modules.networks", "modules.flows", "modules.elbo"),

@@ -146,7 +146,7 @@ def transfer(
     --------
     >>> labels = pd.Series(["B", "B", "T", "T"])
     >>> reference, query = np.array([[0.0], [1], [8], [9]]), np.array([[0.4], [4.4]])
-    >>> transfer(reference, labels, query, 3, 0.6)["label"].tolist()
+    >>> transfer(reference, labels, query, 3, 0.7)["label"].tolist()
     ['B', 'unknown']
     """
     from sklearn.neighbors import NearestNeighbors

@@ -6,22 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 from scipy import sparse
-from torch import Tensor
 
 from scgen.analysis import comparisons, differential_expression, expression, inference, sampling, thinning
-from scgen.data.checks import check_whole
-from scgen.data.loader import CellLoader, rows_asked_for, split
+from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry, setup_anndata
-from scgen.data.stores import BackedStore, MemoryStore, on_device
-from scgen.models import files, queries
+from scgen.models import files, loaders, queries
 from scgen.modules.vae import VAE
-from scgen.training import NonFiniteLoss, Options, choose_device, default_batch_size, fit, seeded, start_from_data
-
-#: The validation bound is computed on at most so many cells.
-MAX_VALIDATION_CELLS = 1024
+from scgen.training import NonFiniteLoss, Options, choose_device, fit, seeded
 
 
 class Model:
@@ -148,33 +141,14 @@ class Model:
             max_epochs, learning_rate, kl_start, early_stopping, patience, device, precision, seed, progress
         )
         options.check(batch_size, train_size, devices)
-        adata = self._cells_of(None)
-        store, columns = self._read(adata)
-        store = on_device(store, device)
-        rng = np.random.default_rng(seed)
-        if self.train_indices is None:
-            training, validation = split(columns["batch"].numpy(), train_size, rng)
-            if len(training) < 2:
-                raise ValueError(f"adata has {adata.n_obs} cell; at least 2 are needed to train.")
-            if not self.is_trained:  # a loaded model goes on from its weights
-                start_from_data(self.vae.to(device), CellLoader(store, columns, training, 256, device=device))
-            self.train_indices, self.validation_indices = training, validation
-        batch_size = batch_size or default_batch_size(len(self.train_indices), device)
-        held_out = np.sort(rng.permutation(self.validation_indices)[:MAX_VALIDATION_CELLS])
-        form = {"as_sparse": self._reads_sparse(device), "device": device, "complete": self._complete}
+        training, validation = loaders.of_training(self, options, batch_size, train_size)
         rows: list[dict] = self.history.to_dict(orient="records")
-        self.trainings.append(_plain(asdict(options) | {"device": str(device), "batch_size": batch_size}))
+        self.trainings.append(_plain(asdict(options) | {"device": str(device), "batch_size": training.batch_size}))
         try:
             with self.vae.to(device).learning_rows(self.registry.learned_rows(self.arguments["dispersion"])):
-                fit(
-                    self.vae,
-                    CellLoader(store, columns, self.train_indices, batch_size, rng, **form),
-                    CellLoader(store, columns, held_out, max(batch_size, 512), **form) if len(held_out) else None,
-                    options,
-                    rows,
-                )
+                fit(self.vae, training, validation, options, rows)
         except NonFiniteLoss as error:
-            raise FloatingPointError(error.names(adata.obs_names, self.registry.genes, learning_rate)) from error
+            raise FloatingPointError(error.names(self.adata.obs_names, self.registry.genes, learning_rate)) from error
         finally:
             if len(rows) == len(self.history):  # not one epoch: as if nothing had been asked
                 self.trainings.pop()
@@ -567,7 +541,7 @@ class Model:
         ((30, 22), ['type_1 vs type_2'])
         """
         settings = differential_expression.Settings(mode, delta, fdr_target, n_samples, n_cells, seed)
-        cells = self._cells_of(None) if adata is None else adata
+        cells = loaders.cells_of(self, None) if adata is None else adata
         group, asked = comparisons.asked_for(cells.obs, groupby, group1, group2, idx1, idx2)
         comparisons.check_copy(cells, groupby, key_added)
         batches = self.registry.batches_to_average(groupby, batch_correction)
@@ -624,7 +598,7 @@ class Model:
         -------
         AnnData with counts in ``X``, the batch and ``library`` in ``obs``, z in ``obsm["z"]``.
         """
-        self._require_training()
+        self.require_training()
         return sampling.prior_sample(self.vae, self.registry, n, batch, seed)
 
     def query(
@@ -692,40 +666,13 @@ class Model:
         """
         return files.load(cls, folder, adata)
 
-    def _cells_of(self, adata: AnnData | None) -> AnnData:
-        """Return the cells asked about, checked if they are not the model's own."""
-        if adata is None and self.adata is None:
-            raise ValueError("the model was loaded without cells: pass adata=.")
-        if adata is None or adata is self.adata:
-            return self.adata
-        self.registry.check_new(adata)
-        return adata
-
-    def _require_training(self) -> None:
+    def require_training(self) -> None:
+        """Raise RuntimeError if the model is untrained."""
         if not self.is_trained:
             raise RuntimeError("the model is untrained: call model.train() first.")
 
     def _loader(self, adata: AnnData | None, indices: Sequence[int] | None, batch_size: int) -> CellLoader:
-        """Return the cells asked about, in their order."""
-        self._require_training()
-        check_whole("batch_size", batch_size, 1)
-        adata = self._cells_of(adata)
-        index = rows_asked_for(indices, adata.n_obs)
-        as_sparse = self._reads_sparse(self.vae.device)
-        return CellLoader(*self._read(adata), index, batch_size, as_sparse=as_sparse, complete=self._complete)
-
-    @property
-    def _complete(self) -> Callable | None:
-        """What adds genes to a minibatch that were not measured; None where all were."""
-        return self.vae.complete if self.registry.missing else None
-
-    def _reads_sparse(self, device: torch.device) -> bool:
-        """Say whether minibatches are to come as CSR: for counts on a CPU, and where MKL multiplies them."""
-        return "library" in self.vae.posteriors and device.type == "cpu" and torch.backends.mkl.is_available()
-
-    def _read(self, adata: AnnData) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]]:
-        """Return values and columns of all cells; raise if the model's own cells are no longer what they were."""
-        return self.registry.read(adata, self.fingerprint if adata is self.adata else None)[:2]
+        return loaders.of_question(self, adata, indices, batch_size)
 
 
 def _plain(values: dict) -> dict:

@@ -13,7 +13,7 @@ from scgen.analysis import query as analysis
 from scgen.data.checks import Setup, check_types, nearest
 from scgen.data.genes import identifiers, matched
 from scgen.data.registry import Registry
-from scgen.models import files
+from scgen.models import files, loaders
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Query:
     >>> model.train(max_epochs=3, progress=False)
     >>> query = model.query(adata[new, :25].copy())
     >>> query
-    Query of 100 cells: 25 of 30 genes (83%), by their names in adata.var_names; new in batch: batch_3
+    Query of 115 cells: 25 of 30 genes (83%), by their names in adata.var_names; new in batch: batch_3
     >>> query.transfer_labels("cell_type").columns.tolist()
     ['label', 'share']
     """
@@ -111,7 +111,7 @@ class Query:
         ValueError
             If the column is not there or holds no label, or the reference was loaded without its cells.
         """
-        adata = self.reference._cells_of(None)
+        adata = loaders.cells_of(self.reference, None)
         if labels_key not in adata.obs:
             closest = nearest(str(labels_key), [str(name) for name in adata.obs.columns])
             raise ValueError(
@@ -155,7 +155,7 @@ class Query:
         ValueError
             If the reference was loaded without its cells, or has fewer than 50.
         """
-        adata = self.reference._cells_of(None)
+        adata = loaders.cells_of(self.reference, None)
         if adata.n_obs < 50:
             raise ValueError(f"the reference has {adata.n_obs} cells: too few to say what is typical of it.")
         held_out, training = self.reference.validation_indices, self.reference.train_indices
@@ -163,10 +163,10 @@ class Query:
             held_out = training = np.arange(adata.n_obs)
         table = analysis.typicality(
             self.reference.vae,
-            self.reference._loader(None, held_out, 1024),
+            loaders.of_question(self.reference, None, held_out, 1024),
             self.reference.get_latent_representation(indices=training),
             self.model.vae,
-            self.model._loader(None, None, 1024),
+            loaders.of_question(self.model, None, None, 1024),
             seed,
         )
         return table.set_index(self.model.adata.obs_names)
@@ -176,7 +176,7 @@ def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, 
     """Return new cells mapped onto a trained model; see `Model.query`."""
     if reference.registry.known or reference.registry.missing:
         raise ValueError("this is the model of a query: map new cells onto its reference instead.")
-    reference._require_training()
+    reference.require_training()
     if isinstance(min_overlap, bool) or not isinstance(min_overlap, Real) or not 0 <= min_overlap <= 1:
         raise ValueError(f"min_overlap={min_overlap!r}; it takes a share from 0 to 1.")
     setup = reference.registry.setup

@@ -52,19 +52,17 @@ class VAE(nn.Module):
                 layer.reduced = False
 
     @torch.no_grad()
-    def complete(self, cells: Cells, n_rounds: int = 8) -> Cells:
+    def complete(self, cells: Cells) -> Cells:
         """Return the cells with the counts that are expected of genes that were not measured, for the encoders.
 
-        Each round infers z from the counts as they were completed, from zeros at first, and decodes it anew: the mean
-        path of the chain that imputes missing values under a trained model (Rezende et al. 2014, section 5).
+        z is inferred with zeros in their place, and decoded: one step, on the means, of the chain that imputes missing
+        values under a trained model (Rezende et al. 2014, section 5). Further steps drift from what was measured
+        (benchmarks/NOTES.md).
         """
         counts = cells.counts.to_dense()
-        n_missing = self.decoder.n_missing
-        cells = replace(cells, completed=torch.cat([counts, counts.new_zeros(len(counts), n_missing)], 1))
-        for _ in range(n_rounds):
-            expected = self.decoder.expected({"z": self.posteriors["z"].means(cells)}, cells)
-            cells = replace(cells, completed=torch.cat([counts, expected], 1))
-        return cells
+        zeros = counts.new_zeros(len(counts), self.decoder.n_missing)
+        z = self.posteriors["z"].means(replace(cells, completed=torch.cat([counts, zeros], 1)))
+        return replace(cells, completed=torch.cat([counts, self.decoder.expected({"z": z}, cells)], 1))
 
     @contextmanager
     def learning_rows(self, known: dict[str, int]) -> Iterator[None]:

@@ -22,7 +22,6 @@ from torch.distributions import kl_divergence
 
 import scgen
 from scgen.cli import main
-from scgen.data.loader import CellLoader
 from scgen.storage import ModelFileError
 
 KEPT = Path(__file__).parent / "scvi_tools"
@@ -63,7 +62,7 @@ def differences(adata: AnnData, folder: Path, setup: dict, **arguments) -> dict[
     vae = ours.vae.double().eval()
     tensors = next(iter(model._make_data_loader(model.adata, batch_size=adata.n_obs)))
     tensors = {name: value.double() if value.is_floating_point() else value for name, value in tensors.items()}
-    cells = next(iter(CellLoader(*ours._read(adata), batch_size=adata.n_obs)))
+    cells = next(iter(ours._loader(None, None, adata.n_obs)))
     double = {name: getattr(cells, name).double() for name in ("counts", "library", "continuous")}
     cells = type(cells)(**{**{name: getattr(cells, name) for name in cells.__dataclass_fields__}, **double})
     cells.library[:] = cells.counts.sum(1, keepdim=True).log()

@@ -1,0 +1,355 @@
+"""Cells mapped onto a reference: whatever the order and names of genes, of unseen batches, with genes missing."""
+
+from dataclasses import replace
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier
+
+import scgen
+from scgen.analysis import query as analysis
+from scgen.data.genes import identifiers, matched
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    adata = scgen.simulate_cells(n_cells=1500, n_genes=120, n_batches=4, n_types=4, seed=3)
+    adata.var["ensembl"] = [f"ENSG{i:05}" for i in range(adata.n_vars)]
+    adata.var["kind"] = "coding"
+    rng = np.random.default_rng(0)
+    adata.obs["chemistry"] = rng.choice(["v2", "v3"], adata.n_obs)
+    adata.obs["age"] = rng.integers(20, 80, adata.n_obs) / 2
+    return adata
+
+
+@pytest.fixture(scope="module")
+def reference(simulated):
+    """A model of three of four batches."""
+    adata = simulated[simulated.obs["batch"] != "batch_4"].copy()
+    scgen.setup_anndata(adata, batch_key="batch", categorical_covariate_keys=["chemistry"])
+    model = scgen.SCVI(adata, n_latent=6, n_hidden=32)
+    model.train(25, accelerator="cpu", progress=False)
+    return model
+
+
+@pytest.fixture
+def new(simulated):
+    return simulated[simulated.obs["batch"] == "batch_4"].copy()
+
+
+def accuracy(query, cells) -> float:
+    found = query.transfer_labels("cell_type", unknown_below=0.0)["label"]
+    return (found.to_numpy() == cells.obs["cell_type"].astype(str).to_numpy()).mean()
+
+
+def test_an_unseen_batch_is_mapped_at_once_and_nothing_of_the_reference_changes(reference, new):
+    weights = {name: weight.clone() for name, weight in reference.vae.state_dict().items()}
+    before, uns = reference.get_latent_representation(), dict(new.uns)
+    query = reference.query(new)
+    assert accuracy(query, new) > 0.9
+    assert query.model.registry.known == {"batch": 3}
+    assert query.model.registry.batches == ["batch_1", "batch_2", "batch_3", "batch_4"]
+    assert "no new batch" not in repr(query)
+    assert "new in batch: batch_4" in repr(query)
+    assert dict(new.uns) == uns
+    assert all(torch.equal(weight, weights[name]) for name, weight in reference.vae.state_dict().items())
+    np.testing.assert_array_equal(reference.get_latent_representation(), before)
+
+
+def test_at_first_a_new_batch_is_the_mean_of_the_known_ones(reference, new):
+    rows = reference.query(new).model.vae.state_dict()
+    for name, weight in reference.vae.state_dict().items():
+        if name.endswith("rows.0"):
+            np.testing.assert_array_equal(rows[name][:3], weight)
+            np.testing.assert_allclose(rows[name][3], weight.numpy().mean(0), rtol=1e-5, atol=1e-7)
+    prior = reference.query(new).model.vae.priors["library"]
+    totals = np.log(np.asarray(new.X.sum(1)).ravel())
+    assert abs(float(prior.mean[3]) - totals.mean()) < 0.1  # its own cells', shrunk by ten of the pool's
+
+
+def test_genes_in_another_order_more_of_them_or_other_names_change_no_bit(reference, new):
+    expected = reference.query(new).get_latent_representation()
+    rng = np.random.default_rng(0)
+    shuffled = new[:, rng.permutation(new.n_vars)].copy()
+    unknown = anndata.AnnData(rng.poisson(1.0, (new.n_obs, 50)).astype(np.float32), obs=new.obs[[]])
+    unknown.var_names = [f"other_{i}" for i in range(50)]
+    more = anndata.concat([unknown, new], axis=1)
+    more.obs = new.obs
+    ensembl = new.copy()
+    ensembl.var_names = ensembl.var.pop("ensembl")
+    in_a_column = shuffled.copy()
+    in_a_column.var["symbol"] = in_a_column.var_names.astype("category")
+    del in_a_column.var["ensembl"]
+    in_a_column.var_names = [f"probe_{i}" for i in range(new.n_vars)]
+    for cells, by in (
+        (shuffled, "their names in adata.var_names"),
+        (more, "their names in adata.var_names"),
+        (ensembl, "their ensembl in adata.var_names"),
+        (in_a_column, 'their names in adata.var["symbol"]'),
+    ):
+        query = reference.query(cells)
+        assert query.matched_by == by
+        assert query.overlap == 1
+        np.testing.assert_array_equal(query.get_latent_representation(), expected)
+
+
+def test_identifiers_match_by_hand():
+    var = pd.DataFrame({"symbol": ["A", "B", None, "B"], "n": [1, 2, 3, 4]}, index=["x1", "x2", "x3", "x4"])
+    adata = anndata.AnnData(np.zeros((1, 4)), var=var)
+    assert identifiers(var) == {}  # a name is there twice, another is missing
+    assert matched(["x4", "y", "x1"], {}, adata) == (["x4", None, "x1"], "their names in adata.var_names")
+    assert matched(["gene"] * 3, {"id": ["x2", "x9", "x3"]}, adata)[0] == ["x2", None, "x3"]
+    assert matched(["y"], {}, adata) == ([None], "nothing")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_missing_genes_cost_little_and_less_than_zeros_do(reference, new, share):
+    rng = np.random.default_rng(1)
+    kept = rng.random(new.n_vars) >= share
+    query = reference.query(new[:, kept].copy())
+    assert query.overlap == kept.mean()
+    whole = reference.query(new).get_latent_representation()
+    zeros = new.copy()
+    zeros.X = zeros.X.toarray() * kept
+    off = [
+        np.square(z - whole).sum(1).mean()
+        for z in (query.get_latent_representation(), reference.query(zeros).get_latent_representation())
+    ]
+    assert off[0] < 0.75 * off[1]
+    assert accuracy(query, new) > accuracy(reference.query(new), new) - 0.04
+
+
+def test_what_is_asked_of_cells_with_missing_genes_is_of_the_genes_they_have(reference, new):
+    """The likelihood of a few genes is a sum over these: by scipy, with the share of each among them."""
+    from scipy.stats import nbinom
+
+    few = new[:, 10:60].copy()
+    model = reference.query(few, min_overlap=0.3).model
+    assert model.registry.genes == few.var_names.tolist()
+    expression = model.get_normalized_expression(return_numpy=True)
+    assert expression.shape == few.shape
+    np.testing.assert_allclose(expression.sum(1), 1, rtol=1e-5)
+    (cells,) = model._loader(None, None, 1000)
+    with torch.no_grad():
+        q = model.vae.infer(cells)
+        latents = {name: q[name].mean for name in q}
+        # All genes' shares, from the reference's own decoder; those of the measured ones, given that they are these.
+        replaced = cells.batch * 0
+        rho = reference.vae.decoder.expression(latents, replace(cells, batch=replaced))[:, 10:60].double()
+        mu = (latents["library"].double().exp() * rho / rho.sum(1, keepdim=True)).numpy()
+        theta = reference.vae.decoder.dispersion.log_theta[10:60].double().exp().numpy()
+        hidden = reference.vae.decoder.mlp(latents["z"], replace(cells, batch=replaced))
+        pi = reference.vae.decoder.zi_logits(hidden)[:, 10:60].double().sigmoid().numpy()
+        found = model.vae.decoder(latents, replace(cells, batch=replaced)).log_prob(cells.counts)
+    x = few.X.toarray()
+    p = (1 - pi) * nbinom.pmf(x, theta, theta / (theta + mu)) + pi * (x == 0)
+    np.testing.assert_allclose(found, np.log(p).sum(1), rtol=1e-4)
+    sample = model.posterior_predictive_sample()
+    assert sample.shape == few.shape
+    assert set(model.differential_expression("cell_type", "type_1", "type_2").index) == set(few.var_names)
+
+
+def test_the_library_of_a_network_that_finds_it_by_itself_is_of_the_measured_genes(simulated, new):
+    adata = simulated[simulated.obs["batch"] != "batch_4"].copy()
+    scgen.setup_anndata(adata, batch_key="batch")
+    model = scgen.SCVI(adata, n_hidden=32, library_residual=False)
+    model.train(40, accelerator="cpu", progress=False)
+    few = new[:, :80].copy()
+    ratio = model.query(few).model.get_latent_library_size()[:, 0] / few.X.sum(1).A1
+    assert 0.7 < np.median(ratio) < 1.4
+
+
+def test_training_moves_the_new_batch_and_leaves_the_reference_where_it_is(reference, simulated, new):
+    shifted = new.copy()
+    shifted.X = new.X.copy()
+    shifted.X[:, :30] = new.X[:, :30].multiply(3)  # an effect of the batch that no known one has
+    before = reference.get_latent_representation()
+    query = reference.query(shifted)
+    weights = {name: weight.clone() for name, weight in query.model.vae.state_dict().items()}
+    truth = shifted.X[:, :30].sum() / shifted.X.sum()
+    elbo, share = query.model.get_elbo(), query.model.get_normalized_expression(return_numpy=True)[:, :30].sum(1).mean()
+    query.train(progress=False)
+    after = query.model.get_normalized_expression(return_numpy=True)[:, :30].sum(1).mean()
+    assert share + 0.02 < after < truth  # as far as rows of a hidden layer reach
+    assert query.model.get_elbo() > elbo + 3
+    for name, weight in query.model.vae.state_dict().items():
+        kept = weight[:3] if name.endswith("rows.0") else weight
+        assert torch.equal(kept, weights[name][: len(kept)] if name.endswith("rows.0") else weights[name]), name
+        if name.endswith("rows.0"):
+            assert not torch.equal(weight[3], weights[name][3]), name
+    np.testing.assert_array_equal(query.model.get_latent_representation(reference.adata), before)
+    np.testing.assert_array_equal(reference.get_latent_representation(), before)
+    assert all(weight.requires_grad for weight in query.model.vae.parameters())
+
+
+def test_every_table_of_a_new_category_is_learned(simulated, new):
+    adata = simulated[simulated.obs["batch"] != "batch_4"].copy()
+    setup = {"batch_key": "batch", "categorical_covariate_keys": ["chemistry"], "continuous_covariate_keys": ["age"]}
+    scgen.setup_anndata(adata, **setup)
+    model = scgen.SCVI(adata, n_hidden=16, dispersion="gene-batch", n_layers=2)
+    model.train(3, accelerator="cpu", progress=False)
+    new.obs["chemistry"] = np.where(new.obs["chemistry"] == "v2", "v2", "v4")
+    query = model.query(new)
+    assert query.model.registry.known == {"batch": 3, "chemistry": 2}
+    before = {name: weight.clone() for name, weight in query.model.vae.named_parameters()}
+    query.train(2, progress=False)
+    moved = {name for name, weight in query.model.vae.named_parameters() if not torch.equal(weight, before[name])}
+    expected = {name for name in before if "rows." in name or name.endswith("log_theta")}
+    assert moved == expected
+    assert (
+        len(expected) == 11
+    )  # two tables in two layers of z's encoder and of the decoder, in the library's one; theta
+    for name in moved:
+        known = 3 if name.endswith(("rows.0", "log_theta")) else 2
+        after = dict(query.model.vae.named_parameters())[name]
+        assert torch.equal(after[:known], before[name][:known])
+
+
+def test_a_reference_of_one_batch_takes_new_ones(simulated, new):
+    for batch_key, cells in ((None, simulated), ("batch", simulated[simulated.obs["batch"] == "batch_1"])):
+        adata = cells[:400].copy()
+        scgen.setup_anndata(adata, batch_key=batch_key)
+        model = scgen.SCVI(adata, n_hidden=16)
+        model.train(5, accelerator="cpu", progress=False)
+        query = model.query(new, batch_key="batch")
+        assert len(query.model.registry.batches) == 2
+        own = model.query(new) if batch_key is None else None
+        if own is not None:  # without a batch's effect at first
+            np.testing.assert_allclose(
+                own.get_latent_representation(), query.get_latent_representation(), rtol=1e-4, atol=1e-5
+            )
+            with pytest.raises(ValueError, match="nothing to train"):
+                own.train()
+        query.train(2, progress=False)
+
+
+def test_cells_of_a_type_that_the_reference_has_not_seen_stand_out(simulated):
+    adata = simulated.copy()
+    novel = (adata.obs["cell_type"] == "type_2").to_numpy()
+    held_out = ~novel & (np.random.default_rng(0).random(adata.n_obs) < 0.3)
+    known = adata[~novel & ~held_out].copy()
+    scgen.setup_anndata(known, batch_key="batch")
+    model = scgen.SCVI(known, n_hidden=32)
+    model.train(25, accelerator="cpu", progress=False, train_size=0.7)
+    cells = adata[novel | held_out].copy()
+    table = model.query(cells).typicality()
+    assert table.index.equals(cells.obs_names)
+    unseen = novel[novel | held_out]
+    assert roc_auc_score(unseen, -table["typicality"]) > 0.9
+    assert roc_auc_score(unseen, table["distance"]) > 0.9
+
+
+def test_cells_like_the_reference_are_as_typical_as_chance_has_it(reference, simulated):
+    """The reference's own process makes them, from other seeds: their shares are even, however few they are."""
+    for n, tolerance in ((300, 0.08), (12, 0.25)):
+        cells = simulated[reference.adata.obs_names[reference.validation_indices]][:n].copy()
+        rest = simulated[simulated.obs["batch"] != "batch_4"]
+        held = np.random.default_rng(n).choice(rest.n_obs, n, replace=False)
+        adata = rest[np.setdiff1d(np.arange(rest.n_obs), held)].copy()
+        scgen.setup_anndata(adata, batch_key="batch")
+        model = scgen.SCVI(adata, n_latent=6, n_hidden=32)
+        model.train(25, accelerator="cpu", progress=False, train_size=0.7)
+        cells = rest[np.sort(held)].copy()
+        share = model.query(cells).typicality()["typicality"].to_numpy()
+        assert abs(share.mean() - 0.5) < tolerance
+        assert (share < 0.05).mean() <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / n)
+
+
+def test_distances_and_windows_by_hand():
+    rng = np.random.default_rng(0)
+    known = rng.multivariate_normal([1, 2], [[2, 0.5], [0.5, 1]], 500)
+    values = rng.normal(size=(5, 2))
+    inverse = np.linalg.inv(np.cov(known.T))
+    expected = [np.sqrt((v - known.mean(0)) @ inverse @ (v - known.mean(0))) for v in values]
+    np.testing.assert_allclose(analysis._mahalanobis(values, known), expected)
+    # Values that depend on the place are compared with those at the same place.
+    place = rng.uniform(0, 10, 3000)
+    depends = 5 * place + rng.normal(size=3000)
+    at = np.array([2.0, 5.0, 8.0])
+    found = analysis._against(at, 5 * at + 2, place, depends)
+    np.testing.assert_allclose(found, 2, atol=0.9)  # the window is 0.67 wide, which the line crosses
+
+
+def test_labels_agree_with_those_of_scikit_learn(reference, new):
+    query = reference.query(new)
+    z, labels = reference.get_latent_representation(), reference.adata.obs["cell_type"].astype(str)
+
+    def gaussian(distance):
+        return np.exp(-((distance / distance.mean(1, keepdims=True)) ** 2))
+
+    oracle = KNeighborsClassifier(15, weights=gaussian).fit(z, labels)
+    votes = oracle.predict_proba(query.get_latent_representation())
+    table = query.transfer_labels("cell_type", unknown_below=0.8)
+    np.testing.assert_allclose(table["share"], votes.max(1), rtol=1e-5)
+    expected = np.where(votes.max(1) < 0.8, "unknown", oracle.classes_[votes.argmax(1)])
+    assert (table["label"].astype(str).to_numpy() == expected).all()
+
+
+def test_a_query_model_is_saved_and_loaded(reference, new, tmp_path):
+    query = reference.query(new[:, 20:].copy())
+    query.train(2, progress=False)
+    query.model.save(tmp_path)
+    loaded = scgen.SCVI.load(tmp_path, query.model.adata)
+    np.testing.assert_array_equal(loaded.get_latent_representation(), query.get_latent_representation())
+    assert loaded.registry == query.model.registry
+
+
+def test_a_loaded_reference_knows_its_identifiers(reference, new, tmp_path):
+    reference.save(tmp_path)
+    loaded = scgen.SCVI.load(tmp_path)
+    new.var_names = new.var["ensembl"].to_numpy()
+    query = loaded.query(new)
+    np.testing.assert_array_equal(query.get_latent_representation(), reference.query(new).get_latent_representation())
+    for ask in (query.typicality, lambda: query.transfer_labels("cell_type")):
+        with pytest.raises(ValueError, match="loaded without cells"):
+            ask()
+
+
+def test_what_cannot_be_mapped_is_refused_with_reasons(reference, new):
+    with pytest.raises(ValueError, match=r"adata has 8% .* below min_overlap=0.5"):
+        reference.query(new[:, :10].copy())
+    reference.query(new[:, :10].copy(), min_overlap=0.05)
+    other = new.copy()
+    other.var_names = [f"probe_{i}" for i in range(new.n_vars)]
+    del other.var["ensembl"]
+    with pytest.raises(ValueError, match=r"has 0% \(matched: nothing\).*gene_1.*probe_0"):
+        reference.query(other, min_overlap=0)
+    with pytest.raises(ValueError, match="min_overlap=2"):
+        reference.query(new, min_overlap=2)
+    with pytest.raises(TypeError, match="not an AnnData"):
+        reference.query(new.X)
+    without = new.copy()
+    del without.obs["batch"]
+    with pytest.raises(ValueError, match='batch_key="batch" is no column'):
+        reference.query(without)
+    without.obs["sample"] = "s1"
+    assert reference.query(without, batch_key="sample").model.registry.batches[-1] == "s1"
+    fractions = new.copy()
+    fractions.X = fractions.X * 0.5
+    with pytest.raises(ValueError, match="no integers"):
+        reference.query(fractions)
+    query = reference.query(new)
+    with pytest.raises(ValueError, match='Did you mean "cell_type"'):
+        query.transfer_labels("celltype")
+    with pytest.raises(ValueError, match="model of a query"):
+        query.model.query(new)
+    with pytest.raises(RuntimeError, match="untrained"):
+        scgen.SCVI(reference.adata).query(new)
+
+
+def test_normalised_values_need_all_genes(simulated, new):
+    adata = simulated[simulated.obs["batch"] != "batch_4"].copy()
+    adata.X = np.log1p(adata.X.toarray())
+    new.X = np.log1p(new.X.toarray())
+    scgen.setup_anndata(adata, batch_key="batch", counts=False)
+    model = scgen.SCVI(adata, gene_likelihood="normal", n_hidden=16)
+    model.train(3, accelerator="cpu", progress=False)
+    with pytest.raises(ValueError, match='1 of the model\'s genes are not in adata; with gene_likelihood="normal"'):
+        model.query(new[:, 1:].copy())
+    query = model.query(new)
+    query.train(2, progress=False)
+    assert len(query.typicality()) == len(new)
