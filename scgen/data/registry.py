@@ -12,7 +12,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from scgen.data.cells import Cells
-from scgen.data.checks import Finding, Setup, check_types, findings, matrix_of, raise_errors
+from scgen.data.checks import Finding, Setup, check_types, did_you_mean, findings, matrix_of, raise_errors
 from scgen.data.stores import BackedStore, MemoryStore, open_store, totals
 
 
@@ -235,12 +235,21 @@ class Registry:
             digest.update((np.round(values, 3) + 0.0).tobytes())  # no -0
         return {"n_cells": adata.n_obs, "sha256": digest.hexdigest()}
 
-    def read(self, adata: AnnData) -> tuple[MemoryStore | BackedStore, dict[str, Tensor], dict[str, int | str]]:
-        """Return the values, the columns and the fingerprint of all cells."""
+    def read(
+        self, adata: AnnData, expected: dict[str, int | str] | None = None
+    ) -> tuple[MemoryStore | BackedStore, dict[str, Tensor], dict[str, int | str]]:
+        """Return the values, the columns and the fingerprint of all cells; ValueError if another one was expected."""
         store = self.store(adata)
         sums = totals(store)
         columns = self.columns(adata, sums)
-        return store, columns, self.fingerprint(adata, sums, columns)
+        fingerprint = self.fingerprint(adata, sums, columns)
+        if expected not in (None, fingerprint):
+            raise ValueError(
+                "the model's AnnData has changed since the model was made: other or renamed cells, other values in "
+                f"{self.setup.where} or in the columns that the model reads. Keep the counts in a layer of their own, "
+                'setup_anndata(adata, layer="counts"), or pass adata= with the counts.'
+            )
+        return store, columns, fingerprint
 
     def check_new(self, adata: AnnData) -> None:
         """Raise where another AnnData lacks what the model reads, or has it in a wrong form."""
@@ -285,9 +294,7 @@ class Registry:
 
     def batch_code(self, batch: str) -> int:
         """Return the code of a batch; raises ValueError if the model has not seen it."""
-        if str(batch) not in self.batches:
-            raise ValueError(f"batch {batch!r} is unknown to the model (it knows: {', '.join(self.batches)}).")
-        return self.batches.index(str(batch))
+        return codes_of("batch", self.batches, [batch])[0]
 
     def batches_to_average(self, groupby: str | None, batch_correction: bool) -> list[int] | None:
         """Return the codes of all batches, or None for each cell's own; ValueError where that hides what is asked."""
@@ -301,13 +308,8 @@ class Registry:
         return list(range(len(self.batches))) if batch_correction else None
 
     def batch_codes(self, batch: str | Sequence[str] | None) -> list[int | None]:
-        """Return the codes of one or several batches; None, for each cell's own, of "observed" and None."""
-        if batch is None or (isinstance(batch, str) and batch == "observed"):
-            return [None]
-        names = list(batch) if isinstance(batch, list | tuple | np.ndarray | pd.Index) else [batch]
-        if not names:
-            raise ValueError(f"batch is an empty list; the model knows: {', '.join(self.batches)}.")
-        return [self.batch_code(name) for name in names]
+        """Return the codes of the batches asked for; see `codes_of`."""
+        return codes_of("batch", self.batches, batch)
 
     def _gene_columns(self, adata: AnnData) -> np.ndarray | None:
         """Return where the model's genes are in ``adata``, None if they are its genes as they stand."""
@@ -339,6 +341,33 @@ class Registry:
                 "out, or train a model on all of them."
             )
         return codes
+
+
+def codes_of(what: str, names: list[str], asked: str | Sequence[str] | None) -> list[int | None]:
+    """Return the codes of one or several names; all for "average"; None, for each cell's own, of "observed" and None.
+
+    A name that is "average" or "observed" itself is asked for in a list. ValueError, which says ``what`` was asked,
+    for names that the model does not know.
+
+    Examples
+    --------
+    >>> names = ["a", "b", "c"]
+    >>> [codes_of("batch", names, asked) for asked in ("observed", "average", "c", ["c", "a"])]
+    [[None], [0, 1, 2], [2], [2, 0]]
+    """
+    if asked is None or (isinstance(asked, str) and asked == "observed"):
+        return [None]
+    if isinstance(asked, str) and asked == "average":
+        return list(range(len(names)))
+    several = list(asked) if isinstance(asked, list | tuple | np.ndarray | pd.Index) else [asked]
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    if not several:
+        raise ValueError(f"{what} is an empty list; the model knows: {shown}.")
+    for name in several:
+        if str(name) not in names:
+            hint = did_you_mean(str(name), names)
+            raise ValueError(f"{what}: {name!r} is unknown to the model (it knows: {shown}).{hint}")
+    return [names.index(str(name)) for name in several]
 
 
 def _names(column: pd.Series) -> list[str]:
