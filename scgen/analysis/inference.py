@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 
+from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader
 from scgen.modules.vae import VAE
 from scgen.training import seeded
@@ -35,6 +36,14 @@ def draw(mean: np.ndarray, variance: np.ndarray, seed: int) -> np.ndarray:
     return mean + np.sqrt(variance) * noise
 
 
+def library_size(vae: VAE, loader: CellLoader, give_mean: bool, seed: int) -> np.ndarray:
+    """Return l of each cell, (n, 1): the mean of its log-normal posterior, or a draw from it."""
+    if "library" not in vae.posteriors:
+        raise ValueError('gene_likelihood="normal" has no library size.')
+    mean, variance = latent(vae, loader, "library")
+    return np.exp(mean + variance / 2 if give_mean else draw(mean, variance, seed))
+
+
 @torch.inference_mode()
 def bound(vae: VAE, loader: CellLoader, seed: int) -> dict[str, np.ndarray]:
     """Return log_likelihood and the KL of each latent, (n,) each, at one draw from q."""
@@ -51,6 +60,7 @@ def bound(vae: VAE, loader: CellLoader, seed: int) -> dict[str, np.ndarray]:
 @torch.inference_mode()
 def marginal(vae: VAE, loader: CellLoader, n_draws: int, seed: int, at_once: int = 16) -> np.ndarray:
     """Return the log-mean-exp of so many importance weights p(x, latents) / q(latents | x) for each cell, (n,)."""
+    check_whole("n_mc_samples", n_draws, 1)
     vae.eval()
     results = []
     with seeded(seed):

@@ -8,8 +8,9 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 
-from scgen.analysis.expression import in_batch
+from scgen.analysis.counterfactual import Condition, as_if
 from scgen.data.cells import Cells
+from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry
 from scgen.modules.vae import VAE
@@ -21,9 +22,10 @@ FIELDS = [field.name for field in fields(Cells)]
 
 @torch.inference_mode()
 def posterior_predictive(
-    vae: VAE, loader: CellLoader, batch: int | None, n_samples: int, seed: int
-) -> list[sparse.csr_matrix]:
+    vae: VAE, loader: CellLoader, condition: Condition, n_samples: int, seed: int
+) -> sparse.csr_matrix | list[sparse.csr_matrix]:
     """Return ``n_samples`` matrices (n, G) of x ~ p(x | z, l, s), with z, l ~ q; each sparse, as counts are."""
+    check_whole("n_samples", n_samples, 1)
     vae.eval()
     blocks: list[list[sparse.csr_matrix]] = [[] for _ in range(n_samples)]
     with seeded(seed):
@@ -32,12 +34,14 @@ def posterior_predictive(
             q = vae.infer(cells)
             for drawn in blocks:
                 latents = {name: q[name].rsample() for name in q}
-                drawn.append(_sampled(vae, latents, in_batch(cells, batch)))
-    return [sparse.vstack(drawn, format="csr") for drawn in blocks]
+                drawn.append(_sampled(vae, latents, as_if(cells, condition)))
+    matrices = [sparse.vstack(drawn, format="csr") for drawn in blocks]
+    return matrices[0] if n_samples == 1 else matrices
 
 
 def prior_sample(vae: VAE, registry: Registry, n: int, batch: str | None, seed: int) -> AnnData:
     """Return new cells with their latents; see `Model.sample_prior`."""
+    check_whole("n", n, 1)
     rng = np.random.default_rng(seed)
     cells = registry.blank_cells(n, None if batch is None else registry.batch_code(batch), rng)
     x, latents = prior_predictive(vae, cells, seed)
