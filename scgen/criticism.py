@@ -10,6 +10,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from scgen.analysis import sampling
+from scgen.analysis.counterfactual import Condition
 from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader
 from scgen.models.base import Model
@@ -138,7 +139,7 @@ def _summed(model: Model, loader: CellLoader, n_samples: int, seed: int) -> tupl
     for cells in loader:
         add(0, start, cells.counts.to_dense())
         start += len(cells)
-    for start, number, x in sampling.replicates(model.vae, loader, None, n_samples, seed):
+    for start, number, x in sampling.replicates(model.vae, loader, Condition(), n_samples, seed):
         add(1 + number, start, x)
     return sums, library
 

@@ -84,7 +84,7 @@ def test_values_fit_and_rows_are_those_of_the_host():
 def test_training_from_the_device_is_that_from_the_host(monkeypatch, arguments):
     elbos = []
     for place in (on_device, lambda store, device: store):
-        monkeypatch.setattr("scgen.models.base.on_device", place)
+        monkeypatch.setattr("scgen.models.loaders.on_device", place)
         model = scgen.SCVI(simulated(), **arguments)
         model.train(10, accelerator="gpu", precision="32", progress=False)
         elbos.append(model.history["elbo_validation"].to_numpy())

@@ -39,7 +39,7 @@ def simulated(**arguments):
 def test_training_from_a_device_store_is_the_same(monkeypatch):
     histories = []
     for on_device in (lambda store, device: store, DeviceStore):
-        monkeypatch.setattr("scgen.models.base.on_device", on_device)
+        monkeypatch.setattr("scgen.models.loaders.on_device", on_device)
         model = scgen.SCVI(simulated())
         model.train(3, accelerator="cpu", progress=False)
         histories.append(model.history.drop(columns="seconds"))

@@ -15,7 +15,7 @@ from scipy import sparse
 from torch import Tensor
 
 from scgen.analysis.comparisons import Comparison
-from scgen.analysis.expression import in_batch
+from scgen.analysis.counterfactual import Condition, as_if
 from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader
 from scgen.data.stores import BackedStore, MemoryStore
@@ -103,7 +103,7 @@ def _scales(
             for draw in range(n_draws(batches)):
                 z = {"z": q.rsample()}
                 for batch in batches or [None]:
-                    yield start, draw, vae.decoder.expression(z, in_batch(cells, batch)).cpu()
+                    yield start, draw, vae.decoder.expression(z, as_if(cells, Condition(batch))).cpu()
             start += len(cells)
 
 

@@ -1,96 +1,184 @@
-"""Expression as the decoder sees it: denoised, under the observed batch or another one."""
+"""Expression as the decoder sees it: denoised, under observed or other covariates, at draws of the latents."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from numbers import Real
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy import sparse
+from torch import Tensor
 
+from scgen.analysis.counterfactual import Asked, as_if
 from scgen.data.cells import Cells
+from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader
 from scgen.modules.vae import VAE
 from scgen.training import seeded
 
 
-def check(genes: list[str], gene_list: Sequence[str] | None, library_size: float | str, n_samples: int) -> None:
-    """Raise TypeError or ValueError where arguments of `Model.get_normalized_expression` are out of their range."""
-    if isinstance(gene_list, str):
-        raise TypeError(f"gene_list={gene_list!r} is a string where a list belongs: gene_list=[{gene_list!r}].")
-    unknown = pd.Index([] if gene_list is None else gene_list).difference(pd.Index(genes))
-    if len(unknown):
-        raise ValueError(f"the model has no genes {', '.join(unknown[:5])} (it has {', '.join(genes[:5])}, ...).")
-    if library_size != "latent" and not (isinstance(library_size, Real) and 0 < library_size < math.inf):
-        raise ValueError(f'library_size={library_size!r}; it takes a positive number or "latent".')
-    if n_samples < 1:
-        raise ValueError(f"n_samples={n_samples}; it takes a whole number from 1.")
+@dataclass(frozen=True)
+class Settings:
+    """Which expression is asked for; see `Model.get_normalized_expression`."""
 
+    asked: Asked
+    library_size: float | str
+    n_samples: int
+    return_mean: bool
+    weights: str
+    seed: int
 
-def in_batch(cells: Cells, batch: int | None) -> Cells:
-    """Return the cells as if they came from another batch; None leaves them in their own."""
-    return cells if batch is None else replace(cells, batch=torch.full_like(cells.batch, batch))
+    def __post_init__(self):
+        size = self.library_size
+        if size != "latent" and not (isinstance(size, Real) and 0 < size < math.inf):
+            raise ValueError(f'library_size={size!r}; it takes a positive number or "latent".')
+        check_whole("n_samples", self.n_samples, 1)
+        if self.weights not in ("uniform", "importance"):
+            raise ValueError(f'weights={self.weights!r} is unknown; choose "uniform" or "importance".')
+        if self.weights == "importance" and self.n_samples < 2:
+            raise ValueError('weights="importance" weighs draws against each other: ask for more, n_samples=100.')
+
+    @property
+    def averaged(self) -> bool:
+        """Whether one matrix is returned; a single draw is its own mean."""
+        return self.return_mean or self.n_samples == 1
 
 
 @torch.inference_mode()
-def normalized_expression(
+def answer(
     vae: VAE,
     loader: CellLoader,
-    batches: Sequence[int | None],
-    library_size: float | str,
-    genes: np.ndarray | None,
-    n_samples: int,
-    return_mean: bool,
-    seed: int,
-) -> np.ndarray:
-    """Return E_q[l rho(z, s)], averaged over the given batches s; each cell's own where s is None.
+    settings: Settings,
+    names: pd.Index,
+    return_numpy: bool,
+    out=None,
+    sparse_below: float | None = None,
+) -> pd.DataFrame | np.ndarray | sparse.csr_matrix | list[sparse.csr_matrix]:
+    """Return E_q[l rho(z, s)], averaged over conditions, in the form that `Model.get_normalized_expression` describes.
 
     Parameters
     ----------
     vae, loader
         The model and the n cells.
-    batches
-        Codes, or None.
-    library_size
-        The common l, or "latent" for each cell's own.
-    genes
-        Columns to keep; None for all.
-    n_samples
-        Draws of z from q.
-    return_mean, seed
-        Whether to average over the draws; the seed of the draws.
-
-    Returns
-    -------
-    (n, genes), or (n_samples, n, genes) without the mean; float32.
+    settings
+        What is asked.
+    names
+        Of all cells in the loader's store.
+    return_numpy, out, sparse_below
+        The form.
     """
+    shape = (len(loader.index), len(settings.asked.genes))
+    shape = shape if settings.averaged else (settings.n_samples, *shape)
+    if out is not None:
+        _check_out(out, shape)
+    if sparse_below is not None:
+        _check_sparse(vae, sparse_below, out)
+    with seeded(settings.seed):
+        blocks = _blocks(vae, loader, settings)
+        if sparse_below is not None:
+            return _sparse(blocks, sparse_below)
+        # NumPy's, which asks for large pages: half of the time went into its first touch.
+        target = torch.from_numpy(np.empty(shape, np.float32)) if out is None else out
+        # Each block is written once, not added to zeros: the result is large, and so is its traffic.
+        for draw, rows, values in blocks:
+            target[rows if settings.averaged else (draw, rows)] = values if out is None else values.numpy()
+    if out is not None:
+        return out
+    if return_numpy or not settings.averaged:
+        return target.numpy()
+    return pd.DataFrame(target.numpy(), index=names[loader.index], columns=settings.asked.genes, copy=False)
+
+
+def _check_out(out, shape: tuple[int, ...]) -> None:
+    """Raise where blocks of float32 cannot be assigned to ``out``."""
+    takes = f"it takes an array of floats of shape {shape}: numpy.memmap, an h5py dataset, a zarr array"
+    if not all(hasattr(out, name) for name in ("shape", "dtype", "__setitem__")):
+        raise TypeError(f"out is a {type(out).__name__}, without shape, dtype or assignment to slices; {takes}.")
+    if tuple(out.shape) != shape or getattr(out.dtype, "kind", None) != "f":
+        raise ValueError(f"out has shape {tuple(out.shape)} and dtype {out.dtype}; {takes}.")
+    first = tuple(min(1, n) for n in shape)
+    try:
+        out[tuple(slice(n) for n in first)] = np.zeros(first, np.float32)
+    except Exception as error:
+        raise ValueError(f"out cannot be written to ({error}); {takes}, opened for writing.") from error
+
+
+def _check_sparse(vae: VAE, sparse_below: float, out) -> None:
+    """Raise where the result cannot be made sparse."""
+    if isinstance(sparse_below, bool) or not isinstance(sparse_below, Real) or not 0 < sparse_below < math.inf:
+        raise ValueError(f"sparse_below={sparse_below!r}; it takes a positive number, in the unit of the result.")
+    if out is not None:
+        raise ValueError("out= is dense, sparse_below= makes a new sparse matrix: give one of them.")
+    if "library" not in vae.posteriors:
+        raise ValueError('gene_likelihood="normal" has values on both sides of 0: sparse_below= is for counts.')
+
+
+def _sparse(blocks: Iterator[tuple[int, slice, Tensor]], below: float) -> sparse.csr_matrix | list[sparse.csr_matrix]:
+    """Return a matrix for each draw, block by block, without the values below the given one."""
+    parts: dict[int, list[sparse.csr_matrix]] = {}
+    for draw, _, values in blocks:
+        parts.setdefault(draw, []).append(sparse.csr_matrix(values.masked_fill(values < below, 0).numpy()))
+    matrices = [sparse.vstack(of_draw, format="csr") for of_draw in parts.values()]
+    return matrices[0] if len(matrices) == 1 else matrices
+
+
+def _blocks(vae: VAE, loader: CellLoader, settings: Settings) -> Iterator[tuple[int, slice, Tensor]]:
+    """Iterate over (draw, rows, values (n, genes)) of minibatches; averaged over the draws, the draw is 0."""
     vae.eval()
-    keep = 1 if return_mean else n_samples
-    columns = slice(None) if genes is None else torch.from_numpy(genes).to(vae.device)
-    latent_library = "library" in vae.posteriors and library_size == "latent"
-    factor = 1 / (len(batches) * (n_samples // keep))
-    if "library" in vae.posteriors and not latent_library:
-        factor *= library_size
-    result, start = None, 0
-    with seeded(seed):
-        for cells in loader:
-            cells = cells.to(vae.device)
-            q = {name: vae.posteriors[name](cells) for name in (("z", "library") if latent_library else ("z",))}
-            rows = slice(start, start + len(cells))
-            for draw in range(n_samples):
-                latents = {name: q[name].rsample() for name in q}
-                for i, batch in enumerate(batches):
-                    values = vae.decoder.expression(latents, in_batch(cells, batch))[:, columns]
-                    if latent_library:
-                        values = values * vae.decoder.log_library(latents).exp()
-                    if factor != 1:
-                        values = values * factor
-                    values = values.cpu()
-                    if result is None:
-                        # NumPy's, which asks for large pages: half of the time went into its first touch.
-                        result = torch.from_numpy(np.empty((keep, len(loader.index), values.shape[1]), np.float32))
-                    # What comes first is written, not added to zeros: the result is large, and so is its traffic.
-                    result[draw % keep, rows] = values if draw < keep and i == 0 else result[draw % keep, rows] + values
-            start += len(cells)
-    return (result[0] if return_mean else result).numpy()
+    factor = 1 / len(settings.asked.conditions)
+    if "library" in vae.posteriors and settings.library_size != "latent":
+        factor *= settings.library_size
+    start = 0
+    for cells in loader:
+        cells, mean = cells.to(vae.device), None
+        rows = slice(start, start + len(cells))
+        for draw, (latents, weight) in enumerate(_draws(vae, cells, settings)):
+            values = _decoded(vae, cells, latents, settings, weight * factor)
+            if settings.averaged:
+                mean = values if mean is None else mean.add_(values)
+            else:
+                yield draw, rows, values.cpu()
+        if settings.averaged:
+            yield 0, rows, mean.cpu()
+        start = rows.stop
+
+
+def _decoded(vae: VAE, cells: Cells, latents: dict[str, Tensor], settings: Settings, factor: float | Tensor) -> Tensor:
+    """Return the sum over conditions of rho times the factor, and times l where that is latent; (n, genes)."""
+    total = None
+    for condition in settings.asked.conditions:
+        rho = settings.asked.of_genes(vae.decoder.expression(latents, as_if(cells, condition)))
+        total = rho if total is None else total.add_(rho)
+    if "library" in latents and settings.library_size == "latent":
+        factor = factor * vae.decoder.log_library(latents).exp()
+    return total if isinstance(factor, float) and factor == 1 else total * factor
+
+
+def _draws(vae: VAE, cells: Cells, settings: Settings) -> Iterator[tuple[dict[str, Tensor], float | Tensor]]:
+    """Iterate over draws of the latents and the weight of each in the mean, 1 where there is none.
+
+    Importance weights are those of the draws among all of a cell's, w ~ p(x, z, l) / q(z, l | x), with sum 1. Where
+    draws are returned, as many are drawn anew from these with probabilities w (Rubin 1987).
+    """
+    share = 1 / settings.n_samples if settings.averaged else 1.0
+    if settings.weights == "uniform":
+        latent_library = "library" in vae.posteriors and settings.library_size == "latent"
+        q = {name: vae.posteriors[name](cells) for name in (("z", "library") if latent_library else ("z",))}
+        for _ in range(settings.n_samples):
+            yield {name: q[name].rsample() for name in q}, share
+        return
+    q = vae.infer(cells)
+    draws = [{name: q[name].rsample_and_log_prob() for name in q} for _ in range(settings.n_samples)]
+    # One draw at a time: cells x genes numbers, not as many for each draw.
+    log_w = torch.stack([vae.log_weights_at(cells, q, drawn) for drawn in draws])
+    weights = log_w.double().softmax(0)
+    latents = {name: torch.stack([drawn[name][0] for drawn in draws]) for name in q}
+    if settings.averaged:
+        for i, weight in enumerate(weights.float()):
+            yield {name: values[i] for name, values in latents.items()}, weight[:, None]
+        return
+    each = torch.arange(len(cells), device=vae.device)
+    for chosen in torch.multinomial(weights.T, settings.n_samples, replacement=True).T:
+        yield {name: values[chosen, each] for name, values in latents.items()}, 1.0

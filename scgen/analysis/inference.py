@@ -43,6 +43,14 @@ def draw(mean: np.ndarray, variance: np.ndarray, seed: int) -> np.ndarray:
     return mean + np.sqrt(variance) * noise
 
 
+def library_size(vae: VAE, loader: CellLoader, give_mean: bool, seed: int) -> np.ndarray:
+    """Return l of each cell, (n, 1): the mean of its log-normal posterior, or a draw from it."""
+    if "library" not in vae.posteriors:
+        raise ValueError('gene_likelihood="normal" has no library size.')
+    mean, variance = latent(vae, loader, "library")
+    return np.exp(mean + variance / 2 if give_mean else draw(mean, variance, seed))
+
+
 @torch.inference_mode()
 def bound(vae: VAE, loader: CellLoader, seed: int) -> dict[str, np.ndarray]:
     """Return log_likelihood and the KL of each latent, (n,) each, at one draw from q."""

@@ -10,7 +10,7 @@ from anndata import AnnData
 from scipy import sparse
 from torch import Tensor
 
-from scgen.analysis.expression import in_batch
+from scgen.analysis.counterfactual import Condition, as_if
 from scgen.data.cells import Cells
 from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader
@@ -23,19 +23,20 @@ FIELDS = [field.name for field in fields(Cells) if field.default is MISSING]
 
 
 def posterior_predictive(
-    vae: VAE, loader: CellLoader, batch: int | None, n_samples: int, seed: int
-) -> list[sparse.csr_matrix]:
+    vae: VAE, loader: CellLoader, condition: Condition, n_samples: int, seed: int
+) -> sparse.csr_matrix | list[sparse.csr_matrix]:
     """Return ``n_samples`` matrices (n, G) of x ~ p(x | z, l, s), with z, l ~ q; each sparse, as counts are."""
     check_whole("n_samples", n_samples, 1)
     blocks: list[list[sparse.csr_matrix]] = [[] for _ in range(n_samples)]
-    for _, number, x in replicates(vae, loader, batch, n_samples, seed):
+    for _, number, x in replicates(vae, loader, condition, n_samples, seed):
         blocks[number].append(sparse.csr_matrix(x.cpu().numpy()))
-    return [sparse.vstack(drawn, format="csr") for drawn in blocks]
+    matrices = [sparse.vstack(drawn, format="csr") for drawn in blocks]
+    return matrices[0] if n_samples == 1 else matrices
 
 
 @torch.inference_mode()
 def replicates(
-    vae: VAE, loader: CellLoader, batch: int | None, n_samples: int, seed: int
+    vae: VAE, loader: CellLoader, condition: Condition, n_samples: int, seed: int
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Iterate over (first cell, number of the replicate, x (n, G)) of minibatches, each with all of its replicates."""
     vae.eval()
@@ -46,7 +47,7 @@ def replicates(
             q = vae.infer(cells)
             for number in range(n_samples):
                 latents = {name: q[name].rsample() for name in q}
-                yield start, number, vae.decoder(latents, in_batch(cells, batch)).sample()
+                yield start, number, vae.decoder(latents, as_if(cells, condition)).sample()
             start += len(cells)
 
 

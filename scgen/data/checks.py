@@ -138,6 +138,12 @@ def nearest(name: str, names: list[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), None)
 
 
+def did_you_mean(name: str, names: list[str]) -> str:
+    """Return the end of a message that names the nearest; empty where none is near."""
+    closest = nearest(name, names)
+    return f' Did you mean "{closest}"?' if closest else ""
+
+
 def _shape(adata: AnnData) -> Iterator[Finding]:
     if not adata.n_obs:
         yield Finding("error", "adata.obs", "adata has no cells (0 x genes)", 0, "Check the filter that made it.")

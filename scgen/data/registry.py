@@ -12,7 +12,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from scgen.data.cells import Cells
-from scgen.data.checks import Finding, Setup, check_types, findings, matrix_of, raise_errors
+from scgen.data.checks import Finding, Setup, check_types, did_you_mean, findings, matrix_of, raise_errors
 from scgen.data.genes import identifiers
 from scgen.data.stores import BackedStore, MemoryStore, open_store, totals
 
@@ -311,9 +311,7 @@ class Registry:
 
     def batch_code(self, batch: str) -> int:
         """Return the code of a batch; raises ValueError if the model has not seen it."""
-        if str(batch) not in self.batches:
-            raise ValueError(f"batch {batch!r} is unknown to the model (it knows: {', '.join(self.batches)}).")
-        return self.batches.index(str(batch))
+        return codes_of("batch", self.batches, [batch])[0]
 
     def batches_to_average(self, groupby: str | None, batch_correction: bool) -> list[int] | None:
         """Return the codes of all batches, or None for each cell's own; ValueError where that hides what is asked."""
@@ -327,20 +325,8 @@ class Registry:
         return list(range(len(self.batches))) if batch_correction else None
 
     def batch_codes(self, batch: str | Sequence[str] | None) -> list[int | None]:
-        """Return the codes of one or several batches; None, for each cell's own, of "observed" and None."""
-        if batch is None or (isinstance(batch, str) and batch == "observed"):
-            return [None]
-        names = list(batch) if isinstance(batch, list | tuple | np.ndarray | pd.Index) else [batch]
-        if not names:
-            raise ValueError(f"batch is an empty list; the model knows: {', '.join(self.batches)}.")
-        return [self.batch_code(name) for name in names]
-
-    def one_batch_code(self, batch: str | None) -> int | None:
-        """Return the code of a batch, or None for each cell's own; ValueError where several are named."""
-        codes = self.batch_codes(batch)
-        if len(codes) > 1:
-            raise ValueError(f"batch={batch!r}; a sample comes from one batch. Name one, or None for each cell's own.")
-        return codes[0]
+        """Return the codes of the batches asked for; see `codes_of`."""
+        return codes_of("batch", self.batches, batch)
 
     def _gene_columns(self, adata: AnnData) -> np.ndarray | None:
         """Return where the model's genes are in ``adata``, None if they are its genes as they stand."""
@@ -372,6 +358,33 @@ class Registry:
                 "out, or train a model on all of them."
             )
         return codes
+
+
+def codes_of(what: str, names: list[str], asked: str | Sequence[str] | None) -> list[int | None]:
+    """Return the codes of one or several names; all for "average"; None, for each cell's own, of "observed" and None.
+
+    A name that is "average" or "observed" itself is asked for in a list. ValueError, which says ``what`` was asked,
+    for names that the model does not know.
+
+    Examples
+    --------
+    >>> names = ["a", "b", "c"]
+    >>> [codes_of("batch", names, asked) for asked in ("observed", "average", "c", ["c", "a"])]
+    [[None], [0, 1, 2], [2], [2, 0]]
+    """
+    if asked is None or (isinstance(asked, str) and asked == "observed"):
+        return [None]
+    if isinstance(asked, str) and asked == "average":
+        return list(range(len(names)))
+    several = list(asked) if isinstance(asked, list | tuple | np.ndarray | pd.Index) else [asked]
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    if not several:
+        raise ValueError(f"{what} is an empty list; the model knows: {shown}.")
+    for name in several:
+        if str(name) not in names:
+            hint = did_you_mean(str(name), names)
+            raise ValueError(f"{what}: {name!r} is unknown to the model (it knows: {shown}).{hint}")
+    return [names.index(str(name)) for name in several]
 
 
 def _names(column: pd.Series) -> list[str]:

@@ -95,10 +95,14 @@ class NegativeBinomial(_Counts):
         return reference.negative_binomial_log_prob(value, self.log_mu, self.log_theta)
 
     @torch.no_grad()
-    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+    def sample_rate(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        """Return draws of the Gamma rate that the counts, before any zero inflation, are Poisson draws of."""
         theta = self.theta.expand(self._extended_shape(sample_shape))
-        rate = torch._standard_gamma(theta) * (self.log_mu - self.log_theta).exp()
-        return torch.poisson(rate.clamp(max=_MAX_RATE))
+        return torch._standard_gamma(theta) * (self.log_mu - self.log_theta).exp()
+
+    @torch.no_grad()
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        return torch.poisson(self.sample_rate(sample_shape).clamp(max=_MAX_RATE))
 
 
 class ZeroInflatedNegativeBinomial(NegativeBinomial):

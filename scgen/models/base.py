@@ -1,6 +1,6 @@
 """What every model does with an AnnData: train, answer, save, load."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +10,9 @@ from anndata import AnnData
 from scipy import sparse
 
 from scgen.analysis import comparisons, differential_expression, expression, inference, sampling, thinning
+from scgen.analysis.correlation import correlation_matrix
+from scgen.analysis.counterfactual import Asked, one_condition
+from scgen.analysis.likelihood_parameters import likelihood_parameters
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry, setup_anndata
 from scgen.models import files, loaders, queries
@@ -46,7 +49,7 @@ class Model:
 
     def assemble(self, registry: Registry, arguments: dict) -> None:
         """Make the module, without cells."""
-        self.registry, self.arguments = registry, _plain(arguments)
+        self.registry, self.arguments = registry, files.plain(arguments)
         self.adata: AnnData | None = None
         self.fingerprint: dict | None = None
         self.history = pd.DataFrame()
@@ -143,7 +146,7 @@ class Model:
         options.check(batch_size, train_size, devices)
         training, validation = loaders.of_training(self, options, batch_size, train_size)
         rows: list[dict] = self.history.to_dict(orient="records")
-        self.trainings.append(_plain(asdict(options) | {"device": str(device), "batch_size": training.batch_size}))
+        self.trainings.append(files.plain(asdict(options) | {"device": str(device), "batch_size": training.batch_size}))
         try:
             with self.vae.to(device).learning_rows(self.registry.learned_rows(self.arguments["dispersion"])):
                 fit(self.vae, training, validation, options, rows)
@@ -218,10 +221,7 @@ class Model:
         Where the library is observed, that is the cell's total, or its size factor. Parameters and errors are those of
         `get_latent_representation`; a model with ``gene_likelihood="normal"`` has no library and raises ValueError.
         """
-        if "library" not in self.vae.posteriors:
-            raise ValueError('gene_likelihood="normal" has no library size.')
-        mean, variance = inference.latent(self.vae, self._loader(adata, indices, batch_size), "library")
-        return np.exp(mean + variance / 2 if give_mean else inference.draw(mean, variance, seed))
+        return inference.library_size(self.vae, self._loader(adata, indices, batch_size), give_mean, seed)
 
     def get_elbo(
         self,
@@ -395,15 +395,19 @@ class Model:
         *,
         indices: Sequence[int] | None = None,
         batch: str | Sequence[str] = "observed",
+        covariates: Mapping[str, str | float | Sequence[str] | Sequence[float]] | None = None,
         library_size: float | str = 1,
         gene_list: Sequence[str] | None = None,
         n_samples: int = 1,
+        weights: str = "uniform",
         return_mean: bool = True,
         return_numpy: bool = False,
+        out=None,
+        sparse_below: float | None = None,
         batch_size: int = 1024,
         seed: int = 0,
         transform_batch: str | Sequence[str] | None = None,
-    ) -> pd.DataFrame | np.ndarray:
+    ) -> pd.DataFrame | np.ndarray | sparse.csr_matrix | list[sparse.csr_matrix]:
         """Return denoised expression: l times the decoder's share rho(z, s) of each gene, with z drawn from q.
 
         Parameters
@@ -412,15 +416,30 @@ class Model:
             As in `get_latent_representation`.
         batch
             "observed": each cell in its own batch, which leaves the batch effect in. A name: all cells as if
-            from that batch. A list of names: the mean over them. ``["observed"]`` means a batch of that name.
+            from that batch. A list of names: the mean over them, each of the same weight. "average": the mean over all.
+            ``["observed"]`` means a batch of that name.
+        covariates
+            The same for further covariates, by name; those not named are as observed. A continuous one takes a number,
+            in its own unit, or a list of numbers; its "average" is the mean of the cells that the model was made for.
+            Where several are averaged, the mean is over all combinations of their values, 1000 at most.
         library_size
             The l common to all cells, or "latent" for each cell's own.
         gene_list
             Genes to return; None for all.
         n_samples, return_mean
-            Number of draws of z; whether to average over them.
+            Number of draws of z (and l); whether to average over them.
+        weights
+            "importance" weighs a cell's draws in proportion to p(x, z, l) / q(z, l | x), so that the mean comes closer,
+            with ever more draws, to the one under the true posterior, p(z, l | x). Draws that are not averaged are
+            drawn anew from themselves with these weights, so that some come repeatedly (Rubin 1987).
         return_numpy
             True returns an array instead of a table.
+        out
+            An array that is filled, a minibatch of cells at a time, and returned: `numpy.memmap`, an h5py dataset, a
+            zarr array, or whatever has shape, dtype and assignment to slices.
+        sparse_below
+            Values below this become zeros, and the result a CSR matrix, of which no dense form is ever held; a list of
+            them if draws are not averaged.
         transform_batch
             scvi-tools' name for ``batch``.
 
@@ -434,28 +453,146 @@ class Model:
         ------
         RuntimeError
             If the model is untrained.
+        TypeError
+            If an argument is of the wrong kind altogether.
         ValueError
-            If a batch, gene or library size is not known.
+            If a batch, covariate, value of it, gene, library size or weight is not known, or ``out`` is of another
+            shape, holds no floats or cannot be written to.
+
+        Examples
+        --------
+        >>> import scgen
+        >>> adata = scgen.simulate_cells(n_cells=100, n_genes=30, seed=0)
+        >>> adata.obs["donor"] = ["a", "b"] * 50
+        >>> scgen.setup_anndata(adata, batch_key="batch", categorical_covariate_keys=["donor"])
+        >>> model = scgen.SCVI(adata)
+        >>> model.train(max_epochs=2, progress=False)
+        >>> model.get_normalized_expression(batch="average", covariates={"donor": "a"}).shape
+        (100, 30)
+        >>> model.get_normalized_expression(library_size=1e4, sparse_below=1.0).format
+        'csr'
         """
-        if batch != "observed" and transform_batch is not None:
-            raise ValueError("batch and transform_batch are the same thing; give one of them.")
-        expression.check(self.registry.genes, gene_list, library_size, n_samples)
-        genes = pd.Index(self.registry.genes if gene_list is None else gene_list)
+        asked = Asked.of(self.registry, batch, covariates, gene_list, transform_batch)
+        settings = expression.Settings(asked, library_size, n_samples, return_mean, weights, seed)
         loader = self._loader(adata, indices, batch_size)
-        values = expression.normalized_expression(
-            self.vae,
-            loader,
-            self.registry.batch_codes(batch if transform_batch is None else transform_batch),
-            library_size,
-            None if gene_list is None else pd.Index(self.registry.genes).get_indexer(genes),
-            n_samples,
-            return_mean or n_samples == 1,
-            seed,
-        )
-        if return_numpy or values.ndim == 3:
-            return values
-        names = (self.adata if adata is None else adata).obs_names[loader.index]
-        return pd.DataFrame(values, index=names, columns=genes, copy=False)
+        names = (self.adata if adata is None else adata).obs_names
+        return expression.answer(self.vae, loader, settings, names, return_numpy, out, sparse_below)
+
+    def get_feature_correlation_matrix(
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Sequence[int] | None = None,
+        batch: str | Sequence[str] = "observed",
+        covariates: Mapping[str, str | float | Sequence[str] | Sequence[float]] | None = None,
+        gene_list: Sequence[str] | None = None,
+        correlation_type: str = "spearman",
+        n_samples: int = 10,
+        batch_size: int = 1024,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Return the correlations of genes, genes x genes, over the denoised values of all cells and draws.
+
+        A denoised value is a draw of the rate whose Poisson draw the count would be, without zero inflation and for the
+        same library in all cells: Gamma(shape theta, mean rho(z, s)), with z ~ q, for "zinb" and "nb". It is rho for
+        "poisson", and the mean f(z, s) for "normal".
+
+        Parameters
+        ----------
+        adata, indices, batch, covariates, gene_list, batch_size, seed
+            As in `get_normalized_expression`; but where several batches or values of covariates are asked for, the
+            mean is over the correlations under each.
+        correlation_type
+            "spearman" or "pearson". Pearson's needs memory for some arrays of genes x genes alone, Spearman's for all
+            values: 4 bytes for each of genes x cells x draws. A sample of cells, in ``indices``, or ``gene_list``
+            makes it less.
+        n_samples
+            Draws for each cell.
+
+        Returns
+        -------
+        A table of values in [-1, 1]; NaN for a gene that does not vary.
+
+        Raises
+        ------
+        RuntimeError, TypeError, ValueError
+            As in `get_normalized_expression`.
+
+        Notes
+        -----
+        This is what scvi-tools computes, but for its ``rna_size_factor``, which multiplies all values, and so changes
+        no correlation; for Poisson and normal likelihoods, of which it computes none; for genes and covariates, which
+        it does not let choose; and for its memory, several times all values with either kind of correlation.
+
+        Examples
+        --------
+        >>> import scgen
+        >>> adata = scgen.simulate_cells(n_cells=100, n_genes=30, seed=0)
+        >>> scgen.setup_anndata(adata, batch_key="batch")
+        >>> model = scgen.SCVI(adata)
+        >>> model.train(max_epochs=2, progress=False)
+        >>> model.get_feature_correlation_matrix(gene_list=["gene_1", "gene_5"]).shape
+        (2, 2)
+        """
+        asked = Asked.of(self.registry, batch, covariates, gene_list)
+        loader = self._loader(adata, indices, batch_size)
+        return correlation_matrix(self.vae, loader, asked, correlation_type, n_samples, seed)
+
+    def get_likelihood_parameters(
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Sequence[int] | None = None,
+        batch: str | Sequence[str] = "observed",
+        covariates: Mapping[str, str | float | Sequence[str] | Sequence[float]] | None = None,
+        gene_list: Sequence[str] | None = None,
+        n_samples: int | None = 1,
+        give_mean: bool = False,
+        batch_size: int = 1024,
+        seed: int = 0,
+    ) -> dict[str, np.ndarray]:
+        """Return the parameters of p(x | z, l, s) of each cell and gene, by name, with z, l ~ q.
+
+        Parameters
+        ----------
+        adata, indices, batch, covariates, gene_list, batch_size, seed
+            As in `get_normalized_expression`; where several batches or values of covariates are asked for, parameters
+            are averaged over them.
+        n_samples
+            Number of draws of the latents; a single one is that of `get_reconstruction_error`. None takes the means of
+            q(z | x, s) and q(log l | x, s) instead.
+        give_mean
+            Whether to average over the draws.
+
+        Returns
+        -------
+        Arrays (cells, genes) of float32, (n_samples, cells, genes) of several draws: "mean", the mean mu = l rho of the
+        counts before zero inflation; "dispersions", the inverse dispersion theta, for "zinb" and "nb"; "dropout", the
+        probability of an additional zero, for "zinb"; "scale", the standard deviation, for "normal".
+
+        Raises
+        ------
+        RuntimeError, TypeError, ValueError
+            As in `get_normalized_expression`.
+
+        Notes
+        -----
+        In SciPy's terms the counts are ``nbinom(theta, theta / (theta + mu))``; with zero inflation, p(0) = pi + (1 -
+        pi) nbinom(0) and p(x) = (1 - pi) nbinom(x).
+
+        Examples
+        --------
+        >>> import scgen
+        >>> adata = scgen.simulate_cells(n_cells=100, n_genes=30, seed=0)
+        >>> scgen.setup_anndata(adata, batch_key="batch")
+        >>> model = scgen.SCVI(adata, gene_likelihood="nb")
+        >>> model.train(max_epochs=2, progress=False)
+        >>> {name: values.shape for name, values in model.get_likelihood_parameters().items()}
+        {'mean': (100, 30), 'dispersions': (100, 30)}
+        """
+        asked = Asked.of(self.registry, batch, covariates, gene_list)
+        loader = self._loader(adata, indices, batch_size)
+        return likelihood_parameters(self.vae, loader, asked, n_samples, give_mean, seed)
 
     def differential_expression(
         self,
@@ -557,6 +694,7 @@ class Model:
         *,
         indices: Sequence[int] | None = None,
         batch: str | None = None,
+        covariates: Mapping[str, str | float] | None = None,
         n_samples: int = 1,
         batch_size: int = 256,
         seed: int = 0,
@@ -569,6 +707,8 @@ class Model:
             As in `get_latent_representation`.
         batch
             None for each cell's own, or a name.
+        covariates
+            As in `get_normalized_expression`, but one value of each.
         n_samples
             Number of matrices; more than one are returned as a list.
 
@@ -576,10 +716,9 @@ class Model:
         -------
         (n, G) in CSR form, or ``n_samples`` of them.
         """
-        code = self.registry.one_batch_code(batch)
+        condition = one_condition(self.registry, batch, covariates)
         loader = self._loader(adata, indices, batch_size)
-        drawn = sampling.posterior_predictive(self.vae, loader, code, n_samples, seed)
-        return drawn[0] if n_samples == 1 else drawn
+        return sampling.posterior_predictive(self.vae, loader, condition, n_samples, seed)
 
     def sample_prior(self, n: int = 1000, batch: str | None = None, *, seed: int = 0) -> AnnData:
         """Return new cells: z ~ p(z), log l ~ p(log l | s), x ~ p(x | z, l, s).
@@ -673,8 +812,3 @@ class Model:
 
     def _loader(self, adata: AnnData | None, indices: Sequence[int] | None, batch_size: int) -> CellLoader:
         return loaders.of_question(self, adata, indices, batch_size)
-
-
-def _plain(values: dict) -> dict:
-    """Return the values with NumPy's scalars, which JSON does not hold, as Python's."""
-    return {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from anndata import AnnData
 from torch import Tensor
 
@@ -34,7 +33,7 @@ def of_training(
         model.train_indices, model.validation_indices = training, validation
     batch_size = batch_size or default_batch_size(len(model.train_indices), device)
     held_out = np.sort(rng.permutation(model.validation_indices)[:MAX_VALIDATION_CELLS])
-    form = {"as_sparse": _reads_sparse(model, device), "device": device, "complete": _complete(model)}
+    form = {"as_sparse": model.vae.reads_sparse(device), "device": device, "complete": _complete(model)}
     return (
         CellLoader(store, columns, model.train_indices, batch_size, rng, **form),
         CellLoader(store, columns, held_out, max(batch_size, 512), **form) if len(held_out) else None,
@@ -47,7 +46,7 @@ def of_question(model, adata: AnnData | None, indices: Sequence[int] | None, bat
     check_whole("batch_size", batch_size, 1)
     adata = cells_of(model, adata)
     store, columns = _read(model, adata)
-    as_sparse = _reads_sparse(model, model.vae.device)
+    as_sparse = model.vae.reads_sparse(model.vae.device)
     index = rows_asked_for(indices, adata.n_obs)
     return CellLoader(store, columns, index, batch_size, as_sparse=as_sparse, complete=_complete(model))
 
@@ -65,11 +64,6 @@ def cells_of(model, adata: AnnData | None) -> AnnData:
 def _complete(model):
     """Return what adds genes to a minibatch that were not measured; None where all were."""
     return model.vae.complete if model.registry.missing else None
-
-
-def _reads_sparse(model, device: torch.device) -> bool:
-    """Say whether minibatches are to come as CSR: for counts on a CPU, and where MKL multiplies them."""
-    return "library" in model.vae.posteriors and device.type == "cpu" and torch.backends.mkl.is_available()
 
 
 def _read(model, adata: AnnData) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]]:

@@ -39,6 +39,10 @@ class VAE(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    def reads_sparse(self, device: torch.device) -> bool:
+        """Say whether minibatches are to come as CSR: for counts on a CPU, and where MKL multiplies them."""
+        return "library" in self.posteriors and device.type == "cpu" and torch.backends.mkl.is_available()
+
     @contextmanager
     def reduced_products(self, reduced: bool) -> Iterator[None]:
         """Within the block, take the products of the layers from or to 512 units and more in bfloat16."""
@@ -118,7 +122,12 @@ class VAE(nn.Module):
 
         Their log-mean-exp over the draws estimates log p(x) from below, the closer the more draws.
         """
-        draws = {name: q[name].rsample_and_log_prob(shape) for name in q}
+        return self.log_weights_at(cells, q, {name: q[name].rsample_and_log_prob(shape) for name in q})
+
+    def log_weights_at(
+        self, cells: Cells, q: dict[str, Distribution], draws: dict[str, tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """Return the same at draws (*shape, n, d) that are given, each latent's with its log q (*shape, n)."""
         likelihood = self.decoder({name: draw for name, (draw, _) in draws.items()}, cells)
         log_w = likelihood.log_prob(cells.counts)
         for name, (draw, log_q) in draws.items():

@@ -3,7 +3,6 @@
 import itertools
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
@@ -60,7 +59,7 @@ class Linear:
             decoder.log_scale.fill_(np.log(SD - 1e-4))
         posterior = LinearPosterior(self.a, self.b, self.v)
         model.vae = VAE({"z": posterior}, {"z": StandardNormalPrior(D).double()}, decoder)
-        model.history = pd.DataFrame({"elbo_train": [0.0]})  # as if trained
+        model.trainings = [{}]  # as if trained
         return model
 
     def mean(self) -> np.ndarray:

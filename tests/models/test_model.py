@@ -238,7 +238,7 @@ def test_a_first_training_interrupted_at_once_leaves_an_untrained_model(small, m
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("scgen.models.base.start_from_data", interrupt)
+    monkeypatch.setattr("scgen.models.loaders.start_from_data", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(model)
     assert not model.is_trained

@@ -12,6 +12,7 @@ import pickle
 import shutil
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +64,8 @@ def differences(adata: AnnData, folder: Path, setup: dict, **arguments) -> dict[
     tensors = next(iter(model._make_data_loader(model.adata, batch_size=adata.n_obs)))
     tensors = {name: value.double() if value.is_floating_point() else value for name, value in tensors.items()}
     cells = next(iter(ours._loader(None, None, adata.n_obs)))
-    double = {name: getattr(cells, name).double() for name in ("counts", "library", "continuous")}
-    cells = type(cells)(**{**{name: getattr(cells, name) for name in cells.__dataclass_fields__}, **double})
+    double = {name: getattr(cells, name).double() for name in ("library", "continuous")}
+    cells = replace(cells, counts=cells.counts.to_dense().double(), **double)
     cells.library[:] = cells.counts.sum(1, keepdim=True).log()
     cells.continuous[:] = torch.from_numpy(adata.obs[list(ours.registry.scaling)].to_numpy(float))
 
@@ -126,6 +127,39 @@ def test_every_kind_of_model_gives_their_numbers(arguments, setup, tmp_path):
     adata = with_covariates(scgen.simulate_cells(n_cells=200, n_genes=40, n_batches=3, seed=0))
     found = differences(adata, tmp_path, setup, **arguments)
     assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("likelihood", ["zinb", "nb"])
+@pytest.mark.parametrize("dispersion", ["gene", "gene-cell"])
+def test_parameters_and_correlations_are_theirs(likelihood, dispersion, tmp_path):
+    """Both are means over draws, of other random numbers: they agree as far as these go."""
+    pytest.importorskip("scvi", reason="scvi-tools is not installed (the extra named peers)")
+    adata = scgen.simulate_cells(n_cells=150, n_genes=15, n_batches=2, seed=0)
+    arguments = {"gene_likelihood": likelihood, "dispersion": dispersion, "encode_covariates": True}
+    theirs = made_by_scvi_tools(adata, tmp_path, {}, 20, **arguments)
+    with torch.no_grad():
+        # Rates that differ between cells by far more than between draws, and by more than the noise about them.
+        module = theirs.module
+        module.decoder.px_scale_decoder[0].weight *= 5
+        module.z_encoder.var_encoder.bias -= 4
+        (module.decoder.px_r_decoder.bias if dispersion == "gene-cell" else module.px_r).add_(2)
+    theirs.save(tmp_path, overwrite=True)
+    ours = scgen.SCVI.from_scvi_tools(tmp_path, adata)
+
+    found = ours.get_likelihood_parameters(n_samples=500, give_mean=True)
+    expected = theirs.get_likelihood_parameters(n_samples=500, give_mean=True)
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=0.1, atol=0.01 * values.mean(), err_msg=name)
+
+    for kind in ("pearson", "spearman"):
+        for batch in ("batch_1", ["batch_1", "batch_2"]):
+            asked = {"n_samples": 200, "correlation_type": kind}
+            expected = theirs.get_feature_correlation_matrix(transform_batch=batch, **asked)
+            found = ours.get_feature_correlation_matrix(batch=batch, **asked)
+            assert found.index.equals(expected.index)
+            np.testing.assert_allclose(found, expected, atol=0.04)
+            assert np.abs(expected.to_numpy() - np.eye(15)).max() > 0.25
 
 
 @pytest.mark.parametrize("folder", sorted(KEPT.iterdir()) if KEPT.exists() else [], ids=lambda path: path.name)

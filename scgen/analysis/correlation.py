@@ -1,0 +1,126 @@
+"""How genes go together: the correlation of their denoised values over cells and draws."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+from scgen.analysis.counterfactual import Asked, Condition, as_if
+from scgen.data.checks import check_whole
+from scgen.data.loader import CellLoader
+from scgen.distributions import NegativeBinomial
+from scgen.modules.vae import VAE
+from scgen.training import seeded
+
+#: Rows of ranks that are made float64 at a time.
+RANKED_AT_ONCE = 8192
+
+
+class Moments:
+    """Mean and sum of products about it, (G,) and (G, G) float64, of rows that come in blocks (Chan et al. 1983).
+
+    Examples
+    --------
+    >>> rows = np.array([[1.0, 2.0], [2.0, 0.0], [3.0, 1.0]])
+    >>> moments = Moments(2)
+    >>> moments.add(rows[:1])
+    >>> moments.add(rows[1:])
+    >>> moments.correlation().round(12).tolist()
+    [[1.0, -0.5], [-0.5, 1.0]]
+    """
+
+    def __init__(self, n_genes: int):
+        self.n, self.mean, self.products = 0, np.zeros(n_genes), np.zeros((n_genes, n_genes))
+
+    def add(self, rows: np.ndarray) -> None:
+        """Take in further rows, (m, G)."""
+        rows = rows.astype(np.float64)
+        mean, n = rows.mean(0), self.n + len(rows)
+        shift = mean - self.mean
+        rows -= mean
+        self.products += rows.T @ rows + np.outer(shift, shift) * (self.n * len(rows) / n)
+        self.mean += shift * (len(rows) / n)
+        self.n = n
+
+    def correlation(self) -> np.ndarray:
+        """Return Pearson's correlations, (G, G); NaN with what does not vary."""
+        square = self.products.diagonal()
+        # Of equal values, rounding leaves a trace: about 1e-16 of their mean each.
+        deviation = np.sqrt(np.where(square > self.n * (1e-12 * self.mean) ** 2, square, np.nan))
+        return np.clip(self.products / deviation[:, None] / deviation, -1, 1)
+
+
+@torch.inference_mode()
+def correlation_matrix(
+    vae: VAE,
+    loader: CellLoader,
+    asked: Asked,
+    correlation_type: str,
+    n_samples: int,
+    seed: int,
+) -> pd.DataFrame:
+    """Return the correlations of genes, the mean of those under each condition.
+
+    Parameters
+    ----------
+    vae, loader
+        The model and the n cells.
+    asked
+        Covariates; columns.
+    correlation_type, n_samples, seed
+        As in `Model.get_feature_correlation_matrix`.
+    """
+    of_values = {"pearson": _pearson, "spearman": _spearman}
+    if correlation_type not in of_values:
+        raise ValueError(f'correlation_type={correlation_type!r} is unknown; choose "spearman" or "pearson".')
+    check_whole("n_samples", n_samples, 1)
+    n_rows, total = n_samples * len(loader.index), np.zeros((len(asked.genes), len(asked.genes)))
+    if n_rows < 2:
+        raise ValueError("a correlation needs two values of each gene: more cells, or n_samples=10.")
+    vae.eval()
+    for condition in asked.conditions:
+        with seeded(seed):
+            values = _denoised(vae, loader, condition, asked, n_samples)
+            total += of_values[correlation_type](values, len(asked.genes), n_rows)
+    return pd.DataFrame(total / len(asked.conditions), index=asked.genes, columns=asked.genes)
+
+
+def _denoised(vae: VAE, loader: CellLoader, condition: Condition, asked: Asked, n_samples: int) -> Iterator[np.ndarray]:
+    """Iterate over draws of the rates of minibatches' counts for a library of 1, (n, genes), at draws of z.
+
+    A rate is what its count would be a Poisson draw of: Gamma about rho for a negative binomial, rho itself for a
+    Poisson. Normalised values have none; it is their mean f(z, s).
+    """
+    for cells in loader:
+        cells = cells.to(vae.device)
+        q, others = vae.posteriors["z"](cells), as_if(cells, condition)
+        for _ in range(n_samples):
+            latents = {"z": q.rsample(), "library": torch.zeros_like(cells.library)}
+            gene = vae.decoder(latents, others).base_dist
+            if isinstance(gene, NegativeBinomial):
+                rates = NegativeBinomial(asked.of_genes(gene.log_mu), asked.of_genes(gene.log_theta)).sample_rate()
+            else:
+                rates = asked.of_genes(gene.mean)
+            yield rates.cpu().numpy()
+
+
+def _pearson(values: Iterator[np.ndarray], n_genes: int, n_rows: int) -> np.ndarray:
+    """Return Pearson's correlations of rows that come in blocks."""
+    moments = Moments(n_genes)
+    for rows in values:
+        moments.add(rows)
+    return moments.correlation()
+
+
+def _spearman(values: Iterator[np.ndarray], n_genes: int, n_rows: int) -> np.ndarray:
+    """Return Spearman's: Pearson's of the ranks, which need all values of a gene at once, (genes, rows) float32."""
+    ranks, start = np.empty((n_genes, n_rows), np.float32), 0
+    for rows in values:
+        ranks[:, start : start + len(rows)] = rows.T
+        start += len(rows)
+    for of_gene in ranks:
+        of_gene[:] = stats.rankdata(of_gene)
+    starts = range(0, n_rows, RANKED_AT_ONCE)
+    return _pearson((ranks[:, start : start + RANKED_AT_ONCE].T for start in starts), n_genes, n_rows)

@@ -1,0 +1,82 @@
+"""The parameters of p(x | z, l, s), from which it can be computed elsewhere."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Normal
+
+from scgen.analysis.counterfactual import Asked, as_if
+from scgen.data.cells import Cells
+from scgen.data.checks import check_whole
+from scgen.data.loader import CellLoader
+from scgen.distributions import NegativeBinomial, ZeroInflatedNegativeBinomial
+from scgen.modules.vae import VAE
+from scgen.training import seeded
+
+
+@torch.inference_mode()
+def likelihood_parameters(
+    vae: VAE,
+    loader: CellLoader,
+    asked: Asked,
+    n_samples: int | None,
+    give_mean: bool,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Return the parameters of each cell's likelihood, by name; see `Model.get_likelihood_parameters`.
+
+    Parameters
+    ----------
+    vae, loader
+        The model and the n cells.
+    asked
+        Covariates, over which parameters are averaged; columns to return.
+    n_samples
+        Draws of the latents; None for the means of q.
+    give_mean, seed
+        Whether to average over the draws; their seed.
+    """
+    if n_samples is not None:
+        check_whole("n_samples", n_samples, 1)
+    n_draws = n_samples or 1
+    keep = 1 if give_mean else n_draws
+    shape = keep, len(loader.index), len(asked.genes)
+    found: dict[str, np.ndarray] = {}
+    start = 0
+    vae.eval()
+    with seeded(seed):
+        for cells in loader:
+            cells = cells.to(vae.device)
+            q = vae.infer(cells)
+            rows = slice(start, start + len(cells))
+            for draw in range(n_draws):
+                latents = {name: q[name].mean if n_samples is None else q[name].rsample() for name in q}
+                for name, values in _mean_parameters(vae, latents, cells, asked).items():
+                    if name not in found:
+                        found[name] = np.zeros(shape, np.float32)
+                    found[name][draw % keep, rows] += (values * (keep / n_draws)).cpu().numpy()
+            start = rows.stop
+    return {name: values[0] if keep == 1 else values for name, values in found.items()}
+
+
+def _mean_parameters(vae: VAE, latents: dict[str, Tensor], cells: Cells, asked: Asked) -> dict[str, Tensor]:
+    """Return the parameters of the genes asked for, (n, genes) or (genes,), averaged over the conditions."""
+    total: dict[str, Tensor] = {}
+    for condition in asked.conditions:
+        for name, values in _parameters(vae.decoder(latents, as_if(cells, condition))).items():
+            values = asked.of_genes(values) / len(asked.conditions)
+            total[name] = total[name] + values if name in total else values
+    return total
+
+
+def _parameters(likelihood: Distribution) -> dict[str, Tensor]:
+    """Return the parameters of each gene's own distribution, (n, G) or (G,), by scvi-tools' names for them."""
+    gene = likelihood.base_dist
+    if isinstance(gene, Normal):
+        return {"mean": gene.loc, "scale": gene.scale}
+    found = {"mean": gene.mu}
+    if isinstance(gene, ZeroInflatedNegativeBinomial):
+        found["dropout"] = gene.zi_logits.sigmoid()
+    if isinstance(gene, NegativeBinomial):
+        found["dispersions"] = gene.theta
+    return found
