@@ -1,4 +1,4 @@
-"""Every tutorial runs from top to bottom, and says what it claims."""
+"""Every tutorial runs from top to bottom, and says what it claims; so do the outputs that it is stored with."""
 
 import re
 from pathlib import Path
@@ -10,15 +10,84 @@ from nbclient import NotebookClient
 TUTORIALS = Path(__file__).parents[1] / "tutorials"
 
 
+def numbers(text: str, pattern: str) -> list[float]:
+    """Return the numbers in the one line of the text that is like the pattern, in which # stands for a number."""
+    found = re.findall(re.escape(pattern).replace(r"\#", r"(-?\d+(?:\.\d+)?)"), text)
+    assert len(found) == 1, f"{pattern}: found {len(found)} times"
+    return [float(number) for number in ([found[0]] if isinstance(found[0], str) else found[0])]
+
+
+def integrate_batches(text: str):
+    before, after, full = numbers(text, "# before, # after; # if")
+    assert before < 0.5 * full
+    assert after > 0.85 * full
+    assert numbers(text, "Rand index): #")[0] > 0.7
+
+
+def differential_expression(text: str):
+    """The truth is the simulation's; of the null, that nothing differs; the bounds leave room for other machines."""
+    _, called, false = numbers(text, "type_1 against the rest: # genes differ, # are called, # of them falsely")
+    assert called > 100
+    assert false < 0.12 * called
+    assert numbers(text, "correlation of lfc_mean with the true fold change: #")[0] > 0.93
+    assert numbers(text, "false discovery rate #, at a target")[0] < 0.07
+    assert numbers(text, "found: # of the")[0] > 0.8
+    assert 0.8 < numbers(text, "lfc_mean ± 2 lfc_std: # of them")[0] < 0.96
+    line = ": # genes differ, # are called, # of them"
+    found = [numbers(text, f"delta {delta}{line}") for delta in ("0.25", "0.5", "1.0")]
+    for differ, called, false in found:
+        assert 0.5 * differ < called < 1.1 * differ
+        assert false < 0.1 * called
+    assert found[0][1] > found[1][1] > found[2][1]
+    line = ": # genes are called, false discovery rate #, correlation with the true change #"
+    corrected, kept = (numbers(text, f"batch_correction={one}{line}") for one in (True, False))
+    assert corrected[0] > 80
+    assert corrected[1] < 0.08
+    assert corrected[2] > 0.95
+    assert kept[1] > 0.15
+    assert kept[2] < 0.8
+    assert numbers(text, "halvings of a type: # of 3000")[0] <= 3
+    assert numbers(text, "batch_correction=False: # of 300")[0] > 100
+    assert numbers(text, "batch_correction=True: # of 300")[0] <= 3
+    assert numbers(text, "six donors' sums, tested: # of 300")[0] <= 3
+
+
+def map_new_cells(text: str):
+    """The truth is the simulation's: cell types, and which of them the reference was not shown."""
+    right, unknown = numbers(text, "labels at once: # are right, # unknown")
+    assert right > 0.93
+    assert unknown < 0.05
+    before, after = numbers(text, "ELBO of the new cells: # at once, # trained")
+    assert after > before + 3
+    assert numbers(text, "labels after training: # are right")[0] > 0.93
+    assert "the reference's embedding has the same bits: True" in text
+    assert "trained query's embedding have the same bits: True" in text
+    assert max(numbers(text, '"unknown": # of the unseen type, # of the others')) < 0.3  # which is what it warns of
+    assert numbers(text, "AUROC of typicality, unseen against known types: #")[0] > 0.95
+    unseen, others = numbers(text, "\nbelow 0.05: # of the unseen type, # of the others")
+    assert unseen > 0.9
+    assert others < 0.2
+    assert numbers(text, "new batch: below 0.05: # of")[0] > 0.8
+    typicality, density = numbers(text, "AUROC in the new batch: # of typicality, # of density")
+    assert density > 0.95
+    assert typicality < density - 0.2
+
+
+CLAIMS = {check.__name__: check for check in (integrate_batches, differential_expression, map_new_cells)}
+
+
+def printed(notebook) -> str:
+    return "".join(
+        output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    )
+
+
 @pytest.mark.parametrize("path", sorted(TUTORIALS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_runs(path):
     notebook = nbformat.read(path, as_version=4)
+    stored = printed(notebook)
+    if stored:
+        CLAIMS[path.stem](stored)
+        assert path.stat().st_size < 300_000
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
-    text = "".join(
-        output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
-    )
-    if path.stem == "integrate_batches":
-        before, after, full = map(float, re.search(r"(0\.\d+) before, (0\.\d+) after; (0\.\d+) if", text).groups())
-        assert before < 0.5 * full
-        assert after > 0.85 * full
-        assert float(re.search(r"Rand index\): (0\.\d+)", text).group(1)) > 0.7
+    CLAIMS[path.stem](printed(notebook))
