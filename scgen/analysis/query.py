@@ -1,6 +1,6 @@
 """Cells mapped onto a reference: how typical they are of it, and which of its labels are theirs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -9,6 +9,7 @@ import torch
 from scgen.data.loader import CellLoader
 from scgen.modules.elbo import draw_and_kl
 from scgen.modules.vae import VAE
+from scgen.training import seeded
 
 #: Query cells that directions are found in, directions, and the largest residual that counts, in standard deviations.
 MAX_CELLS, N_DIRECTIONS, MAX_RESIDUAL = 5000, 10, 10.0
@@ -40,73 +41,116 @@ class Described:
 def described(vae: VAE, loader: CellLoader, directions: np.ndarray | None = None) -> Described:
     """Describe cells; ``directions``, (G, k), keep only as much of their residuals."""
     vae.eval()
-    basis = None if directions is None else torch.from_numpy(directions).to(vae.device)
     parts = []
+    basis = None if directions is None else torch.from_numpy(directions).to(vae.device)
     for cells in loader:
         cells = cells.to(vae.device)
         q = vae.infer(cells)
         likelihood = vae.decoder({name: q[name].mean for name in q}, cells)
         own, counts = likelihood.base_dist, cells.counts.to_dense()
         residuals = ((counts - own.mean) / own.variance.sqrt()).clamp(-MAX_RESIDUAL, MAX_RESIDUAL)
-        elbo = likelihood.log_prob(counts) - sum(draw_and_kl(q[name], vae.priors[name](cells), ())[1] for name in q)
+        with seeded(0):  # a divergence without a closed form is one of draws
+            kl = sum(draw_and_kl(q[name], vae.priors[name](cells), ())[1] for name in q)
+        elbo = likelihood.log_prob(counts) - kl
         kept = residuals if basis is None else residuals @ basis
         parts.append((q["z"].mean, cells.library[:, 0], elbo, kept))
     return Described(*(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)))
 
 
 def typicality(
-    reference: VAE, reference_cells: CellLoader, train_z: np.ndarray, query: VAE, query_cells: CellLoader, seed: int
+    vae: VAE,
+    reference_cells: CellLoader,
+    train_z: np.ndarray,
+    query_cells: CellLoader,
+    new_batch: np.ndarray,
+    seed: int,
 ) -> pd.DataFrame:
     """Return how typical each query cell is of the reference; see `Query.typicality`.
 
     Parameters
     ----------
-    reference, reference_cells
-        The reference's module, and cells of its that it was not trained on, or as good.
+    vae
+        The query's module.
+    reference_cells, query_cells
+        Cells of the reference that it was not trained on, or as good; the new ones.
     train_z
         Embedding of the cells that it was trained on.
-    query, query_cells
-        The query's module and its cells.
+    new_batch
+        (n,) the batch of each query cell, -1 where the reference knows it.
     seed
         Of the halves.
     """
-    from sklearn.neighbors import NearestNeighbors
-
     rng = np.random.default_rng(seed)
     halves = rng.permutation(len(query_cells.index)) % 2
-    directions = []
+    shift = _shift(vae, query_cells, new_batch)
+    tables = []
     for half in (0, 1):  # of each half, for the other: no cell is judged by a direction that it has part in
         some = np.sort(rng.permutation(np.flatnonzero(halves != half))[: MAX_CELLS // 2])
-        directions.append(_directions(query, query_cells, some))
-    both = np.concatenate(directions, 1)
-    known, new = described(reference, reference_cells, both), described(query, query_cells, both)
-    neighbours = NearestNeighbors(n_neighbors=min(15, len(train_z))).fit(train_z)
-
-    def scores(cells: Described) -> np.ndarray:
-        sparsity = [np.log(neighbours.kneighbors(one.z)[0].mean(1) + 1e-12) for one in (cells, known)]
-        fit = _against(cells.log_total, cells.elbo, known.log_total, known.elbo)
-        return np.stack([fit, -_against(cells.log_total, sparsity[0], known.log_total, sparsity[1])], 1)
-
-    known_scores, new_scores = scores(known), scores(new)
-    distance, share = np.zeros((2, len(halves)))
-    edges = np.cumsum([0, *(part.shape[1] for part in directions)])
-    for half in (0, 1):
-        own, part = halves == half, slice(edges[half], edges[half + 1])
-        ours = np.concatenate([new.residuals[own, part], new_scores[own]], 1)
-        theirs = np.concatenate([known.residuals[:, part], known_scores], 1)
-        distance[own], null = _mahalanobis(ours, theirs), np.sort(_mahalanobis(theirs, theirs))
-        share[own] = (1 + len(null) - np.searchsorted(null, distance[own])) / (1 + len(null))
-    elbo, density = new_scores.T
-    return pd.DataFrame({"typicality": share, "distance": distance, "elbo": elbo, "density": density})
+        directions = _directions(vae, query_cells, some, new_batch, shift)
+        judged = np.flatnonzero(halves == half)
+        if len(judged):
+            new = _of(described(vae, _part(query_cells, judged), directions), new_batch[judged], shift, directions)
+            known = described(vae, reference_cells, directions)
+            tables.append(_compared(new, known, train_z).set_index(judged))
+    return pd.concat(tables).sort_index()
 
 
-def _directions(vae: VAE, loader: CellLoader, some: np.ndarray) -> np.ndarray:
+def _compared(new: Described, known: Described, train_z: np.ndarray) -> pd.DataFrame:
+    from sklearn.neighbors import NearestNeighbors
+
+    neighbours = NearestNeighbors(n_neighbors=min(15, len(train_z) - 1)).fit(train_z)
+
+    def sparsity(cells: Described) -> np.ndarray:
+        distance, _ = neighbours.kneighbors(cells.z, min(16, len(train_z)))
+        own = (distance[:, :1] == 0).astype(int)  # a cell is no neighbour of its own
+        distance = np.take_along_axis(distance, own + np.arange(distance.shape[1] - 1), 1)
+        return np.log(distance.mean(1) + 1e-12)
+
+    far = sparsity(known)
+
+    def features(cells: Described) -> np.ndarray:
+        elbo = _against(cells.log_total, cells.elbo, known.log_total, known.elbo)
+        density = -_against(cells.log_total, sparsity(cells), known.log_total, far)
+        return np.column_stack([elbo, density, cells.residuals])
+
+    theirs, ours = features(known), features(new)
+    distance, null = _mahalanobis(ours, theirs), np.sort(_without_self(_mahalanobis(theirs, theirs), len(theirs)))
+    share = (1 + len(null) - np.searchsorted(null, distance)) / (1 + len(null))
+    return pd.DataFrame({"typicality": share, "distance": distance, "elbo": ours[:, 0], "density": ours[:, 1]})
+
+
+def _part(loader: CellLoader, rows: np.ndarray) -> CellLoader:
+    return loader.over(loader.index[rows], loader.batch_size)
+
+
+def _shift(vae: VAE, loader: CellLoader, new_batch: np.ndarray) -> dict[int, np.ndarray]:
+    """Return the mean residual of each gene, (G,), by batch that the reference has not seen: the batch's own effect."""
+    means = {}
+    for batch in np.unique(new_batch[new_batch >= 0]):
+        rows = np.flatnonzero(new_batch == batch)[:MAX_CELLS]
+        means[batch] = described(vae, _part(loader, rows)).residuals.mean(0)
+    return means
+
+
+def _of(cells: Described, new_batch: np.ndarray, shift: dict[int, np.ndarray], directions: np.ndarray) -> Described:
+    """Return the cells with their batches' shifts taken off their residuals."""
+    residuals = cells.residuals.copy()
+    for batch, mean in shift.items():
+        residuals[new_batch == batch] -= mean @ directions
+    return replace(cells, residuals=residuals)
+
+
+def _directions(
+    vae: VAE, loader: CellLoader, some: np.ndarray, new_batch: np.ndarray, shift: dict[int, np.ndarray]
+) -> np.ndarray:
     """Return the directions, (G, k), along which these cells' residuals are largest together."""
     from sklearn.utils.extmath import randomized_svd
 
     if not len(some):
         return np.zeros((loader.store.shape[1], 0), np.float32)
-    residuals = described(vae, loader.over(loader.index[some], loader.batch_size)).residuals
+    residuals = described(vae, _part(loader, some)).residuals
+    for batch, mean in shift.items():
+        residuals[new_batch[some] == batch] -= mean
     k = min(N_DIRECTIONS, *residuals.shape)
     return randomized_svd(residuals, k, random_state=0)[2].T.copy()
 
@@ -126,6 +170,13 @@ def _mahalanobis(values: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Return the distance of each row from the known rows, in units of their spread along every direction."""
     centred = values - known.mean(0)
     return np.sqrt(np.einsum("ni,ij,nj->n", centred, np.linalg.pinv(np.cov(known.T)), centred))
+
+
+def _without_self(distance: np.ndarray, n: int) -> np.ndarray:
+    """Return the distance of each of n known rows from the n - 1 others, of those from all n: exact, of rank one."""
+    square = distance**2
+    rest = np.clip(1 - n * square / (n - 1) ** 2, 1e-12, None)
+    return np.sqrt((n / (n - 1)) ** 2 * (n - 2) * square / (n - 1) / rest)
 
 
 def transfer(

@@ -44,6 +44,7 @@ def held_out_log_likelihood(
     with seeded(seed):
         for cells in loader:
             kept, rest = thinned(cells, held_out, size_factors, rng)
+            kept = kept if loader.complete is None else loader.complete(kept)  # anew, of what is kept alone
             kept, rest = kept.to(vae.device), rest.to(vae.device)
             draw = partial(_log_likelihoods, vae, kept, rest, held_out / (1 - held_out), vae.infer(kept))
             results.append((log_sums(draw, n_samples)[0] - math.log(n_samples)).cpu().numpy())
@@ -55,13 +56,13 @@ def thinned(cells: Cells, held_out: float, size_factors: bool, rng: np.random.Ge
 
     A cell of which nothing is kept gets a library of one count, the least that decoders know.
     """
-    counts = cells.counts.to_dense()
+    counts = cells.counts.to_dense().cpu()
     kept = torch.from_numpy(rng.binomial(counts.numpy().astype(np.int64), 1 - held_out)).to(counts.dtype)
     if size_factors:
         library = cells.library + math.log1p(-held_out)
     else:
         library = kept.sum(1, keepdim=True).clamp(min=1).log()
-    return replace(cells, counts=kept, library=library), counts - kept
+    return replace(cells, counts=kept, library=library, completed=None), counts - kept
 
 
 def _log_likelihoods(

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -133,6 +134,12 @@ def check_whole(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}={value!r}; it takes a whole number from {least}.")
 
 
+def check_share(name: str, value: float) -> None:
+    """Raise ValueError for an argument that is no number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r}; it takes a share from 0 to 1.")
+
+
 def nearest(name: str, names: list[str]) -> str | None:
     """Return the name most like the one given, or None."""
     return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), None)
@@ -151,7 +158,7 @@ def _shape(adata: AnnData) -> Iterator[Finding]:
         yield Finding("error", "adata.var", "adata has no genes (cells x 0)", 0, "Check the filter that made it.")
     twice = adata.var_names[adata.var_names.duplicated()].unique()
     if len(twice):
-        text = f"adata.var_names has {len(twice)} names more than once ({_some(twice)})"
+        text = f"adata.var_names has {len(twice)} names more than once ({some(twice)})"
         yield Finding("error", "adata.var_names", text, len(twice), "Call adata.var_names_make_unique() first.")
 
 
@@ -184,7 +191,7 @@ def _no_column(adata: AnnData, role: str, key: str) -> Finding:
     hint = f"Did you mean {call}?" if closest else "Name one of them."
     if key in adata.obsm or key in adata.var:
         hint += f' ("{key}" is in adata.{"obsm" if key in adata.obsm else "var"}; a column of adata.obs is needed.)'
-    text = f'{argument}="{key}" is no column of adata.obs (it has: {_some(names, 12) or "none"})'
+    text = f'{argument}="{key}" is no column of adata.obs (it has: {some(names, 12) or "none"})'
     return Finding("error", "adata.obs", text, 1, hint)
 
 
@@ -197,11 +204,11 @@ def _numbers(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
     values = column.to_numpy(dtype=float, na_value=np.nan)
     bad = ~np.isfinite(values)
     if bad.any():
-        text = f"{argument}: {where} has {bad.sum()} NaN or infinite values (first cells: {_some(column.index[bad])})"
+        text = f"{argument}: {where} has {bad.sum()} NaN or infinite values (first cells: {some(column.index[bad])})"
         yield Finding("error", where, text, int(bad.sum()), "Fill them in, or drop these cells.")
     elif role == "size_factor_key" and (values <= 0).any():
         bad = values <= 0
-        text = f"size_factor_key: {where} has {bad.sum()} values that are not positive ({_some(column.index[bad])})"
+        text = f"size_factor_key: {where} has {bad.sum()} values that are not positive ({some(column.index[bad])})"
         yield Finding("error", where, text, int(bad.sum()), "A size factor divides the counts: it must be above 0.")
     elif len(values) > 1 and np.ptp(values) == 0:
         text = f"{argument}: {where} has one value, {values[0]:g}, for all cells"
@@ -212,7 +219,7 @@ def _categories(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
     where, argument = f'adata.obs["{key}"]', role.partition(" ")[0]
     missing = column.isna().to_numpy()
     if missing.any():
-        text = f"{argument}: {where} is NaN for {missing.sum()} cells (first: {_some(column.index[missing])})"
+        text = f"{argument}: {where} is NaN for {missing.sum()} cells (first: {some(column.index[missing])})"
         fix = f'adata.obs["{key}"] = adata.obs["{key}"].astype(object).fillna("missing")'
         yield Finding("error", where, text, int(missing.sum()), f"Name them: {fix}; or drop these cells.")
         return
@@ -242,7 +249,7 @@ def _no_matrix(adata: AnnData, setup: Setup) -> Finding:
         return Finding("error", "adata.X", "adata.X is empty (None)", 1, f"Say where the counts are: {call}.")
     closest = nearest(setup.layer, layers)
     hint = f'Did you mean setup_anndata(adata, layer="{closest}")?' if closest else "Leave layer out to read adata.X."
-    text = f'layer="{setup.layer}" is no layer of adata (it has: {_some(layers, 12) or "none"})'
+    text = f'layer="{setup.layer}" is no layer of adata (it has: {some(layers, 12) or "none"})'
     return Finding("error", "adata.layers", text, 1, hint)
 
 
@@ -278,7 +285,7 @@ def _values(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, empt
             "error", setup.where, text + _looks_like(adata, store), n["fractional"], _counts_are_in(adata, setup)
         )
     if empty_cells and setup.counts and len(cells) and not sum(n.values()):
-        text = f"{len(cells)} cells have no counts in {setup.where} (first: {_some(adata.obs_names[cells[:5]])})"
+        text = f"{len(cells)} cells have no counts in {setup.where} (first: {some(adata.obs_names[cells[:5]])})"
         fix = "Drop them: sc.pp.filter_cells(adata, min_counts=1)"
         yield Finding(
             "error", setup.where, text, len(cells), fix + (f', for the layer "{setup.layer}".' if setup.layer else ".")
@@ -332,6 +339,7 @@ def _are_counts(matrix) -> bool:
     return bool(values.size) and bool(np.isfinite(values).all() and (values >= 0).all() and (values % 1 == 0).all())
 
 
-def _some(names, n: int = 5) -> str:
+def some(names, n: int = 5) -> str:
+    """Return the first names, and dots where there are more."""
     shown = ", ".join(str(name) for name in list(names)[:n])
     return shown + (", ..." if len(names) > n else "")

@@ -42,7 +42,7 @@ def load(cls: type, folder: str | Path, adata: AnnData | None):
         raise ModelFileError(f"{folder} holds a {description.get('class')!r}, not a {cls.__name__}.")
     weights = {name.removeprefix("vae."): tensor for name, tensor in tensors.items() if name.startswith("vae.")}
     try:
-        registry = _registry(description["registry"])
+        registry = registry_of(description["registry"])
         model = assembled(cls, registry, dict(description["arguments"]), weights)
         history = dict(description["history"])
         model.history = pd.DataFrame(history, index=pd.Index(history.pop("epoch"), name="epoch"))
@@ -96,13 +96,16 @@ def _split(tensors: dict[str, torch.Tensor], n_cells: int) -> tuple[np.ndarray, 
     return training, validation
 
 
-def _registry(plain: dict) -> Registry:
-    """Return the registry that `asdict` made plain, every part of it checked."""
+def registry_of(plain: dict) -> Registry:
+    """Return the registry that `asdict` made plain, every part of it checked; older ones knew nothing of queries."""
     setup = {key: tuple(value) if isinstance(value, list) else value for key, value in plain["setup"].items()}
     genes, categories, scaling = plain["genes"], plain["categories"], plain["scaling"]
     strings = [*genes, *(value for values in categories.values() for value in values), *categories, *scaling]
     repeated = any(len(set(values)) < len(values) for values in (genes, *categories.values()))
-    if not genes or not all(isinstance(value, str) for value in strings) or repeated:
+    missing, known, gene_ids = plain.get("missing", []), plain.get("known", {}), plain.get("gene_ids", {})
+    wrong = not all(isinstance(value, str) for value in [*strings, *missing]) or not known.keys() <= categories.keys()
+    wrong |= any(len(names) != len(genes) for names in gene_ids.values())
+    if not genes or wrong or repeated:
         raise ValueError("genes or categories are not lists of unique names")
     setup = Setup(**setup)
     check_setup(setup)
@@ -111,6 +114,7 @@ def _registry(plain: dict) -> Registry:
         list(genes),
         {key: list(values) for key, values in categories.items()},
         {key: (float(mean), float(sd)) for key, (mean, sd) in scaling.items()},
-        # Models saved before there were queries have none of these.
-        *(plain.get(name, empty) for name, empty in (("gene_ids", {}), ("missing", []), ("known", {}))),
+        {key: list(names) for key, names in gene_ids.items()},
+        list(missing),
+        dict(known),
     )

@@ -9,6 +9,7 @@ import collections
 import io
 import math
 import pickle
+import pickletools
 import sys
 import zipfile
 from pathlib import Path
@@ -24,27 +25,18 @@ _CONTAINERS = {
     "collections.OrderedDict": collections.OrderedDict,
     "collections.defaultdict": collections.defaultdict,
 }
-_TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter")
-_ARRAYS = tuple(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar"))
-#: Names that `_made` makes tensors, arrays and bytes of.
-_KNOWN = (*_TENSORS, *_ARRAYS, "numpy.dtype", "numpy.ndarray", "_codecs.encode", "builtins.bytes", "__builtin__.bytes")
 _STORAGES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+    "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
 }
-
-
-def _storage(name: str) -> torch.dtype | None:
-    """Return the dtype of one of torch's storages; None for any other name."""
-    return _STORAGES.get(name.removeprefix("torch.")) if name.startswith("torch.") else None
 
 
 class Record:
@@ -69,9 +61,13 @@ class _Unpickler(pickle.Unpickler):
     """Reads ``data.pkl`` of an archive; no name of it is ever imported."""
 
     def __init__(self, archive: zipfile.ZipFile, folder: str):
-        super().__init__(io.BytesIO(archive.read(f"{folder}/data.pkl")))
+        data = archive.read(f"{folder}/data.pkl")
+        # An index into the memory of what was made is no larger than the pickle, or it asks for gigabytes.
+        places = [place for kind, place, _ in pickletools.genops(data) if kind.name in ("LONG_BINPUT", "PUT")]
+        if max(places, default=0) > len(data):
+            raise ModelFileError("its pickle numbers what it makes beyond its own length.")
+        super().__init__(io.BytesIO(data))
         self.archive, self.folder = archive, folder
-        self.storages: dict[str, Tensor] = {}
         self.named: set[str] = set()
 
     def find_class(self, module: str, name: str) -> type:
@@ -81,25 +77,22 @@ class _Unpickler(pickle.Unpickler):
         self.named.add(full)
         return type("Record", (Record,), {"name": full})
 
-    def persistent_load(self, pid: tuple) -> Tensor:
+    def persistent_load(self, pid: tuple) -> Record:
         kind, storage, key, _, n = pid
-        dtype = _storage(storage.name) if kind == "storage" else None
-        if dtype is None:
+        if kind != "storage" or storage.name not in _STORAGES:
             raise ModelFileError(f"a tensor is stored as {getattr(storage, 'name', storage)!r}, which is not read.")
-        if key not in self.storages:
-            data = bytearray(self.archive.read(f"{self.folder}/data/{key}"))
-            self.storages[key] = torch.frombuffer(data, dtype=dtype, count=n) if n else torch.empty(0, dtype=dtype)
-        return self.storages[key]
+        data = self.archive.read(f"{self.folder}/data/{key}")
+        return type("Record", (Record,), {"name": "a storage"})(data, _STORAGES[storage.name], n)
 
 
-def read(path: Path, unread: tuple[str, ...]) -> dict:
+def read(path: Path, dropped: tuple[str, ...]) -> dict:
     """Return the dictionary in a file of `torch.save`, with tensors on the CPU.
 
     Parameters
     ----------
     path
         The file.
-    unread
+    dropped
         Keys, one within the other, of the one part that may name anything, which is left out.
 
     Raises
@@ -107,31 +100,37 @@ def read(path: Path, unread: tuple[str, ...]) -> dict:
     ModelFileError
         If the file is damaged, or names anything but containers, tensors and NumPy's arrays.
     """
-    if not zipfile.is_zipfile(path):
-        raise ModelFileError(f"{path} is no file of torch.save in its form since torch 1.6 (a zip archive).")
     try:
+        if not zipfile.is_zipfile(path):
+            raise ModelFileError("it is no file of torch.save in its form since torch 1.6 (a zip archive).")
         with zipfile.ZipFile(path) as archive:
-            inside = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
-            if inside is None:
-                raise ModelFileError(f"{path} holds no data.pkl: it is no file of torch.save.")
-            folder = inside.removesuffix("/data.pkl")
-            order = f"{folder}/byteorder"
-            if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
-                raise ModelFileError(f"{path} was written on a machine of the other byte order.")
-            unpickler = _Unpickler(archive, folder)
-            loaded = part = unpickler.load()
-        for key in unread[:-1]:
+            unpickler, loaded = _unpickled(archive)
+        part = loaded
+        for key in dropped[:-1]:
             part = part[key]
         # Whatever was named and is not in that part is refused, even where nothing was made of it.
-        allowed = {name for name in unpickler.named if name in _KNOWN or _storage(name)}
-        refused = unpickler.named - allowed - _names(part.pop(unread[-1], None), set())
+        refused = unpickler.named - _MADE.keys() - _STORAGES.keys() - _names(part.pop(dropped[-1], None), set())
         if refused:
-            raise ModelFileError(f"{path} names {', '.join(sorted(refused))}, which is refused: nothing was run.")
-        return _plain(loaded)
-    except ModelFileError:
-        raise
+            raise ModelFileError(f"it names {', '.join(sorted(refused))}, which is refused: nothing was run.")
+        return _plain(loaded, {})
+    except ModelFileError as error:
+        raise ModelFileError(f"{path} is not read: {error}") from None
     except Exception as error:  # what damaged files raise has no bounds
         raise ModelFileError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _unpickled(archive: zipfile.ZipFile) -> tuple[_Unpickler, dict]:
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        raise ModelFileError("its archive is compressed, as torch.save writes none.")
+    inside = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+    if inside is None:
+        raise ModelFileError("it holds no data.pkl: it is no file of torch.save.")
+    folder = inside.removesuffix("/data.pkl")
+    order = f"{folder}/byteorder"
+    if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
+        raise ModelFileError("it was written on a machine of the other byte order.")
+    unpickler = _Unpickler(archive, folder)
+    return unpickler, unpickler.load()
 
 
 def _names(value, seen: set[int]) -> set[str]:
@@ -147,51 +146,76 @@ def _names(value, seen: set[int]) -> set[str]:
     return found.union(*(_names(item, seen) for item in (() if isinstance(value, type) else value)))
 
 
-def _plain(value):
-    """Return the value with tensors, arrays and bytes made of the records in it; refuse all other records by name."""
-    if isinstance(value, Record):
-        return _made(value)
-    if isinstance(value, type) and issubclass(value, Record):
-        raise ModelFileError(f"it names {value.name}, which is refused: nothing was run.")
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
-    return value
+def _plain(value, made: dict[int, object]):
+    """Return the value with tensors, arrays and bytes made of the records in it; each is made once."""
+    if id(value) not in made:
+        if isinstance(value, Record):
+            made[id(value)] = _of_record(value, made)
+        elif isinstance(value, type) and issubclass(value, Record):
+            raise ModelFileError(f"it names {value.name}, which is refused: nothing was run.")
+        elif isinstance(value, dict):
+            made[id(value)] = {_plain(key, made): _plain(item, made) for key, item in value.items()}
+        elif isinstance(value, list | tuple | set):
+            made[id(value)] = type(value)(_plain(item, made) for item in value)
+        else:
+            return value
+    return made[id(value)]
 
 
-def _made(record: Record):
-    name, args = record.name, record.args
-    if name not in _KNOWN:
-        raise ModelFileError(f"it names {name}, which is refused: nothing was run.")
-    if name.endswith("_rebuild_tensor_v2"):
-        storage, offset, size, stride = args[:4]
-        return torch.as_strided(storage, tuple(size), tuple(stride), offset).clone()
-    if name.endswith("_rebuild_parameter"):
-        return _plain(args[0])
-    if name.endswith("encode"):  # how bytes are written by protocol 2
-        return args[0].encode("latin1")
-    if name.endswith("bytes"):
-        return bytes(_plain(args[0])) if args else b""
-    if name.endswith("scalar"):
-        return np.frombuffer(_plain(args[1]), _dtype(args[0]))[0].item()
-    if name.endswith("_reconstruct"):
-        _, shape, dtype, fortran, data = record.state
-        return _array(shape, _dtype(dtype), fortran, _plain(data))
-    raise ModelFileError(f"it names {name} where an array or a tensor belongs.")
+def _of_record(record: Record, made: dict):
+    if record.name not in _MADE:
+        raise ModelFileError(f"it names {record.name}, which is refused: nothing was run.")
+    return _MADE[record.name](record, made)
 
 
-def _dtype(record: Record) -> np.dtype:
-    if record.name != "numpy.dtype":
-        raise ModelFileError(f"it names {record.name} where a dtype belongs.")
-    order = record.state[1] if record.state else "|"
-    return np.dtype(str(record.args[0])).newbyteorder(order)
+def _tensor(record: Record, made: dict) -> Tensor:
+    storage, offset, size, stride = record.args[:4]
+    data, dtype, n = storage.args
+    if math.prod(size) > n:
+        raise ModelFileError(f"a tensor of {math.prod(size)} values lies on a storage of {n}.")
+    flat = torch.frombuffer(bytearray(data), dtype=dtype, count=n) if n else torch.empty(0, dtype=dtype)
+    return torch.as_strided(flat, tuple(size), tuple(stride), offset).clone()
 
 
-def _array(shape: tuple[int, ...], dtype: np.dtype, fortran: bool, data: bytes | list) -> np.ndarray:
+def _scalar(record: Record, made: dict):
+    return np.frombuffer(_plain(record.args[1], made), _dtype(record.args[0]))[0].item()
+
+
+def _array(record: Record, made: dict) -> np.ndarray:
+    _, shape, dtype, fortran, data = record.state
+    dtype, data = _dtype(dtype), _plain(data, made)
     if dtype.kind == "O":
-        flat = np.empty(math.prod(shape), dtype=object)
+        flat = np.empty(len(data), dtype=object)
         flat[:] = data
     else:
         flat = np.frombuffer(data, dtype)
     return flat.reshape(shape, order="F" if fortran else "C")
+
+
+def _dtype(record: Record) -> np.dtype:
+    dtype = np.dtype(str(record.args[0])) if record.name == "numpy.dtype" else None
+    if dtype is None or dtype.kind not in "biufOSU":
+        raise ModelFileError(f"an array is of {record.args[0] if dtype else record.name}, which is not read.")
+    return dtype.newbyteorder(record.state[1] if record.state else "|")
+
+
+def _bytes(record: Record, made: dict) -> bytes:
+    return bytes(_plain(record.args[0], made)) if record.args else b""
+
+
+def _misplaced(record: Record, made: dict):
+    raise ModelFileError(f"it names {record.name} where an array or a tensor belongs.")
+
+
+#: What is made of the records of each name; all others are refused.
+_MADE = {
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": lambda record, made: _plain(record.args[0], made),
+    **{f"numpy.{core}.multiarray._reconstruct": _array for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
+    "numpy.dtype": _misplaced,
+    "numpy.ndarray": _misplaced,
+    "_codecs.encode": lambda record, made: record.args[0].encode("latin1"),  # how protocol 2 writes bytes
+    "builtins.bytes": _bytes,
+    "__builtin__.bytes": _bytes,
+}

@@ -1,7 +1,6 @@
 """New cells mapped onto a trained model: its weights for their genes and batches, and what it says of them."""
 
 from dataclasses import dataclass, replace
-from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -10,10 +9,14 @@ from anndata import AnnData
 from torch import Tensor
 
 from scgen.analysis import query as analysis
-from scgen.data.checks import Setup, check_types, nearest
+from scgen.data.checks import Setup, check_share, check_types, check_whole, did_you_mean, some
 from scgen.data.genes import identifiers, matched
+from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry
 from scgen.models import files, loaders
+
+#: The batch of a reference that has none: no value of a column is named so.
+REFERENCE = "<reference>"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Query:
         Share of the reference's genes that the new cells have.
     matched_by
         Which names of the genes were matched.
+    n_trainings
+        How often the reference had been trained.
 
     Examples
     --------
@@ -52,13 +57,18 @@ class Query:
     reference: "Model"  # noqa: F821
     overlap: float
     matched_by: str
+    n_trainings: int
 
     def __repr__(self) -> str:
-        n, known = len(self.model.registry.genes), self.model.registry.known
-        new = {key: self.model.registry.categories[key][n:] for key, n in known.items()}
-        told = "; ".join(f"new in {key}: {', '.join(values[:5])}" for key, values in new.items()) or "no new batch"
-        of = f"{n} of {n + len(self.model.registry.missing)} genes ({self.overlap:.0%}), by {self.matched_by}"
-        return f"Query of {self.model.adata.n_obs} cells: {of}; {told}"
+        registry = self.model.registry
+        told = [f"new in {key}: {some(registry.categories[key][n:])}" for key, n in registry.known.items()]
+        key = registry.setup.batch_key
+        if key is not None:
+            there = set(self.model.adata.obs[key].astype(str)) & set(registry.batches[: registry.known.get(key)])
+            told += [f"taken for the reference's own in {key}: {some(sorted(there))}"] if there else []
+        n = len(registry.genes)
+        of = f"{n} of {n + len(registry.missing)} genes ({self.overlap:.0%}), by {self.matched_by}"
+        return "; ".join([f"Query of {self.model.adata.n_obs} cells: {of}", *told])
 
     def get_latent_representation(self) -> np.ndarray:
         """Return z of each new cell, (n, n_latent), in the space of the reference's."""
@@ -76,10 +86,11 @@ class Query:
         """Fit what belongs to the new batches alone, as `Model.train` does; the reference's cells stay where they are.
 
         Trained are the rows that encoders and decoder add for the values of batch and covariates that the reference
-        has not seen, and the theta of these (Lotfollahi et al. 2022, scArches). Parameters and errors are those of
-        `Model.train`, and a ValueError if there are no such values.
+        has not seen, and the theta of these (Lotfollahi et al. 2022, scArches). It makes the new cells likelier, and
+        their expression and its differences; labels hardly need it. Parameters and errors are those of `Model.train`,
+        and a ValueError if there are no such values.
         """
-        if not self.model.registry.known:
+        if not self.model.registry.learned_rows(self.model.arguments["dispersion"]):
             raise ValueError("there is nothing to train: the reference knows all batches of the new cells.")
         self.model.train(
             max_epochs,
@@ -100,7 +111,8 @@ class Query:
         n_neighbors
             Number of voters, each weighed by a Gaussian of its distance, as wide as the cell's mean distance to them.
         unknown_below
-            Share of the votes below which the label is "unknown".
+            Share of the votes below which the label is "unknown". Cells of a type that the reference has not seen may
+            have neighbours that agree: `typicality` is the one to ask about them.
 
         Returns
         -------
@@ -109,18 +121,21 @@ class Query:
         Raises
         ------
         ValueError
-            If the column is not there or holds no label, or the reference was loaded without its cells.
+            If the column is not there, holds no label or numbers, an argument is out of its range, or the reference was
+            loaded without its cells or trained again since.
         """
-        adata = loaders.cells_of(self.reference, None)
+        adata = self._reference_adata()
+        check_whole("n_neighbors", n_neighbors, 1)
+        check_share("unknown_below", unknown_below)
         if labels_key not in adata.obs:
-            closest = nearest(str(labels_key), [str(name) for name in adata.obs.columns])
+            names = [str(name) for name in adata.obs.columns]
             raise ValueError(
-                f'labels_key="{labels_key}" is no column of the reference\'s adata.obs (it has: '
-                f"{', '.join(map(str, adata.obs.columns[:12]))})." + (f' Did you mean "{closest}"?' if closest else "")
+                f'labels_key="{labels_key}" is no column of the reference\'s adata.obs (it has: {some(names, 12)}).'
+                + did_you_mean(str(labels_key), names)
             )
         labels = adata.obs[labels_key]
-        if not labels.notna().any():
-            raise ValueError(f'the reference\'s adata.obs["{labels_key}"] is NaN for all cells.')
+        if not labels.notna().any() or pd.api.types.is_float_dtype(labels):
+            raise ValueError(f'the reference\'s adata.obs["{labels_key}"] holds no labels (dtype {labels.dtype}).')
         table = analysis.transfer(
             self.reference.get_latent_representation(),
             labels,
@@ -137,7 +152,10 @@ class Query:
         leaves unexplained of it: its Pearson residuals along the ten directions that those of the new cells have most
         in common (found in one half of them, for the other), its ELBO, and how near the reference's cells are in z,
         the last two given its library. One cell's noise hides what a hundred of a kind have in common: the more new
-        cells are given, the finer the answer; of a dozen, hardly anything is seen.
+        cells are given, the finer the answer; of a dozen, hardly anything is seen. What sets a batch apart that the
+        reference has not seen is taken off as a mean shift of its residuals; what is left of it makes all of its cells
+        less typical (`train` leaves less), so that they are to be compared with each other. A type that the model
+        cannot tell from a known one is typical.
 
         Parameters
         ----------
@@ -155,21 +173,44 @@ class Query:
         ValueError
             If the reference was loaded without its cells, or has fewer than 50.
         """
-        adata = loaders.cells_of(self.reference, None)
+        adata = self._reference_adata()
         if adata.n_obs < 50:
             raise ValueError(f"the reference has {adata.n_obs} cells: too few to say what is typical of it.")
         held_out, training = self.reference.validation_indices, self.reference.train_indices
         if held_out is None or len(held_out) < 50:
             held_out = training = np.arange(adata.n_obs)
         table = analysis.typicality(
-            self.reference.vae,
-            loaders.of_question(self.reference, None, held_out, 1024),
-            self.reference.get_latent_representation(indices=training),
             self.model.vae,
+            self._reference_cells(held_out),
+            self.reference.get_latent_representation(indices=training),
             loaders.of_question(self.model, None, None, 1024),
+            self._is_new(),
             seed,
         )
         return table.set_index(self.model.adata.obs_names)
+
+    def _reference_adata(self) -> AnnData:
+        """Return the reference's cells; ValueError if there are none, or it is no longer what the query was made of."""
+        if len(self.reference.trainings) != self.n_trainings:
+            raise ValueError("the reference was trained again since: map the cells anew, reference.query(adata).")
+        return loaders.cells_of(self.reference, None)
+
+    def _is_new(self) -> np.ndarray:
+        """Return the code of each new cell's batch, -1 where the reference knows it."""
+        key = self.model.registry.setup.batch_key
+        if key not in self.model.registry.known:
+            return np.full(self.model.adata.n_obs, -1)
+        codes = pd.Index(self.model.registry.batches).get_indexer(self.model.adata.obs[key].astype(str))
+        return np.where(codes < self.model.registry.known[key], -1, codes)
+
+    def _reference_cells(self, rows: np.ndarray) -> CellLoader:
+        """Return cells of the reference as the query sees cells: of the genes that were measured for both."""
+        missing = set(self.model.registry.missing)
+        genes = [gene for gene in self.reference.registry.genes if gene not in missing]  # in the query's order
+        store, columns, _ = replace(self.reference.registry, genes=genes).read(self.reference.adata)
+        complete = self.model.vae.complete if missing else None
+        as_sparse = self.model.vae.reads_sparse(self.model.vae.device)
+        return CellLoader(store, columns, rows, 1024, as_sparse=as_sparse, complete=complete)
 
 
 def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, min_overlap: float) -> Query:
@@ -177,11 +218,16 @@ def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, 
     if reference.registry.known or reference.registry.missing:
         raise ValueError("this is the model of a query: map new cells onto its reference instead.")
     reference.require_training()
-    if isinstance(min_overlap, bool) or not isinstance(min_overlap, Real) or not 0 <= min_overlap <= 1:
-        raise ValueError(f"min_overlap={min_overlap!r}; it takes a share from 0 to 1.")
+    check_share("min_overlap", min_overlap)
     setup = reference.registry.setup
     setup = replace(setup, layer=layer or setup.layer, batch_key=batch_key or setup.batch_key)
     check_types(adata, setup)
+    if setup.batch_key is not None and list(adata.obs.columns).count(setup.batch_key) != 1:
+        names = [str(name) for name in adata.obs.columns]
+        raise ValueError(
+            f'batch_key="{setup.batch_key}" is no one column of adata.obs (it has: {some(names, 12)}). Name the column '
+            "of the new cells' batches: model.query(adata, batch_key=...)." + did_you_mean(setup.batch_key, names)
+        )
     if not adata.var_names.is_unique:
         raise ValueError("adata.var_names has names more than once. Call adata.var_names_make_unique() first.")
     genes, by = matched(reference.registry.genes, reference.registry.gene_ids, adata)
@@ -207,14 +253,14 @@ def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, 
     model.trainings = list(reference.trainings)
     files.give_cells(model, adata)
     _fit_new_libraries(model, adata)
-    return Query(model, reference, overlap, by)
+    return Query(model, reference, overlap, by, len(reference.trainings))
 
 
 def _extended(registry: Registry, setup: Setup, genes: list[str | None], adata: AnnData) -> Registry:
     """Return the reference's registry with the genes by the new cells' names, and with their new categories."""
     categories = {key: list(values) for key, values in registry.categories.items()}
     if setup.batch_key != registry.setup.batch_key:
-        categories[setup.batch_key] = categories.pop(registry.setup.batch_key, ["reference"])
+        categories[setup.batch_key] = categories.pop(registry.setup.batch_key, [REFERENCE])
     known = {}
     for key in categories:
         if key not in adata.obs:
@@ -247,17 +293,18 @@ def _dimension_of_genes(name: str, n_dimensions: int) -> int | None:
         return 1
     if name == "decoder.dispersion.log_theta":
         return n_dimensions - 1
-    heads = ("scale", "zi_logits", "dispersion.head", "mean", "log_scale")
+    heads = ("scale", "zi_logits", "dispersion.head")
     return 0 if name.startswith(tuple(f"decoder.{head}" for head in heads)) else None
 
 
 def _fit_new_libraries(model, adata: AnnData) -> None:
-    """Fit the library's prior of new batches to their cells; that of the others stays."""
+    """Fit the library's prior of new batches to their cells; of all batches where l is the sum over fewer genes."""
     n_known = model.registry.known.get(model.registry.setup.batch_key)
-    if n_known is None or "library" not in model.vae.priors:
+    if "library" not in model.vae.priors or (n_known is None and not model.registry.missing):
         return
     prior = model.vae.priors["library"]
     _, columns, _ = model.registry.read(adata)
-    mean, variance = prior.mean.clone(), prior.variance.clone()
+    kept = slice(0, 0 if model.registry.missing else n_known)
+    mean, variance = prior.mean[kept].clone(), prior.variance[kept].clone()
     prior.fit(columns["library"], columns["batch"])
-    prior.mean[:n_known], prior.variance[:n_known] = mean[:n_known], variance[:n_known]
+    prior.mean[kept], prior.variance[kept] = mean, variance

@@ -115,9 +115,15 @@ class SCVI(Model):
             Where scvi-tools' ``model.save(folder)`` wrote ``model.pt``.
         adata
             The cells it was trained on, or others, as in `load`; need not be set up. Without them, a model with
-            observed library sizes cannot answer `sample_prior`, since scvi-tools fits no prior to these.
+            observed library sizes cannot answer `sample_prior`, since scvi-tools fits no prior to these, and
+            "average" of a continuous covariate stands for 0 instead of its mean.
         prefix
             The prefix that it was saved with.
+
+        Notes
+        -----
+        The numbers differ where a model says that a cell's library is below one count, as hardly trained ones do, or
+        that log theta is beyond 18.4: here these are bounds.
 
         Raises
         ------

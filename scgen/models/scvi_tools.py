@@ -2,9 +2,11 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 from torch import Tensor
@@ -13,6 +15,8 @@ from scgen.data.checks import Setup
 from scgen.data.genes import identifiers
 from scgen.data.registry import Registry
 from scgen.models import files, pickles
+from scgen.modules.networks import MLP
+from scgen.modules.vae import VAE
 from scgen.storage import ModelFileError
 
 #: Options of theirs that ours has no equal for, with the one value of each that is what ours does.
@@ -52,7 +56,7 @@ def load(cls: type, folder: str | Path, adata: AnnData | None, prefix: str):
             f"{path} is not there (found: {there or 'nothing'}). Give the folder that scvi-tools' model.save(folder) "
             "wrote, and the prefix it was saved with."
         )
-    content = pickles.read(path, unread=("attr_dict", "history_"))
+    content = pickles.read(path, dropped=("attr_dict", "history_"))
     try:
         attributes, weights = content["attr_dict"], content["model_state_dict"]
         version, name = (attributes["registry_"][key] for key in ("scvi_version", "model_name"))
@@ -60,8 +64,8 @@ def load(cls: type, folder: str | Path, adata: AnnData | None, prefix: str):
             raise ValueError(f"it is a {name}; only SCVI has an equal here")
         if not attributes["is_trained_"]:
             raise ValueError("it was saved untrained")
-        registry = _registry(attributes["registry_"], content["var_names"])
         arguments = _arguments(attributes["init_params_"])
+        registry = _registry(attributes["registry_"], content["var_names"], arguments["dispersion"] == "gene-label")
         ours = {name: weight.contiguous() for name, weight in _weights(weights, registry, arguments).items()}
         model = files.assembled(cls, registry, arguments, ours)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
@@ -70,9 +74,10 @@ def load(cls: type, folder: str | Path, adata: AnnData | None, prefix: str):
     model.trainings = [{"trained_by": f"scvi-tools {version}"}]
     if adata is not None:
         files.give_cells(model, adata)
-        model.registry = replace(registry, gene_ids=identifiers(adata.var.loc[registry.genes]))
+        scaling = _standardised(model.vae, adata.obs[list(registry.scaling)].astype(float))
+        model.registry = replace(registry, scaling=scaling, gene_ids=identifiers(adata.var.loc[registry.genes]))
+        _, columns, model.fingerprint = model.registry.read(adata)
         if "library_log_means" not in weights:
-            _, columns, _ = registry.read(adata)
             model.vae.priors["library"].fit(columns["library"], columns["batch"])
     return model
 
@@ -94,13 +99,26 @@ def _arguments(saved: dict) -> dict:
     return {**arguments, "library_residual": False, "seed": 0}
 
 
-def _registry(saved: dict, genes) -> Registry:
-    """Return what the model reads of an AnnData."""
+def _standardised(vae: VAE, values: pd.DataFrame) -> dict[str, tuple[float, float]]:
+    """Make the first layers read standardised covariates, as others do; return the mean and deviation of each."""
+    mean, sd = values.mean().to_numpy(), values.std(ddof=0).to_numpy()
+    sd[sd <= 1e-8 * np.maximum(1, np.abs(mean))] = 1.0  # a constant
+    for part in (part for part in vae.modules() if isinstance(part, MLP) and part.layers[0].slopes is not None):
+        first = part.layers[0]
+        with torch.no_grad():
+            slopes = first.slopes.double()
+            first.linear.bias += (torch.from_numpy(mean) @ slopes).float()
+            first.slopes.copy_(slopes * torch.from_numpy(sd)[:, None])
+    return {key: (float(m), float(s)) for key, m, s in zip(values, mean, sd, strict=True)}
+
+
+def _registry(saved: dict, genes, labels: bool) -> Registry:
+    """Return what the model reads of an AnnData, checked as that of a saved model is."""
     arguments, fields = saved["setup_args"], saved["field_registries"]
     keys = {
         name: tuple(arguments.get(name) or ()) for name in ("categorical_covariate_keys", "continuous_covariate_keys")
     }
-    names = ("layer", "batch_key", "labels_key", "size_factor_key")
+    names = ("layer", "batch_key", "size_factor_key", *(("labels_key",) if labels else ()))
     setup = Setup(**{name: arguments.get(name) for name in names}, **keys)
     categories = {}
     for field, key in (("batch", setup.batch_key), ("labels", setup.labels_key)):
@@ -111,7 +129,8 @@ def _registry(saved: dict, genes) -> Registry:
     categories = {key: [str(value) for value in values] for key, values in categories.items()}
     # They take continuous covariates as they are.
     scaling = dict.fromkeys(setup.continuous_covariate_keys, (0.0, 1.0))
-    return Registry(setup, [str(gene) for gene in genes], categories, scaling)
+    registry = Registry(setup, [str(gene) for gene in genes], categories, scaling)
+    return files.registry_of(asdict(registry))
 
 
 def _weights(theirs: dict[str, Tensor], registry: Registry, arguments: dict) -> dict[str, Tensor]:

@@ -99,7 +99,7 @@ class CountDecoder(nn.Module):
         return softmax(logits, -1) if self.normalised else softplus(logits)
 
     def expected(self, latents: dict[str, Tensor], cells: Cells) -> Tensor:
-        """Return the counts that are expected of the genes that were not measured, (n, M), given those that were."""
+        """Return the means of genes that were not measured, (n, M), given those that were; without zero inflation."""
         rho = self.expression(latents, cells, missing=True)
         unit = rho[..., self.measured].sum(-1, keepdim=True) if self.normalised else 1
         return rho[..., self.measured.stop :] * cells.library.exp() / unit

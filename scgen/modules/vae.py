@@ -63,6 +63,7 @@ class VAE(nn.Module):
         values under a trained model (Rezende et al. 2014, section 5). Further steps drift from what was measured
         (benchmarks/NOTES.md).
         """
+        cells = cells.to(self.device)
         counts = cells.counts.to_dense()
         zeros = counts.new_zeros(len(counts), self.decoder.n_missing)
         z = self.posteriors["z"].means(replace(cells, completed=torch.cat([counts, zeros], 1)))
@@ -82,7 +83,7 @@ class VAE(nn.Module):
             yield
             return
         new = {name: n for name, _ in self.named_parameters() for end, n in known.items() if name.endswith(end)}
-        before = {name: weight.detach().clone() for name, weight in self.named_parameters()}
+        before = {name: weight[: new[name]].detach().clone() for name, weight in self.named_parameters() if name in new}
         hooks = []
         for name, weight in self.named_parameters():
             weight.requires_grad_(name in new)
@@ -98,8 +99,8 @@ class VAE(nn.Module):
                 hook.remove()
             with torch.no_grad():
                 for name, weight in self.named_parameters():
-                    rows = slice(0, new.get(name))
-                    weight[rows] = before[name][rows].to(weight.device)  # weight decay moves them, too
+                    if name in new:
+                        weight[: new[name]] = before[name]  # weight decay moves them, too
                     weight.requires_grad_(True)
 
     def train(self, mode: bool = True) -> "VAE":

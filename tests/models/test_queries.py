@@ -53,8 +53,9 @@ def test_an_unseen_batch_is_mapped_at_once_and_nothing_of_the_reference_changes(
     assert accuracy(query, new) > 0.9
     assert query.model.registry.known == {"batch": 3}
     assert query.model.registry.batches == ["batch_1", "batch_2", "batch_3", "batch_4"]
-    assert "no new batch" not in repr(query)
-    assert "new in batch: batch_4" in repr(query)
+    assert repr(query).endswith("new in batch: batch_4")
+    both = anndata.concat([new, reference.adata[:5]])
+    assert "; taken for the reference's own in batch: batch_" in repr(reference.query(both))
     assert dict(new.uns) == uns
     assert all(torch.equal(weight, weights[name]) for name, weight in reference.vae.state_dict().items())
     np.testing.assert_array_equal(reference.get_latent_representation(), before)
@@ -245,18 +246,129 @@ def test_cells_of_a_type_that_the_reference_has_not_seen_stand_out(simulated):
 
 def test_cells_like_the_reference_are_as_typical_as_chance_has_it(reference, simulated):
     """The reference's own process makes them, from other seeds: their shares are even, however few they are."""
-    for n, tolerance in ((300, 0.08), (12, 0.25)):
-        cells = simulated[reference.adata.obs_names[reference.validation_indices]][:n].copy()
+    for n, tolerance, train_size in ((300, 0.08, 0.7), (12, 0.25, 0.7), (300, 0.08, 0.9)):
         rest = simulated[simulated.obs["batch"] != "batch_4"]
         held = np.random.default_rng(n).choice(rest.n_obs, n, replace=False)
         adata = rest[np.setdiff1d(np.arange(rest.n_obs), held)].copy()
         scgen.setup_anndata(adata, batch_key="batch")
         model = scgen.SCVI(adata, n_latent=6, n_hidden=32)
-        model.train(25, accelerator="cpu", progress=False, train_size=0.7)
+        model.train(25, accelerator="cpu", progress=False, train_size=train_size)
         cells = rest[np.sort(held)].copy()
         share = model.query(cells).typicality()["typicality"].to_numpy()
         assert abs(share.mean() - 0.5) < tolerance
-        assert (share < 0.05).mean() <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / n)
+        n_compared = len(model.validation_indices)
+        assert (share < 0.05).mean() <= 0.05 + 3 * np.sqrt(0.05 * 0.95 * (1 / n + 1 / n_compared))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_an_unseen_type_stands_out_in_an_unseen_batch_with_genes_missing(simulated, share):
+    novel = (simulated.obs["cell_type"] == "type_2").to_numpy()
+    new = (simulated.obs["batch"] == "batch_4").to_numpy()
+    known = simulated[~novel & ~new].copy()
+    scgen.setup_anndata(known, batch_key="batch")
+    model = scgen.SCVI(known, n_hidden=32)
+    model.train(40, accelerator="cpu", progress=False, train_size=0.7)
+    kept = np.random.default_rng(0).random(simulated.n_vars) >= share
+    cells = simulated[new, kept].copy()
+    query = model.query(cells)
+    query.train(progress=False)
+    table, unseen = query.typicality(), novel[new]
+    assert roc_auc_score(unseen, table["distance"]) > 0.8
+    assert roc_auc_score(unseen, -table["typicality"]) > 0.75
+    assert roc_auc_score(unseen, -table["density"]) > 0.75
+
+
+def test_columns_of_typicality_say_which_way():
+    rng = np.random.default_rng(0)
+
+    def cells(n, elbo, z):
+        return analysis.Described(
+            z + rng.normal(size=(n, 2)), rng.normal(size=n), elbo + rng.normal(size=n), rng.normal(size=(n, 3))
+        )
+
+    known, train_z = cells(400, 0, 0), rng.normal(size=(1000, 2))
+    table = analysis._compared(cells(50, -5, 0), known, train_z)
+    assert table["elbo"].mean() < -3
+    assert abs(table["density"].mean()) < 1
+    assert np.median(table["typicality"]) < 0.05
+    table = analysis._compared(cells(50, 0, 6), known, train_z)
+    assert table["density"].max() < -1
+    assert abs(table["elbo"].mean()) < 0.5
+    table = analysis._compared(cells(400, 0, 0), known, train_z)
+    assert abs(table["typicality"].mean() - 0.5) < 0.05
+
+
+def test_held_out_counts_of_cells_with_missing_genes_are_not_read(reference, new):
+    """What the encoder reads is of the kept counts: the same cells without the others answer alike."""
+    from scgen.analysis.thinning import thinned
+
+    model = reference.query(new[:, :90].copy()).model
+    (cells,) = model._loader(None, None, 1000)
+    kept, rest = thinned(cells, 0.5, False, np.random.default_rng(0))
+    assert kept.completed is None
+    assert (kept.counts + rest == cells.counts.to_dense()).all()
+    completed = model.vae.complete(kept)
+    assert (completed.completed[:, :90] == kept.counts).all()
+    assert np.isfinite(model.get_thinned_ll(n_samples=5))
+
+
+def test_a_name_that_two_genes_share_names_none(simulated, new):
+    adata = simulated[simulated.obs["batch"] != "batch_4"].copy()
+    adata.var["symbol"] = [f"S{i}" for i in range(adata.n_vars)]
+    adata.var.loc["gene_2", "symbol"] = "S0"
+    adata.var["terms"] = [["a", "b"]] * adata.n_vars  # no text: not read
+    scgen.setup_anndata(adata, batch_key="batch")
+    model = scgen.SCVI(adata, n_hidden=16)
+    model.train(2, accelerator="cpu", progress=False)
+    assert set(model.registry.gene_ids) == {"ensembl", "symbol"}
+    new.var_names = [f"S{i}" for i in range(new.n_vars)]
+    del new.var["ensembl"]
+    query = model.query(new)
+    assert query.model.registry.missing == ["gene_1", "gene_2"]
+    assert "S0" not in query.model.registry.genes
+
+
+def test_numbers_for_names_come_after_identifiers():
+    adata = anndata.AnnData(np.zeros((1, 3)), var=pd.DataFrame({"symbol": ["C", "B", "A"]}, index=["0", "1", "2"]))
+    found, by = matched(["0", "1", "2"], {"symbol": ["A", "B", "C"]}, adata)
+    assert (found, by) == (["2", "1", "0"], 'their symbol in adata.var["symbol"]')
+
+
+def test_a_reference_trained_again_is_noticed(simulated, new):
+    adata = simulated[simulated.obs["batch"] != "batch_4"].copy()
+    scgen.setup_anndata(adata, batch_key="batch")
+    model = scgen.SCVI(adata, n_hidden=16)
+    model.train(2, accelerator="cpu", progress=False)
+    query = model.query(new)
+    model.train(1, accelerator="cpu", progress=False)
+    for ask in (query.typicality, lambda: query.transfer_labels("cell_type")):
+        with pytest.raises(ValueError, match="trained again since"):
+            ask()
+
+
+def test_labels_alone_are_nothing_to_train(simulated):
+    adata = simulated[simulated.obs["batch"] != "batch_4"].copy()
+    scgen.setup_anndata(adata, batch_key="batch", labels_key="cell_type")
+    model = scgen.SCVI(adata, n_hidden=16, dispersion="gene-label", gene_likelihood="nb")
+    model.train(2, accelerator="cpu", progress=False)
+    cells = adata[:200].copy()
+    cells.obs["cell_type"] = np.where(np.arange(200) < 50, "new", cells.obs["cell_type"].astype(str))
+    query = model.query(cells)
+    before = {name: weight.clone() for name, weight in query.model.vae.named_parameters()}
+    query.train(2, progress=False)
+    moved = [name for name, weight in query.model.vae.named_parameters() if not torch.equal(weight, before[name])]
+    assert moved == ["decoder.dispersion.log_theta"]
+    with pytest.raises(ValueError, match="nothing to train"):
+        model.query(adata[:200].copy()).train()
+
+
+def test_distances_without_oneself_are_those_from_the_others():
+    rng = np.random.default_rng(0)
+    known = rng.normal(size=(40, 6))
+    inverse = [np.linalg.inv(np.cov(np.delete(known, i, 0).T)) for i in range(40)]
+    centred = [known[i] - np.delete(known, i, 0).mean(0) for i in range(40)]
+    expected = [np.sqrt(c @ v @ c) for c, v in zip(centred, inverse, strict=True)]
+    np.testing.assert_allclose(analysis._without_self(analysis._mahalanobis(known, known), 40), expected)
 
 
 def test_distances_and_windows_by_hand():
@@ -324,7 +436,7 @@ def test_what_cannot_be_mapped_is_refused_with_reasons(reference, new):
         reference.query(new.X)
     without = new.copy()
     del without.obs["batch"]
-    with pytest.raises(ValueError, match='batch_key="batch" is no column'):
+    with pytest.raises(ValueError, match='batch_key="batch" is no one column'):
         reference.query(without)
     without.obs["sample"] = "s1"
     assert reference.query(without, batch_key="sample").model.registry.batches[-1] == "s1"
@@ -335,6 +447,12 @@ def test_what_cannot_be_mapped_is_refused_with_reasons(reference, new):
     query = reference.query(new)
     with pytest.raises(ValueError, match='Did you mean "cell_type"'):
         query.transfer_labels("celltype")
+    with pytest.raises(ValueError, match="unknown_below=5; it takes a share"):
+        query.transfer_labels("cell_type", unknown_below=5)
+    with pytest.raises(ValueError, match="n_neighbors=0"):
+        query.transfer_labels("cell_type", n_neighbors=0)
+    with pytest.raises(ValueError, match="holds no labels"):
+        query.transfer_labels("age")
     with pytest.raises(ValueError, match="model of a query"):
         query.model.query(new)
     with pytest.raises(RuntimeError, match="untrained"):
