@@ -1,6 +1,6 @@
 """Whether `scgen.tune` finds as good a setting as all presets trained in full, and in what share of their time.
 
-    python -m benchmarks.tuning run --seed 0      # every preset in full, and tune, on hemato_mouse_bm
+    python -m benchmarks.tuning run SET --seed 0      # every preset in full, and tune
     python -m benchmarks.tuning table
 
 A fifth of the cells, stratified by batch, are the test cells, the same for all seeds; nothing is trained on them, nor
@@ -24,15 +24,14 @@ from sklearn.model_selection import train_test_split
 
 from benchmarks import pairs, protocol
 
-NAME = "hemato_mouse_bm"
 RESULTS = Path(__file__).parent / "results" / "tuning"
 
 
-def cells() -> tuple[anndata.AnnData, anndata.AnnData]:
+def cells(name: str) -> tuple[anndata.AnnData, anndata.AnnData]:
     """Return training and test cells."""
     import scgen
 
-    adata = anndata.read_h5ad(protocol.DATA / f"{NAME}.h5ad")
+    adata = anndata.read_h5ad(protocol.DATA / f"{name}.h5ad")
     batch = adata.obs["batch"].to_numpy()
     train, test = train_test_split(np.arange(adata.n_obs), test_size=0.2, stratify=batch, random_state=0)
     training = adata[np.sort(train)].copy()
@@ -66,10 +65,10 @@ def mean_and_error(values: np.ndarray) -> list[float]:
     return [float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))]
 
 
-def figures(seed: int) -> dict:
+def figures(name: str, seed: int) -> dict:
     import scgen
 
-    adata, test = cells()
+    adata, test = cells(name)
     scgen.tune(adata[:200].copy(), max_epochs=1, accelerator="cpu", progress=False)  # compiles
     tuning, seconds = timed(lambda: scgen.tune(adata, seed=seed, accelerator="cpu", progress=False))
     print(tuning.table.to_string(), seconds, flush=True)
@@ -107,7 +106,14 @@ def table() -> pd.DataFrame:
         of = {f"{name} in full": one for name, one in found["presets"].items()} | {f"tune: {found['chosen']}": found}
         for name, one in of.items():
             (test, error), (above, above_error) = one["test"], one["above_best"]
-            row = {"seed": run["seed"], "commit": run["commit"], "what": name, "test": test, "se": error}
+            row = {
+                "data": run["data"],
+                "seed": run["seed"],
+                "commit": run["commit"],
+                "what": name,
+                "test": test,
+                "se": error,
+            }
             rows.append(row | {"above_best": above, "above_se": above_error, "cpu": one["cpu"], "wall": one["wall"]})
         rows[-1] |= {"share_cpu": found["share"]["cpu"], "share_wall": found["share"]["wall"]}
     return pd.DataFrame(rows)
@@ -116,11 +122,12 @@ def table() -> pd.DataFrame:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=["run", "table"])
+    parser.add_argument("data", nargs="?", default="hemato_mouse_bm", help="a set with its batches in obs['batch']")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     if asked.task == "run":
         commit = pairs.commit()
-        result = {"data": NAME, "seed": asked.seed, "commit": commit, "figures": figures(asked.seed)}
+        result = {"data": asked.data, "seed": asked.seed, "commit": commit, "figures": figures(asked.data, asked.seed)}
         RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"{NAME}--{asked.seed}--{commit}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS / f"{asked.data}--{asked.seed}--{commit}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(table().round(2).to_string())
