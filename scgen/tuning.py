@@ -104,7 +104,10 @@ def tune(
         Cells x genes, with counts, set up by `setup_anndata`. Nothing is written to it.
     presets
         Names out of ``scgen.PRESETS``, or candidates of your own: a mapping of names to arguments of `SCVI`. None
-        stands for all presets, but without those whose dispersion is the batch's where there is one batch.
+        stands for all presets: "zinb", the default, allows for zeros beyond the negative binomial's; "nb", good for
+        counts of molecules, does not; "nb-deep", for many cells of many types, has two layers and 30 latents; "nb-wide"
+        256 hidden units, for many genes; "nb-batch" a dispersion for each batch, for several protocols, and is left out
+        where there is one batch; "nb-observed" takes the cell's total for the library, as scvi-tools does.
     max_epochs
         Of the full training; None stands for the default of `SCVI.train`.
     accelerator
