@@ -94,9 +94,9 @@ def tune(
 
     All candidates are trained shortly, the best two of them anew for twice as long, and the better one in full. A short
     training is a whole one, its learning rate risen and fallen: the passes over the cells, k, that 75 small minibatches
-    take. From 2,700 cells on k is 1, and never above an eighth of the full training's epochs, or 1; so n candidates
-    take k (n + 4) epochs and a full training. They are compared on the cells that validate, a tenth of each batch, the
-    same for all.
+    take. From 2,700 cells on k is 1; of fewer cells it is more, up to an eighth of the full training's epochs. So n
+    candidates take k (n + 4) epochs and a full training. They are compared on the cells that validate, a tenth of each
+    batch, the same for all.
 
     Parameters
     ----------
@@ -145,7 +145,8 @@ def tune(
 
     The weights kept of a training are those of the best epoch for the validation cells, which makes their scores a
     little too good, those of all candidates alike. For the quality of ``model`` itself, hold out cells of your own.
-    Short trainings favour what learns fast: a candidate that needs many steps can lose to one that it would overtake.
+    Short trainings favour what learns fast: a candidate that needs many steps can lose to one that it would overtake,
+    and those that would end within a nat or so of each other are not told apart (``benchmarks/NOTES.md``).
     A candidate whose loss is not finite is out, and the table says so.
 
     References
