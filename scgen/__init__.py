@@ -10,13 +10,16 @@ from importlib import metadata
 __version__ = "0.1.0"
 
 _HOME = {
+    "PRESETS": "tuning",
     "PosteriorPredictiveCheck": "criticism",
     "SCVI": "models.scvi",
+    "Tuning": "tuning",
     "check": "data.registry",
     "integrate": "integration",
     "posterior_predictive_check": "criticism",
     "setup_anndata": "data.registry",
     "simulate_cells": "data.simulate",
+    "tune": "tuning",
 }
 __all__ = sorted(_HOME)
 

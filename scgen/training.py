@@ -93,8 +93,11 @@ def start_from_data(vae: nn.Module, loader: CellLoader) -> None:
     """
     total, squares = 0.0, 0.0
     for cells in loader:
-        rate = cells.counts.double() / (cells.library.double().exp() if "library" in vae.posteriors else 1)
-        total, squares = total + rate.sum(0), squares + (rate**2).sum(0)
+        rate = cells.counts.to(torch.float64, copy=True)  # changed in place: new memory costs more than the sums
+        if "library" in vae.posteriors:
+            rate /= cells.library.double().exp()
+        total = total + rate.sum(0)
+        squares = squares + rate.square_().sum(0)
     mean = total / len(loader.index)
     vae.decoder.start_at(mean, (squares / len(loader.index) - mean**2).clamp(min=0))
     if "library" in vae.priors:
@@ -160,15 +163,15 @@ def one_cycle(progress: float) -> float:
 
 def fit(
     vae: nn.Module, training: CellLoader, validation: CellLoader | None, options: Options, rows: list[dict]
-) -> None:
-    """Train ``vae`` in place and append to ``rows`` what each finished epoch brought.
+) -> bool:
+    """Train ``vae`` in place and append to ``rows`` what each finished epoch brought; say whether to the planned end.
 
     Minibatches are taken from where the loaders put them, ``options.device``. On a CPU the loss of every step is looked
     at; on a GPU, where the host runs ahead and to look would be to wait, their sum is at the end of an epoch.
 
     Weights are compared, and training stopped early, only in the second half of the planned epochs: before it the
-    learning rate is high and batches are still mixing, whatever the bound says. An interrupt (Ctrl-C) ends training
-    and keeps the best weights so far; before the first epoch is over, it is raised.
+    learning rate is high and batches are still mixing, whatever the bound says; stopping so is as planned. An interrupt
+    (Ctrl-C) ends training and keeps the best weights so far; before the first epoch is over, it is raised.
 
     Raises
     ------
@@ -181,7 +184,7 @@ def fit(
     patience = (options.patience or math.ceil(max_epochs / 4)) if options.early_stopping else None
     best = Best(vae, first_epoch=max_epochs // 2, patience=patience)
     reduced = options.precision == "bf16"
-    step, n_before = 0, len(rows)
+    step, n_before, interrupted = 0, len(rows), False
     with (
         seeded(options.seed),
         tqdm(total=max_epochs, desc="training", unit="epoch", disable=not options.progress) as bar,
@@ -217,9 +220,11 @@ def fit(
             if not isinstance(error, KeyboardInterrupt) or len(rows) == n_before:
                 vae.eval()
                 raise
+            interrupted = True
             logger.warning("interrupted after %d epochs; the best weights so far are kept", len(rows) - n_before)
     best.restore()
     vae.eval()
+    return not interrupted
 
 
 class Adam:

@@ -13,6 +13,7 @@ ALLOWED = {
     "cli": ("__version__", "integration", "reporting", "models", "data"),
     "integration": ("models", "analysis", "data", "plots"),
     "criticism": ("models", "analysis", "data", "plots"),
+    "tuning": ("models", "training", "data"),
     "reporting": ("models", "analysis", "data", "plots"),
     "plots": (),
     "storage": (),
@@ -39,7 +40,7 @@ ALLOWED = {
     "kernels.cuda": ("kernels.cuda_functions",),
     "kernels.functions": ("kernels.rows",),
 }
-MAY_NAME_ANNDATA = ("data", "models", "analysis", "integration", "criticism", "reporting", "cli")
+MAY_NAME_ANNDATA = ("data", "models", "analysis", "integration", "criticism", "tuning", "reporting", "cli")
 FILES = sorted(ROOT.rglob("*.py"))
 
 

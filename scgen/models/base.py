@@ -35,7 +35,7 @@ class Model:
         A row per epoch: elbo_train, elbo_validation and its parts (nats per cell; higher is better), kl_weight,
         seconds.
     trainings
-        The options of each call of `train`.
+        The options of each call of `train`, and whether it "finished" without an interrupt or error.
     train_indices, validation_indices
         Rows of ``adata`` that were trained on and validated on; None before training.
     """
@@ -146,10 +146,11 @@ class Model:
         options.check(batch_size, train_size, devices)
         training, validation = loaders.of_training(self, options, batch_size, train_size)
         rows: list[dict] = self.history.to_dict(orient="records")
-        self.trainings.append(files.plain(asdict(options) | {"device": str(device), "batch_size": training.batch_size}))
+        started = {"device": str(device), "batch_size": training.batch_size, "finished": False}
+        self.trainings.append(files.plain(asdict(options) | started))
         try:
             with self.vae.to(device).learning_rows(self.registry.learned_rows(self.arguments["dispersion"])):
-                fit(self.vae, training, validation, options, rows)
+                self.trainings[-1]["finished"] = fit(self.vae, training, validation, options, rows)
         except NonFiniteLoss as error:
             raise FloatingPointError(error.names(self.adata.obs_names, self.registry.genes, learning_rate)) from error
         finally:

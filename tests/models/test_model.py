@@ -267,6 +267,8 @@ def test_an_interrupt_keeps_what_was_learned(small, caplog):
         signal.signal(signal.SIGINT, before)
     assert 3 <= len(model.history) <= 5
     assert "interrupted" in caplog.text
+    assert model.trainings[-1]["finished"] is False
+    assert train(model_of(small), 2).trainings[-1]["finished"] is True
     assert np.isfinite(model.get_latent_representation()).all()
 
 

@@ -1,0 +1,293 @@
+"""Settings chosen on held-out counts: against simulated truth, brute force, and the same things done by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+import scgen
+from scgen import training, tuning
+from scgen.tuning import Trial, mixing
+
+
+@pytest.fixture(scope="module")
+def cells():
+    adata = scgen.simulate_cells(400, 60, n_batches=2, zero_inflation=0, mean_library=500, seed=3)
+    scgen.setup_anndata(adata, batch_key="batch", labels_key="cell_type")
+    return adata
+
+
+@pytest.fixture
+def few(cells):
+    return cells[:150].copy()
+
+
+OWN = {
+    "poisson": {"gene_likelihood": "poisson"},
+    "nb": {"gene_likelihood": "nb"},
+    "crippled": {"gene_likelihood": "nb", "n_latent": 1, "n_hidden": 2},
+}
+
+
+def tuned(adata, presets=None, **options):
+    return scgen.tune(adata, presets=presets, accelerator="cpu", progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def found(cells):
+    return tuned(cells, OWN, max_epochs=24, seed=1)
+
+
+def test_the_truth_wins(found):
+    # The counts are negative binomial, of theta down to 0.5, in types that one latent behind two units cannot hold.
+    assert found.best == "nb"
+    assert found.table.loc[found.table["candidate"] == "crippled", "rung"].tolist() == [1]
+    poisson = found.table[found.table["candidate"] == "poisson"].iloc[-1]
+    assert not poisson["kept"]
+    assert poisson["difference"] < -2 * poisson["difference_se"]
+
+
+def test_zero_inflation_is_found():
+    adata = scgen.simulate_cells(500, 60, n_batches=1, zero_inflation=0.4, mean_library=3000, seed=5)
+    scgen.setup_anndata(adata)
+    assert tuned(adata, ["nb", "zinb"]).best == "zinb"
+
+
+def test_the_table(found, cells):
+    table = found.table
+    assert table.columns.tolist() == [
+        *("candidate", "rung", "epochs", "batch_size", "log_likelihood", "difference", "difference_se", "mixing"),
+        *("seconds", "kept", "reason"),
+    ]
+    assert table["rung"].tolist() == [1, 1, 1, 2, 2, 3]
+    assert table["kept"].tolist() == [True, True, False, True, False, True]
+    # Those of a rung are those that the one before kept.
+    for rung in (1, 2):
+        kept = table[(table["rung"] == rung) & table["kept"]]["candidate"]
+        assert set(table[table["rung"] == rung + 1]["candidate"]) == set(kept)
+    assert table["candidate"].iloc[-1] == found.best
+    # 75 steps of 32 of the 360 cells would be 7 passes, above an eighth of 24: k = 3, and k (3 + 4) + 24 in all.
+    assert table["epochs"].tolist() == [3, 3, 3, 6, 6, 24]
+    assert table["epochs"].sum() == 3 * (3 + 4) + 24
+    assert table["epochs"].iloc[-1] == len(found.model.history)
+    assert table["batch_size"].tolist() == [32] * 5 + [found.model.trainings[-1]["batch_size"]]
+    assert (table["seconds"] > 0).all()
+    assert table["mixing"].between(0, 1.2).all()
+
+
+@pytest.mark.parametrize("n_cells", [100, 450, 2700, 6933, 50_000, 1_000_000])
+def test_the_sum_of_epochs_is_bounded(n_cells):
+    device = torch.device("cpu")
+    n_training = round(0.9 * n_cells)
+    full = training.default_epochs(-(-n_training // training.default_batch_size(n_training, device)))
+    first, second = tuning._rungs(n_cells, device, None)
+    assert (first.keep, second.keep, second.epochs) == (2, 1, 2 * first.epochs)
+    assert first.epochs * (6 + 4) <= 10 * full / 8
+    n_steps = first.epochs * -(-n_training // first.batch_size)
+    assert n_steps >= 75 or first.epochs == full // 8
+    if n_cells >= 2700:
+        assert first.epochs == 1
+
+
+def test_the_same_seed_gives_the_same(cells, found):
+    again = tuned(cells, OWN, max_epochs=24, seed=1)
+    pd.testing.assert_frame_equal(again.table.drop(columns="seconds"), found.table.drop(columns="seconds"))
+    other = tuned(cells, OWN, max_epochs=24, seed=2)
+    assert other.best == "nb"
+    assert (other.table["log_likelihood"] != found.table["log_likelihood"]).all()
+
+
+def test_the_model_is_the_one_trained_alone(cells, found):
+    alone = scgen.SCVI(cells, seed=1, **OWN[found.best])
+    alone.train(24, accelerator="cpu", seed=1, progress=False)
+    assert np.array_equal(found.model.get_latent_representation(), alone.get_latent_representation())
+    ours, theirs = found.model.vae.state_dict(), alone.vae.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert found.model.history.drop(columns="seconds").equals(alone.history.drop(columns="seconds"))
+
+
+def test_scores_are_those_asked_by_hand(cells, found):
+    by_hand = {}
+    for name, arguments in OWN.items():
+        model = scgen.SCVI(cells, seed=1, **arguments)
+        model.train(3, batch_size=32, accelerator="cpu", early_stopping=False, seed=1, progress=False)
+        # The cells that are held out are the same for all, and those that the chosen model was not trained on either.
+        assert np.array_equal(model.validation_indices, found.model.validation_indices)
+        by_hand[name] = (
+            model.get_thinned_ll(indices=model.validation_indices, n_samples=10, return_mean=False, seed=1),
+            mixing(model.get_latent_representation(), cells.obs["batch"].to_numpy()),
+        )
+    first = found.table[found.table["rung"] == 1].set_index("candidate")
+    best = first.index[first["difference"] == 0].item()
+    assert best == max(by_hand, key=lambda name: by_hand[name][0].mean())
+    for name, (values, mixed) in by_hand.items():
+        row, differences = first.loc[name], values - by_hand[best][0]
+        assert row["log_likelihood"] == values.mean()
+        assert row["mixing"] == mixed
+        assert row["difference"] == pytest.approx(differences.mean(), rel=1e-6)
+        assert row["difference_se"] == pytest.approx(stats.sem(differences), rel=1e-6)
+    held_out = found.model.validation_indices
+    last = found.model.get_thinned_ll(indices=held_out, n_samples=10, seed=1)
+    assert found.table["log_likelihood"].iloc[-1] == pytest.approx(last, rel=1e-12)
+
+
+def test_mixing_by_brute_force():
+    rng = np.random.default_rng(0)
+    batch = np.repeat(["a", "b", "c"], [50, 30, 20])
+    z = rng.normal(size=(100, 3)) + (batch == "a")[:, None]
+    distance = ((z[:, None] - z) ** 2).sum(2)
+    shares, by_chance = [], []
+    for i in range(100):
+        others = [j for j in np.argsort(distance[i]) if j != i]
+        shares.append(np.mean(batch[others[:15]] != batch[i]))
+        by_chance.append(np.mean(batch[others] != batch[i]))
+    assert mixing(z, batch) == pytest.approx(np.mean(shares) / np.mean(by_chance), rel=1e-12)
+    assert mixing(z + 100 * (batch == "a")[:, None] - 100 * (batch == "b")[:, None], batch) == 0
+    assert np.isnan(mixing(z, np.repeat("a", 100)))
+    few = mixing(z[:4], np.array(["a", "b", "a", "b"]))  # all three others are neighbours
+    assert few == pytest.approx(1)
+
+
+def trial(name, values, mixed=np.nan):
+    return Trial(name, 1, 32, 0.1, np.asarray(values, float), mixed)
+
+
+def test_likelihood_ranks_and_mixing_only_among_what_it_does_not_tell_apart():
+    rng = np.random.default_rng(1)
+    best, noise = rng.normal(-100, 30, size=200), rng.normal(0, 2, size=200)
+    noise -= noise.mean()
+    error = stats.sem(noise)
+    within, beyond = best + noise - 0.9 * error, best + noise - 1.1 * error
+    trials = [trial("beyond", beyond, 0.99), trial("best", best, 0.5), trial("within", within, 0.6)]
+    table = tuning._ranking([*trials, Trial("broken", 1, 32, 0.1, error="NaN")], 2)
+    assert table["candidate"].tolist() == ["within", "best", "beyond", "broken"]
+    assert table["kept"].tolist() == [True, True, False, False]
+    assert table["reason"].tolist()[0] == "within one standard error of best: mixing decides"
+    assert table["reason"].tolist()[2].endswith("1.1 standard errors, below best")
+    assert table["reason"].tolist()[3] == "failed: NaN"
+    # The standard error is of the paired differences: of the values themselves it would be twenty times as much.
+    assert stats.sem(best) > 10 * error
+    # Without batches, likelihood alone.
+    alone = tuning._ranking([trial("within", within), trial("beyond", beyond), trial("best", best)], 1)
+    assert alone["candidate"].tolist() == ["best", "within", "beyond"]
+    with pytest.raises(FloatingPointError, match='"broken": NaN'):
+        tuning._ranking([Trial("broken", 1, 32, 0.1, error="NaN")], 1)
+
+
+@pytest.mark.parametrize("name", list(scgen.PRESETS))
+def test_presets_are_settings_of_scvi(cells, name):
+    model = scgen.SCVI(cells, **scgen.PRESETS[name])
+    model.train(1, accelerator="cpu", progress=False)
+    assert np.isfinite(model.get_thinned_ll(n_samples=2))
+
+
+def test_presets_of_one_batch_and_of_several(few, monkeypatch):
+    monkeypatch.setattr(tuning, "LEAST_STEPS", 1)
+    several = tuned(few, max_epochs=1)
+    assert set(several.table["candidate"]) == set(scgen.PRESETS)
+    one = few.copy()
+    scgen.setup_anndata(one)
+    table = tuned(one, max_epochs=1).table
+    assert set(table["candidate"]) == set(scgen.PRESETS) - {"nb-batch"}
+    assert table["mixing"].isna().all()
+    assert len(table[table["rung"] == 1]) == 5
+
+
+def test_one_or_two_candidates(few):
+    alone = tuned(few, ["nb"], max_epochs=2)
+    assert alone.best == "nb"
+    assert alone.table["reason"].tolist() == ["trained in full"]
+    two = tuned(few, ["nb", "zinb"], max_epochs=2)
+    assert two.table["rung"].tolist() == [1, 1, 2]
+    assert len(tuned(few, {"labels": {"dispersion": "gene-label"}}, max_epochs=1).table) == 1
+
+
+def test_nothing_is_written_to_the_cells(few):
+    before = few.copy()
+    tuned(few, ["nb", "zinb", "nb-observed"], max_epochs=2)
+    assert (few.X != before.X).nnz == 0
+    pd.testing.assert_frame_equal(few.obs, before.obs)
+    pd.testing.assert_frame_equal(few.var, before.var)
+    assert few.uns["scgen"] == before.uns["scgen"]
+    assert set(few.uns) == set(before.uns)
+    assert set(few.obsm) == set(before.obsm)
+
+
+def test_a_candidate_that_fails_is_out(few, monkeypatch):
+    original = scgen.SCVI.train
+
+    def failing(self, *arguments, **options):
+        if self.arguments["n_latent"] in broken:
+            raise FloatingPointError("the loss is not finite")
+        original(self, *arguments, **options)
+
+    monkeypatch.setattr(scgen.SCVI, "train", failing)
+    candidates, broken = {f"latent {n}": {"n_latent": n} for n in (2, 3, 4)}, {3}
+    table = tuned(few, candidates, max_epochs=2).table
+    assert table[table["rung"] == 1]["candidate"].iloc[-1] == "latent 3"
+    assert table[table["candidate"] == "latent 3"]["reason"].tolist() == ["failed: the loss is not finite"]
+    broken = {2, 3}  # the one that is left goes through the second rung alone
+    assert tuned(few, candidates, max_epochs=2).table["candidate"].tolist()[-2:] == ["latent 4"] * 2
+    broken = {2, 3, 4}
+    with pytest.raises(FloatingPointError, match="no candidate could be trained"):
+        tuned(few, candidates, max_epochs=2)
+
+
+@pytest.mark.parametrize("when", [2, 9])
+def test_an_interrupt_ends_it(few, monkeypatch, when):
+    # After the second epoch of a short training, and within the full one: `train` itself would keep what it has.
+    calls, before = [], few.copy()
+    original = training.Best.stop_after
+
+    def interrupting(self, epoch, value):
+        stop = original(self, epoch, value)
+        calls.append(epoch)
+        if len(calls) == when:
+            raise KeyboardInterrupt
+        return stop
+
+    monkeypatch.setattr(training.Best, "stop_after", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(few, ["nb", "zinb"], max_epochs=16)
+    assert len(calls) == when
+    assert few.uns["scgen"] == before.uns["scgen"]
+    assert set(few.obsm) == set(before.obsm)
+
+
+@pytest.mark.parametrize(
+    ("presets", "error", "words"),
+    [
+        (["nb", "nb-depe"], ValueError, r'"?nb-depe.*there are zinb.*Did you mean "nb-deep"'),
+        ("nb", TypeError, "a list of names"),
+        (3, TypeError, "a list of names"),
+        ([], ValueError, "presets is empty"),
+        ({"a": ["nb"]}, TypeError, "n_latent"),
+        ({"a": {"n_latnt": 3}}, ValueError, r'presets\["a"\].*Did you mean "n_latent"'),
+        ({"a": {"seed": 3}}, ValueError, "'seed' is no setting"),
+        ({"a": {"n_latent": 0}, "b": {}}, ValueError, 'candidate "a": n_latent=0'),
+        ({"a": {"gene_likelihood": "normal"}}, ValueError, "not one of counts"),
+    ],
+)
+def test_bad_candidates(few, monkeypatch, presets, error, words):
+    monkeypatch.setattr(scgen.SCVI, "train", None)  # they are refused before anything is trained
+    with pytest.raises(error, match=words):
+        tuned(few, presets)
+
+
+def test_bad_cells(few):
+    with pytest.raises(TypeError, match="not an AnnData"):
+        tuned(few.X)
+    bare = few.copy()
+    del bare.uns["scgen"]
+    with pytest.raises(ValueError, match="setup_anndata"):
+        tuned(bare)
+    with pytest.raises(ValueError, match=r"60 cells.*needs 100"):
+        tuned(few[:60].copy())
+    with pytest.raises(ValueError, match="max_epochs=0"):
+        tuned(few, max_epochs=0)
+    with pytest.raises(ValueError, match='accelerator="mps"'):
+        scgen.tune(few, accelerator="mps")
+    scgen.setup_anndata(few, counts=False)
+    with pytest.raises(ValueError, match="held-out counts"):
+        tuned(few)
