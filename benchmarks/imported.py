@@ -1,7 +1,7 @@
 """What models of scvi-tools' answer here, beside what they answer there: ``python -m benchmarks.imported``.
 
-Differential expression of every cell type against the rest, in pairs of fresh processes: its seconds, peak memory, and how
-its fold changes correlate; then the marginal likelihood, with the standard error of its draws.
+Differential expression of every cell type against the rest, in pairs of fresh processes: its seconds, the peak memory,
+and how its fold changes correlate; then the marginal likelihood, with the standard error of its draws.
 """
 
 import numpy as np

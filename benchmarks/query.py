@@ -91,18 +91,25 @@ def donor_figures(donor: str, seed: int) -> dict[str, float]:
         f"scvi-tools, {name}": accuracy(theirs["reference"], labels, theirs[name.replace(" ", "_")], truth)
         for name in ("at once", "trained")
     }
-    model, query = reference_of(adata[~new], seed), adata[new].copy()
+    for kl_start in (4.0, 0.0):
+        model = reference_of(adata[~new], seed, kl_start)
+        of_one = mapped_figures(model, adata[new].copy(), labels, truth, seed)
+        found |= {f"kl_start={kl_start:g}: {name}": value for name, value in of_one.items()}
+    return found
+
+
+def mapped_figures(model, query: anndata.AnnData, labels: pd.Series, truth: pd.Series, seed: int) -> dict[str, float]:
     z = model.get_latent_representation()
 
     def mapped(cells: anndata.AnnData) -> np.ndarray:
         return model.query(cells).get_latent_representation()
 
     at_once = mapped(query)
-    found["scgen, at once"] = accuracy(z, labels, at_once, truth)
+    found = {"at once": accuracy(z, labels, at_once, truth)}
     rng = np.random.default_rng(seed)
     for share in (0.1, 0.3):
         kept = rng.random(query.n_vars) >= share
-        found[f"scgen, {share:.0%} of genes missing"] = accuracy(z, labels, mapped(query[:, kept].copy()), truth)
+        found[f"{share:.0%} of genes missing"] = accuracy(z, labels, mapped(query[:, kept].copy()), truth)
     shuffled = query[:, rng.permutation(query.n_vars)].copy()
     unknown = anndata.AnnData(rng.poisson(1.0, (query.n_obs, 500)).astype(np.float32), obs=query.obs)
     unknown.var_names = [f"unknown_{i}" for i in range(500)]
@@ -114,12 +121,7 @@ def donor_figures(donor: str, seed: int) -> dict[str, float]:
         found[f"same bits: {name}"] = bool(np.array_equal(mapped(other), at_once))
     tuned = model.query(query)
     tuned.train(progress=False, seed=seed)
-    found["scgen, trained"] = accuracy(z, labels, tuned.get_latent_representation(), truth)
-    for kl_start in (0.0, 1.0):
-        other = reference_of(adata[~new], seed, kl_start)
-        found[f"scgen, kl_start={kl_start:g}, at once"] = accuracy(
-            other.get_latent_representation(), labels, other.query(query).get_latent_representation(), truth
-        )
+    found["trained"] = accuracy(z, labels, tuned.get_latent_representation(), truth)
     again = tuned.model.get_latent_representation(model.adata)
     found["same bits: reference"] = bool(
         np.array_equal(model.get_latent_representation(), z) and np.array_equal(again, z)
