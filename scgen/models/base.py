@@ -764,6 +764,11 @@ class Model:
         -------
         A `Query`: its embedding, labels, typicality, and a model of its cells.
 
+        Notes
+        -----
+        The default training mixes batches early, at the price of latents that fine differences between types need. A
+        reference that is made to transfer labels from does it better with ``train(kl_start=0)`` (README).
+
         Raises
         ------
         RuntimeError
