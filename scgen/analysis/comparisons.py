@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from scgen.data.checks import did_you_mean
 from scgen.data.loader import rows_asked_for
 from scgen.data.registry import check_writable
 
@@ -69,7 +70,11 @@ def by_column(
     ([1, 0, 1, -1], Comparison(name1='a', name2='rest', groups1=[0], groups2=[1]))
     """
     if not isinstance(groupby, str) or groupby not in obs:
-        raise ValueError(f"groupby={groupby!r} is no column of adata.obs (it has: {', '.join(map(str, obs.columns))}).")
+        columns = [str(name) for name in obs.columns]
+        raise ValueError(
+            f"groupby={groupby!r} is no column of adata.obs (it has: {', '.join(columns)})."
+            + did_you_mean(str(groupby), columns)
+        )
     column = obs[groupby].astype("category").cat.remove_unused_categories()
     names = [str(name) for name in column.cat.categories]
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
@@ -81,7 +86,9 @@ def by_column(
     other = None if group2 is None else str(group2)
     for name in [*asked, *([] if other is None else [other])]:
         if name not in names:
-            raise ValueError(f"{name!r} is no group of adata.obs[{groupby!r}] (it has: {shown}).")
+            raise ValueError(
+                f"{name!r} is no group of adata.obs[{groupby!r}] (it has: {shown})." + did_you_mean(name, names)
+            )
     asked = [name for name in asked if name != other]
     if len(names) < 2 or not asked:
         raise ValueError(
@@ -113,8 +120,8 @@ def by_rows(
     """
     group = np.full(n_cells, -1 if idx2 is not None else 1)
     if idx2 is not None:
-        group[rows_asked_for(idx2, n_cells)] = 1
-    first = rows_asked_for(idx1, n_cells)
+        group[rows_asked_for(idx2, n_cells, "idx2")] = 1
+    first = rows_asked_for(idx1, n_cells, "idx1")
     if idx2 is not None and (group[first] == 1).any():
         shared = len(np.unique(first[group[first] == 1]))
         raise ValueError(f"idx1 and idx2 share {shared} cells: each cell can be in one of the two.")

@@ -110,7 +110,7 @@ def split(batch: np.ndarray, train_size: float, rng: np.random.Generator) -> tup
     return np.flatnonzero(~in_validation), np.flatnonzero(in_validation)
 
 
-def rows_asked_for(indices: Sequence[int] | Sequence[bool] | None, n_cells: int) -> np.ndarray:
+def rows_asked_for(indices: Sequence[int] | Sequence[bool] | None, n_cells: int, name: str = "indices") -> np.ndarray:
     """Return the rows that row numbers or a mask stand for, in their order; None stands for all.
 
     Raises
@@ -127,13 +127,13 @@ def rows_asked_for(indices: Sequence[int] | Sequence[bool] | None, n_cells: int)
     if indices is not None:
         indices = np.atleast_1d(np.asarray(indices))
         if indices.ndim > 1 or (indices.size and indices.dtype.kind not in "iub"):
-            raise ValueError("indices takes row numbers, or one True or False for each cell.")
+            raise ValueError(f"{name} takes row numbers, or one True or False for each cell.")
         if indices.dtype == bool and len(indices) != n_cells:
-            raise ValueError(f"indices is a mask of {len(indices)} for {n_cells} cells.")
+            raise ValueError(f"{name} is a mask of {len(indices)} for {n_cells} cells.")
         try:
             index = index[indices] if len(indices) else index[:0]
         except IndexError as error:
-            raise ValueError(f"indices: {error}; adata has {n_cells} cells.") from None
+            raise ValueError(f"{name}: {error}; adata has {n_cells} cells.") from None
     if not len(index):
-        raise ValueError("no cells are asked about: indices is empty.")
+        raise ValueError(f"no cells are asked about: {name} is empty.")
     return index

@@ -13,6 +13,8 @@ from torch import nn
 import scgen
 from scgen.analysis.thinning import held_out_log_likelihood, thinned
 from scgen.data.cells import Cells
+from scgen.data.loader import CellLoader
+from scgen.data.stores import MemoryStore
 from scgen.distributions import CellCounts, DiagonalNormal, PointMass
 from scgen.modules.decoders import CountDecoder, Dispersion
 from scgen.modules.posteriors import ObservedLibrary
@@ -153,7 +155,9 @@ def test_likelihoods_are_averaged_over_the_posterior():
     x, held_out, n_samples = np.array([[3, 0, 8, 1, 40], [1, 1, 0, 2, 0]]), 0.4, 40_000
     torch.manual_seed(1)
     vae = hand_made(1, True, z=Fixed(0.3, 1.5, False), library=Fixed(0.2, 0.3, True))
-    values = held_out_log_likelihood(vae, [cells_of(x)], False, held_out, n_samples, seed=2)
+    columns = {name: getattr(cells_of(x), name) for name in ("library", "batch", "labels", "categorical", "continuous")}
+    loader = CellLoader(MemoryStore(x.astype(np.float32)), columns)
+    values = held_out_log_likelihood(vae, loader, False, held_out, n_samples, seed=2)
     kept = np.random.default_rng(2).binomial(x, 1 - held_out)
     nodes, weights = np.polynomial.hermite_e.hermegauss(60)
     z, residual = (part.ravel() for part in np.meshgrid(0.3 + 1.5**0.5 * nodes, 0.2 + 0.3**0.5 * nodes, indexing="ij"))
