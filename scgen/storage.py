@@ -74,9 +74,8 @@ def read(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """
     path = Path(folder) / "model.json"
     if not path.is_file():
-        there = ", ".join(sorted(p.name for p in Path(folder).iterdir())[:8]) if Path(folder).is_dir() else "no folder"
         raise ModelFileError(
-            f"{path} is not there (found: {there or 'nothing'}). Give the folder that model.save(folder) wrote."
+            f"{path} is not there (found: {found_in(folder)}). Give the folder that model.save(folder) wrote."
         )
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise ModelFileError(f"{path} is larger than any description of a model ({path.stat().st_size} bytes).")
@@ -102,6 +101,13 @@ def read(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
         return description, safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise ModelFileError(f"{weights} is no valid safetensors file: {error}.") from None
+
+
+def found_in(folder: str | Path) -> str:
+    """Return what is in a folder, for a message that says what is not."""
+    if not Path(folder).is_dir():
+        return "no folder"
+    return ", ".join(sorted(path.name for path in Path(folder).iterdir())[:8]) or "nothing"
 
 
 def _digest(description: dict) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from scgen.data.checks import did_you_mean
+from scgen.data.checks import did_you_mean, some
 from scgen.data.loader import rows_asked_for
 from scgen.data.registry import check_writable
 
@@ -77,7 +77,7 @@ def by_column(
         )
     column = obs[groupby].astype("category").cat.remove_unused_categories()
     names = [str(name) for name in column.cat.categories]
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    shown = some(names, 20)
     if len(names) > MOST_GROUPS or len(set(names)) < len(names):
         why = "more than can be compared" if len(names) > MOST_GROUPS else "of which some are written alike"
         raise ValueError(f"adata.obs[{groupby!r}] has {len(names)} values, {why} ({shown}): it takes names of groups.")

@@ -83,37 +83,42 @@ def typicality(
     rng = np.random.default_rng(seed)
     halves = rng.permutation(len(query_cells.index)) % 2
     shift = _shift(vae, query_cells, new_batch)
-    tables = []
+    directions = []
     for half in (0, 1):  # of each half, for the other: no cell is judged by a direction that it has part in
         some = np.sort(rng.permutation(np.flatnonzero(halves != half))[: MAX_CELLS // 2])
-        directions = _directions(vae, query_cells, some, new_batch, shift)
+        directions.append(_directions(vae, query_cells, some, new_batch, shift))
+    known = described(vae, reference_cells, np.concatenate(directions, 1))
+    tables = []
+    for half, residuals in enumerate(np.split(known.residuals, [directions[0].shape[1]], 1)):
         judged = np.flatnonzero(halves == half)
         if len(judged):
-            new = _of(described(vae, _part(query_cells, judged), directions), new_batch[judged], shift, directions)
-            known = described(vae, reference_cells, directions)
-            tables.append(_compared(new, known, train_z).set_index(judged))
+            new = described(vae, _part(query_cells, judged), directions[half])
+            _take_off(
+                new.residuals, new_batch[judged], {batch: mean @ directions[half] for batch, mean in shift.items()}
+            )
+            tables.append(_compared(new, replace(known, residuals=residuals), train_z).set_index(judged))
     return pd.concat(tables).sort_index()
 
 
 def _compared(new: Described, known: Described, train_z: np.ndarray) -> pd.DataFrame:
     from sklearn.neighbors import NearestNeighbors
 
-    neighbours = NearestNeighbors(n_neighbors=min(15, len(train_z) - 1)).fit(train_z)
+    neighbours = NearestNeighbors(n_neighbors=min(16, len(train_z))).fit(train_z)
 
     def sparsity(cells: Described) -> np.ndarray:
-        distance, _ = neighbours.kneighbors(cells.z, min(16, len(train_z)))
+        distance, _ = neighbours.kneighbors(cells.z)
         own = (distance[:, :1] == 0).astype(int)  # a cell is no neighbour of its own
         distance = np.take_along_axis(distance, own + np.arange(distance.shape[1] - 1), 1)
         return np.log(distance.mean(1) + 1e-12)
 
-    far = sparsity(known)
+    known_sparsity = sparsity(known)
 
-    def features(cells: Described) -> np.ndarray:
+    def features(cells: Described, sparsity: np.ndarray) -> np.ndarray:
         elbo = _against(cells.log_total, cells.elbo, known.log_total, known.elbo)
-        density = -_against(cells.log_total, sparsity(cells), known.log_total, far)
+        density = -_against(cells.log_total, sparsity, known.log_total, known_sparsity)
         return np.column_stack([elbo, density, cells.residuals])
 
-    theirs, ours = features(known), features(new)
+    theirs, ours = features(known, known_sparsity), features(new, sparsity(new))
     distance, null = _mahalanobis(ours, theirs), np.sort(_without_self(_mahalanobis(theirs, theirs), len(theirs)))
     share = (1 + len(null) - np.searchsorted(null, distance)) / (1 + len(null))
     return pd.DataFrame({"typicality": share, "distance": distance, "elbo": ours[:, 0], "density": ours[:, 1]})
@@ -132,12 +137,10 @@ def _shift(vae: VAE, loader: CellLoader, new_batch: np.ndarray) -> dict[int, np.
     return means
 
 
-def _of(cells: Described, new_batch: np.ndarray, shift: dict[int, np.ndarray], directions: np.ndarray) -> Described:
-    """Return the cells with their batches' shifts taken off their residuals."""
-    residuals = cells.residuals.copy()
+def _take_off(residuals: np.ndarray, new_batch: np.ndarray, shift: dict[int, np.ndarray]) -> None:
+    """Take each batch's shift off the residuals of its cells, in place."""
     for batch, mean in shift.items():
-        residuals[new_batch == batch] -= mean @ directions
-    return replace(cells, residuals=residuals)
+        residuals[new_batch == batch] -= mean
 
 
 def _directions(
@@ -149,8 +152,7 @@ def _directions(
     if not len(some):
         return np.zeros((loader.store.shape[1], 0), np.float32)
     residuals = described(vae, _part(loader, some)).residuals
-    for batch, mean in shift.items():
-        residuals[new_batch[some] == batch] -= mean
+    _take_off(residuals, new_batch[some], shift)
     k = min(N_DIRECTIONS, *residuals.shape)
     return randomized_svd(residuals, k, random_state=0)[2].T.copy()
 

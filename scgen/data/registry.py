@@ -211,12 +211,7 @@ class Registry:
             key: _names(adata.obs[key].astype("category").cat.remove_unused_categories())
             for key in setup.categorical.values()
         }
-        values = {key: adata.obs[key].to_numpy(float) for key in setup.continuous_covariate_keys}
-        # A constant's deviation is rounding noise: dividing by it would blow up whatever differs later.
-        scaling = {
-            key: (v.mean(), v.std() if v.std() > 1e-8 * max(1, abs(v.mean())) else 1.0) for key, v in values.items()
-        }
-        scaling = {key: (float(mean), float(sd)) for key, (mean, sd) in scaling.items()}
+        scaling = {key: standard(adata.obs[key].to_numpy(float)) for key in setup.continuous_covariate_keys}
         return cls(setup, [str(name) for name in adata.var_names], categories, scaling, identifiers(adata.var))
 
     @property
@@ -385,6 +380,13 @@ def codes_of(what: str, names: list[str], asked: str | Sequence[str] | None) -> 
             hint = did_you_mean(str(name), names)
             raise ValueError(f"{what}: {name!r} is unknown to the model (it knows: {shown}).{hint}")
     return [names.index(str(name)) for name in several]
+
+
+def standard(values: np.ndarray) -> tuple[float, float]:
+    """Return the mean and the deviation that a continuous covariate is standardised by."""
+    mean, sd = float(values.mean()), float(values.std())
+    # A constant's deviation is rounding noise: dividing by it would blow up whatever differs later.
+    return mean, sd if sd > 1e-8 * max(1, abs(mean)) else 1.0
 
 
 def _names(column: pd.Series) -> list[str]:

@@ -184,7 +184,7 @@ class Query:
             self._reference_cells(held_out),
             self.reference.get_latent_representation(indices=training),
             loaders.of_question(self.model, None, None, 1024),
-            self._is_new(),
+            self._new_batch(),
             seed,
         )
         return table.set_index(self.model.adata.obs_names)
@@ -195,7 +195,7 @@ class Query:
             raise ValueError("the reference was trained again since: map the cells anew, reference.query(adata).")
         return loaders.cells_of(self.reference, None)
 
-    def _is_new(self) -> np.ndarray:
+    def _new_batch(self) -> np.ndarray:
         """Return the code of each new cell's batch, -1 where the reference knows it."""
         key = self.model.registry.setup.batch_key
         if key not in self.model.registry.known:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from scgen.data.checks import Setup
 from scgen.data.genes import identifiers
-from scgen.data.registry import Registry
+from scgen.data.registry import Registry, standard
 from scgen.models import files, pickles
 from scgen.modules.networks import MLP
 from scgen.modules.vae import VAE
-from scgen.storage import ModelFileError
+from scgen.storage import ModelFileError, found_in
 
 #: Options of theirs that ours has no equal for, with the one value of each that is what ours does.
 FIXED = {
@@ -51,9 +51,8 @@ def load(cls: type, folder: str | Path, adata: AnnData | None, prefix: str):
     """Return a model of scvi-tools' as one of ours; see `SCVI.from_scvi_tools`."""
     path = Path(folder) / f"{prefix}model.pt"
     if not path.is_file():
-        there = ", ".join(sorted(p.name for p in Path(folder).iterdir())[:8]) if Path(folder).is_dir() else "no folder"
         raise ModelFileError(
-            f"{path} is not there (found: {there or 'nothing'}). Give the folder that scvi-tools' model.save(folder) "
+            f"{path} is not there (found: {found_in(folder)}). Give the folder that scvi-tools' model.save(folder) "
             "wrote, and the prefix it was saved with."
         )
     content = pickles.read(path, dropped=("attr_dict", "history_"))
@@ -101,15 +100,15 @@ def _arguments(saved: dict) -> dict:
 
 def _standardised(vae: VAE, values: pd.DataFrame) -> dict[str, tuple[float, float]]:
     """Make the first layers read standardised covariates, as others do; return the mean and deviation of each."""
-    mean, sd = values.mean().to_numpy(), values.std(ddof=0).to_numpy()
-    sd[sd <= 1e-8 * np.maximum(1, np.abs(mean))] = 1.0  # a constant
+    scaling = {key: standard(values[key].to_numpy()) for key in values}
+    mean, sd = np.array(list(scaling.values())).reshape(-1, 2).T
     for part in (part for part in vae.modules() if isinstance(part, MLP) and part.layers[0].slopes is not None):
         first = part.layers[0]
         with torch.no_grad():
             slopes = first.slopes.double()
             first.linear.bias += (torch.from_numpy(mean) @ slopes).float()
             first.slopes.copy_(slopes * torch.from_numpy(sd)[:, None])
-    return {key: (float(m), float(s)) for key, m, s in zip(values, mean, sd, strict=True)}
+    return scaling
 
 
 def _registry(saved: dict, genes, labels: bool) -> Registry:
