@@ -27,6 +27,7 @@ class Options:
     max_epochs: int | None
     learning_rate: float
     kl_start: float
+    n_importance_samples: int
     early_stopping: bool
     patience: int | None
     device: torch.device
@@ -44,6 +45,7 @@ class Options:
             ("max_epochs", self.max_epochs, 1),
             ("batch_size", batch_size, 3),
             ("patience", self.patience, 1),
+            ("n_importance_samples", self.n_importance_samples, 1),
         ):
             if value is not None:
                 check_whole(name, value, least)
@@ -87,7 +89,7 @@ class NonFiniteLoss(FloatingPointError):
 
 @torch.no_grad()
 def start_from_data(vae: nn.Module, loader: CellLoader) -> None:
-    """Start what the training cells tell without training: the library's prior, and the decoder at their moments.
+    """Start what the training cells tell without training: priors that are made of them, the decoder at their moments.
 
     The moments are those of a cell's rates: x divided by its library, where the model has one.
     """
@@ -103,6 +105,11 @@ def start_from_data(vae: nn.Module, loader: CellLoader) -> None:
     if "library" in vae.priors:
         # On the host, where sums are always in the same order.
         vae.priors["library"].fit(*(loader.columns[name][loader.index].cpu() for name in ("library", "batch")))
+    if hasattr(vae.priors["z"], "start_at"):
+        # At cells from all over the data, in whose order batches and types often follow each other.
+        n = vae.priors["z"].n_components
+        few = loader.index[np.linspace(0, len(loader.index) - 1, n).round().astype(int)]
+        vae.priors["z"].start_at(next(iter(loader.over(few, n))))
 
 
 @contextmanager
@@ -197,7 +204,7 @@ def fit(
                     for cells in training:
                         learning_rate = options.learning_rate * one_cycle(step / n_steps)
                         kl_weight = 1 + (options.kl_start - 1) * max(0.0, 1 - 2 * (step + 1) / n_steps)
-                        elbo = vae(cells)
+                        elbo = vae(cells, n_importance_samples=options.n_importance_samples)
                         loss = elbo.loss(kl_weight)
                         if options.device.type == "cpu" and not torch.isfinite(loss):
                             raise blame(vae, cells)
@@ -208,7 +215,10 @@ def fit(
                 if not math.isfinite(sums):
                     best.restore(last=True)
                     raise blame_some(vae, training)
-                row = {"elbo_train": float(sums) / len(training.index), **evaluate(vae, validation)}
+                row = {
+                    "elbo_train": float(sums) / len(training.index),
+                    **evaluate(vae, validation, options.n_importance_samples),
+                }
                 rows.append(row | {"kl_weight": kl_weight, "seconds": time.perf_counter() - started})
                 bar.update()
                 bar.set_postfix_str(" ".join(f"{name} {row[name]:.1f}" for name in row if name.startswith("elbo")))
@@ -304,22 +314,22 @@ class Best:
 
 
 @torch.inference_mode()
-def evaluate(vae: nn.Module, loader: CellLoader | None) -> dict[str, float]:
-    """Return the mean bound at full KL weight, and its parts, under the same noise each time."""
+def evaluate(vae: nn.Module, loader: CellLoader | None, n_importance_samples: int = 1) -> dict[str, float]:
+    """Return the mean bound at full KL weight, and the means of its parts, under the same noise each time."""
     if loader is None:
         return {}
     vae.eval()
     sums: dict[str, float] = {}
     with seeded(0):
         for cells in loader:
-            elbo = vae(cells)
+            elbo = vae(cells, n_importance_samples=n_importance_samples)
             if not torch.isfinite(elbo.value).all():
                 raise blame(vae, cells)
             parts = {"elbo": elbo.value, "log_likelihood": elbo.log_likelihood} | {
                 f"kl_{k}": v for k, v in elbo.kl.items()
             }
             for name, values in parts.items():
-                sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+                sums[name] = sums.get(name, 0.0) + float(values.double().sum()) * len(cells) / values.numel()
     return {f"{name}_validation": total / len(loader.index) for name, total in sums.items()}
 
 

@@ -37,18 +37,23 @@ def latent(vae: VAE, loader: CellLoader, name: str) -> tuple[np.ndarray, np.ndar
     return np.concatenate(means), np.concatenate(variances)
 
 
-def draw(mean: np.ndarray, variance: np.ndarray, seed: int) -> np.ndarray:
-    """Return a draw from each Gaussian."""
-    noise = np.random.default_rng(seed).standard_normal(mean.shape, dtype=np.float32)
-    return mean + np.sqrt(variance) * noise
+@torch.inference_mode()
+def draw(vae: VAE, loader: CellLoader, name: str, seed: int) -> np.ndarray:
+    """Return a draw from q of one latent for each cell, (n, d), in the loader's order."""
+    vae.eval()
+    with seeded(seed):
+        draws = [vae.posteriors[name](cells.to(vae.device)).rsample().cpu().numpy() for cells in loader]
+    return np.concatenate(draws)
 
 
 def library_size(vae: VAE, loader: CellLoader, give_mean: bool, seed: int) -> np.ndarray:
     """Return l of each cell, (n, 1): the mean of its log-normal posterior, or a draw from it."""
     if "library" not in vae.posteriors:
         raise ValueError('gene_likelihood="normal" has no library size.')
+    if not give_mean:
+        return np.exp(draw(vae, loader, "library", seed))
     mean, variance = latent(vae, loader, "library")
-    return np.exp(mean + variance / 2 if give_mean else draw(mean, variance, seed))
+    return np.exp(mean + variance / 2)
 
 
 @torch.inference_mode()
@@ -111,10 +116,25 @@ def active_units(vae: VAE, loader: CellLoader, threshold: float) -> pd.DataFrame
         cells = cells.to(vae.device)
         q = vae.posteriors["z"](cells)
         means.append(q.mean.cpu().numpy())
-        divergence = divergence + _kl_of_units(q, vae.priors["z"](cells)).double().sum(0).cpu().numpy()
+        divergence = divergence + _kl_of_units(q, vae.prior("z", cells)).double().sum(0).cpu().numpy()
     variance = np.concatenate(means).var(0, dtype=np.float64)
     table = {"variance": variance, "kl": divergence / len(loader.index), "active": variance > threshold}
     return pd.DataFrame(table, index=pd.RangeIndex(len(variance), name="latent"))
+
+
+@torch.inference_mode()
+def cluster_probs(vae: VAE, loader: CellLoader, n_samples: int, seed: int) -> np.ndarray:
+    """Return the mean over draws of z of its probabilities under each component of the prior's mixture, (n, K)."""
+    check_whole("n_samples", n_samples, 1)
+    vae.eval()
+    probs = []
+    with seeded(seed):
+        for cells in loader:
+            cells = cells.to(vae.device)
+            p, z = vae.prior("z", cells), vae.posteriors["z"](cells).rsample((n_samples,))
+            log_joint = p.mixture_distribution.logits + p.component_distribution.log_prob(z[..., None, :])
+            probs.append(log_joint.softmax(-1).mean(0).cpu().numpy())
+    return np.concatenate(probs)
 
 
 def _kl_of_units(q: Distribution, p: Distribution) -> Tensor:

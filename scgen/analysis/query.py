@@ -50,7 +50,7 @@ def described(vae: VAE, loader: CellLoader, directions: np.ndarray | None = None
         own, counts = likelihood.base_dist, cells.counts.to_dense()
         residuals = ((counts - own.mean) / own.variance.sqrt()).clamp(-MAX_RESIDUAL, MAX_RESIDUAL)
         with seeded(0):  # a divergence without a closed form is one of draws
-            kl = sum(draw_and_kl(q[name], vae.priors[name](cells), ())[1] for name in q)
+            kl = sum(draw_and_kl(q[name], vae.prior(name, cells), ())[1] for name in q)
         elbo = likelihood.log_prob(counts) - kl
         kept = residuals if basis is None else residuals @ basis
         parts.append((q["z"].mean, cells.library[:, 0], elbo, kept))

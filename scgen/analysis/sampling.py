@@ -84,8 +84,8 @@ def prior_predictive(vae: VAE, cells: Cells, seed: int, n_at_once: int = 1024) -
             some = replace(cells, **{field: getattr(cells, field)[rows] for field in FIELDS})
             some = some.to(vae.device)
             drawn = {}
-            for name, prior in vae.priors.items():
-                p = prior(some)
+            for name in vae.priors:
+                p = vae.prior(name, some)
                 shape = () if p.batch_shape else (len(some),)
                 drawn[name] = p.sample(shape)
                 latents[name].append(drawn[name].cpu().numpy())

@@ -1,6 +1,16 @@
 """Distributions in torch's protocol, without parameters of their own."""
 
 from scgen.distributions.counts import CellCounts, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from scgen.distributions.gaussian import DiagonalNormal, PointMass
+from scgen.distributions.flowed import Flowed
+from scgen.distributions.gaussian import CorrelatedNormal, DiagonalNormal, PointMass
 
-__all__ = ["CellCounts", "DiagonalNormal", "NegativeBinomial", "PointMass", "Poisson", "ZeroInflatedNegativeBinomial"]
+__all__ = [
+    "CellCounts",
+    "CorrelatedNormal",
+    "DiagonalNormal",
+    "Flowed",
+    "NegativeBinomial",
+    "PointMass",
+    "Poisson",
+    "ZeroInflatedNegativeBinomial",
+]

@@ -80,6 +80,7 @@ class Model:
         patience: int | None = None,
         learning_rate: float = 2e-2,
         kl_start: float = 4.0,
+        n_importance_samples: int = 1,
         accelerator: str = "auto",
         devices: int = 1,
         precision: str = "auto",
@@ -109,6 +110,9 @@ class Model:
         kl_start
             Weight of z's KL at the first step; it goes to 1 over the first half of the planned steps. Above 1, it
             drives the batches out of z early; below, it is a warm-up.
+        n_importance_samples
+            From 2 on, K: trains, and validates, the bound log (1/K) sum_k p(x, z_k, l_k) / q(z_k, l_k | x), which is
+            tighter (Burda et al. 2016), at K times the cost of decoding; ``history`` holds it in place of the ELBO.
         accelerator
             "auto", "cpu" or "gpu".
         devices
@@ -141,7 +145,16 @@ class Model:
         """
         device = choose_device(accelerator)
         options = Options(
-            max_epochs, learning_rate, kl_start, early_stopping, patience, device, precision, seed, progress
+            max_epochs,
+            learning_rate,
+            kl_start,
+            n_importance_samples,
+            early_stopping,
+            patience,
+            device,
+            precision,
+            seed,
+            progress,
         )
         options.check(batch_size, train_size, devices)
         training, validation = loaders.of_training(self, options, batch_size, train_size)
@@ -205,8 +218,7 @@ class Model:
         loader = self._loader(adata, indices, batch_size)
         if give_mean and not return_dist:
             return inference.embedding(self.vae, loader)
-        mean, variance = inference.latent(self.vae, loader, "z")
-        return (mean, variance) if return_dist else inference.draw(mean, variance, seed)
+        return inference.latent(self.vae, loader, "z") if return_dist else inference.draw(self.vae, loader, "z", seed)
 
     def get_latent_library_size(
         self,

@@ -1,19 +1,35 @@
 """SCVI: the model of Lopez et al. (2018), its parts chosen by name."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 from anndata import AnnData
 
+from scgen.analysis import inference
+from scgen.data.checks import check_whole
 from scgen.data.registry import Registry
-from scgen.models import scvi_tools
+from scgen.models import loaders, scvi_tools
 from scgen.models.base import Model
 from scgen.modules.decoders import CountDecoder, Dispersion, GaussianDecoder
-from scgen.modules.posteriors import GaussianPosterior, LibraryPosterior, ObservedLibrary
-from scgen.modules.priors import LibraryPrior, StandardNormalPrior
+from scgen.modules.flows import InverseAutoregressiveFlow, PlanarFlow
+from scgen.modules.networks import CovariateLinear
+from scgen.modules.posteriors import (
+    CorrelatedPosterior,
+    FlowPosterior,
+    GaussianPosterior,
+    LibraryPosterior,
+    ObservedLibrary,
+)
+from scgen.modules.priors import FlowPrior, LibraryPrior, MixturePrior, StandardNormalPrior, VampPrior
 from scgen.modules.vae import VAE
 
 LIKELIHOODS = ("zinb", "nb", "poisson", "normal")
 DISPERSIONS = ("gene", "gene-batch", "gene-label", "gene-cell")
+#: The flows that bend q(z | x, s), and what n_flows=None and n_components=None stand for.
+FLOWS = {"planar": (PlanarFlow, 8), "iaf": (InverseAutoregressiveFlow, 4)}
+N_COMPONENTS = {"mog": 20, "vamp": 50}
+POSTERIORS, PRIORS = ("normal", "full-rank", *FLOWS), ("normal", *N_COMPONENTS, "flow")
 
 
 class SCVI(Model):
@@ -46,6 +62,17 @@ class SCVI(Model):
         Whether the encoders see batch and covariates; the decoder always does.
     library_residual
         True infers l by correcting the cell's total; False leaves it to the network to find, as in the paper.
+    posterior
+        q(z | x, s): "normal", a Gaussian with independent components; "full-rank", one with any covariance; "planar" or
+        "iaf", one that a planar or an inverse autoregressive flow bends.
+    n_flows
+        Steps of that flow; None stands for 8 of "planar" and 4 of "iaf".
+    prior
+        p(z): "normal", N(0, I); "mog", a mixture of Gaussians, whose components `get_cluster_probs` tells; "vamp", a
+        mixture of the posteriors of cells that are learned; "flow", a masked autoregressive flow. All but the first are
+        learned.
+    n_components
+        Components of "mog" and "vamp"; None stands for 20 and 50.
     seed
         Seed of the initial weights.
 
@@ -83,6 +110,10 @@ class SCVI(Model):
         use_observed_lib_size: bool = False,
         encode_covariates: bool = True,
         library_residual: bool = True,
+        posterior: str = "normal",
+        n_flows: int | None = None,
+        prior: str = "normal",
+        n_components: int | None = None,
         seed: int = 0,
     ):
         super().__init__(
@@ -98,6 +129,10 @@ class SCVI(Model):
                 "use_observed_lib_size": use_observed_lib_size,
                 "encode_covariates": encode_covariates,
                 "library_residual": library_residual,
+                "posterior": posterior,
+                "n_flows": n_flows,
+                "prior": prior,
+                "n_components": n_components,
                 "seed": seed,
             },
         )
@@ -139,6 +174,52 @@ class SCVI(Model):
         """
         return scvi_tools.load(cls, folder, adata, prefix)
 
+    def get_cluster_probs(
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Sequence[int] | None = None,
+        n_samples: int = 25,
+        batch_size: int = 1024,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Return, for each cell, the probabilities that z comes from each component of the prior's mixture.
+
+        E_q [w_k N(z; m_k, v_k) / p(z)], the mean over draws z ~ q(z | x, s), for ``prior="mog"`` and "vamp".
+
+        Parameters
+        ----------
+        adata, indices, batch_size, seed
+            As in `get_latent_representation`.
+        n_samples
+            Draws of z.
+
+        Returns
+        -------
+        Cells x components, named "0", "1" and so on; rows sum to 1.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is untrained.
+        ValueError
+            If the prior is no mixture, or as `get_latent_representation`.
+
+        Examples
+        --------
+        >>> probs = model.get_cluster_probs()  # doctest: +SKIP
+        >>> adata.obsm["scgen_cluster_probs"] = probs  # doctest: +SKIP
+        >>> adata.obs["scgen_cluster"] = probs.idxmax(axis=1).astype("category")  # doctest: +SKIP
+        """
+        loader = loaders.of_question(self, adata, indices, batch_size)
+        if self.arguments["prior"] not in N_COMPONENTS:
+            raise ValueError(
+                f'prior="{self.arguments["prior"]}" has no components. Train SCVI(adata, prior="mog") for clusters.'
+            )
+        probs = inference.cluster_probs(self.vae, loader, n_samples, seed)
+        names = loaders.cells_of(self, adata).obs_names[loader.index]
+        return pd.DataFrame(probs, index=names, columns=[str(k) for k in range(probs.shape[1])])
+
     @staticmethod
     def build(
         registry: Registry,
@@ -153,6 +234,10 @@ class SCVI(Model):
         encode_covariates: bool,
         seed: int,
         library_residual: bool = True,  # models saved before there was a choice
+        posterior: str = "normal",
+        n_flows: int | None = None,
+        prior: str = "normal",
+        n_components: int | None = None,
     ) -> VAE:
         """Return the module for these arguments: here, and only here, names become parts."""
         for name, value, most in (
@@ -173,10 +258,22 @@ class SCVI(Model):
                 raise ValueError(f"{name}={flag!r}; it takes True or False.")
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed={seed!r}; it takes a whole number from 0.")
-        if gene_likelihood not in LIKELIHOODS:
-            raise ValueError(f"gene_likelihood={gene_likelihood!r} is unknown; choose one of {', '.join(LIKELIHOODS)}.")
-        if dispersion not in DISPERSIONS:
-            raise ValueError(f"dispersion={dispersion!r} is unknown; choose one of {', '.join(DISPERSIONS)}.")
+        for name, choice, known in (
+            ("gene_likelihood", gene_likelihood, LIKELIHOODS),
+            ("dispersion", dispersion, DISPERSIONS),
+            ("posterior", posterior, POSTERIORS),
+            ("prior", prior, PRIORS),
+        ):
+            if choice not in known:
+                raise ValueError(f"{name}={choice!r} is unknown; choose one of {', '.join(known)}.")
+        for name, value, kind, takes in (
+            ("n_flows", n_flows, f'posterior="{posterior}"', posterior in FLOWS),
+            ("n_components", n_components, f'prior="{prior}"', prior in N_COMPONENTS),
+        ):
+            if value is not None:
+                check_whole(name, value, 1)
+                if not takes:
+                    raise ValueError(f"{name}={value!r} has no meaning with {kind}.")
         if gene_likelihood != "normal" and not registry.setup.counts:
             raise ValueError(
                 f'gene_likelihood="{gene_likelihood}" needs counts, but the data were set up with counts=False. Use '
@@ -191,8 +288,21 @@ class SCVI(Model):
         seen = (registry.n_categories, n_continuous)
         encoded = seen if encode_covariates else ((), 0)
         counts = gene_likelihood != "normal"
-        posteriors = {"z": GaussianPosterior(n_genes, n_latent, n_hidden, n_layers, dropout_rate, *encoded, counts)}
-        priors = {"z": StandardNormalPrior(n_latent)}
+        q = GaussianPosterior(n_genes, n_latent, n_hidden, n_layers, dropout_rate, *encoded, counts)
+        if posterior == "full-rank":
+            q = CorrelatedPosterior(q)
+        elif posterior in FLOWS:
+            flow, n_steps = FLOWS[posterior]
+            flow = flow(n_latent, n_hidden, n_flows or n_steps)
+            q = FlowPosterior(q, flow, CovariateLinear(n_hidden, n_hidden, *encoded))
+        posteriors, n_components = {"z": q}, n_components or N_COMPONENTS.get(prior)
+        if prior == "mog":
+            p = MixturePrior(n_latent, n_components)
+        elif prior == "vamp":
+            p = VampPrior(n_genes, n_components, len(registry.n_categories), n_continuous, counts)
+        else:
+            p = StandardNormalPrior(n_latent) if prior == "normal" else FlowPrior(n_latent)
+        priors = {"z": p}
         if not counts:
             return VAE(posteriors, priors, GaussianDecoder(n_latent, n_hidden, n_layers, n_genes, *seen))
         if use_observed_lib_size or registry.setup.size_factor_key is not None:

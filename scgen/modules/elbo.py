@@ -1,11 +1,14 @@
 """The evidence lower bound, per cell, in its parts."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
+
+from scgen.distributions import PointMass
 
 
 @dataclass(frozen=True)
@@ -18,27 +21,43 @@ class Elbo:
         (..., n): log p(x | latents) at the draws.
     kl
         By latent, (n,) or (..., n): KL(q || p), in closed form or at the draws.
+    weighted
+        Whether the draws along the first axis are importance samples: the bound is then the logarithm of their mean
+        weight, exp(log_likelihood - sum of kl), with ``kl`` at the draws.
     """
 
     log_likelihood: Tensor
     kl: dict[str, Tensor]
+    weighted: bool = False
 
     @cached_property
     def value(self) -> Tensor:
         """The bound itself, (..., n)."""
-        return self.log_likelihood - sum(self.kl.values())
+        return self._bound(1.0)
 
     def loss(self, kl_weight: float = 1.0) -> Tensor:
         """Return the mean negative bound, a scalar, with the KL of z weighted; the library's never is."""
-        value = self.value if kl_weight == 1 else self.value + (1 - kl_weight) * self.kl["z"]
-        return -value.mean()
+        return -(self.value if kl_weight == 1 else self._bound(kl_weight)).mean()
+
+    def _bound(self, kl_weight: float) -> Tensor:
+        kl = sum(kl_weight * kl if name == "z" and kl_weight != 1 else kl for name, kl in self.kl.items())
+        bound = self.log_likelihood - kl
+        return bound.logsumexp(0) - math.log(len(bound)) if self.weighted else bound
 
 
-def draw_and_kl(q: Distribution, p: Distribution, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return draws of q, (*shape, n, d), and KL(q || p): in closed form where torch knows one, else at the draws."""
-    try:
-        kl = torch.distributions.kl_divergence(q, p)
-    except NotImplementedError:
-        draws, log_q = q.rsample_and_log_prob(shape)
-        return draws, log_q - p.log_prob(draws)
-    return q.rsample(shape), kl
+def draw_and_kl(
+    q: Distribution, p: Distribution, shape: tuple[int, ...], closed_form: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return draws of q, (*shape, n, d), and KL(q || p): in closed form where torch knows one, else at the draws.
+
+    Without ``closed_form`` it is at the draws in any case, but for an observed latent, whose KL counts as 0.
+    """
+    if closed_form or isinstance(q, PointMass):
+        try:
+            kl = torch.distributions.kl_divergence(q, p)
+        except NotImplementedError:
+            pass
+        else:
+            return q.rsample(shape), kl
+    draws, log_q = q.rsample_and_log_prob(shape)
+    return draws, log_q - p.log_prob(draws)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from scgen.data.cells import Cells
-from scgen.distributions import DiagonalNormal, PointMass
-from scgen.modules.networks import MLP
+from scgen.distributions import CorrelatedNormal, DiagonalNormal, Flowed, PointMass
+from scgen.modules.networks import MLP, CovariateLinear
 
 
 def positive_variance(a: Tensor) -> Tensor:
@@ -45,8 +45,15 @@ class GaussianPosterior(nn.Module):
         self.log_variance = nn.Linear(n_hidden, n_latent)
 
     def forward(self, cells: Cells) -> DiagonalNormal:
-        h = self.hidden(cells)
+        return self.gaussian(self.hidden(cells))
+
+    def gaussian(self, h: Tensor) -> DiagonalNormal:
+        """Return N(m, diag v) for the last hidden layer, (n, n_hidden)."""
         return DiagonalNormal(self.mean(h), positive_variance(self.log_variance(h)))
+
+    def gaussian_at(self, inputs: Tensor, cells: Cells) -> DiagonalNormal:
+        """Return N(m, diag v) for what the network reads, (n, G), in place of the cells' own values."""
+        return self.gaussian(self.mlp(inputs, cells))
 
     def hidden(self, cells: Cells) -> Tensor:
         """Return the last hidden layer, (n, n_hidden)."""
@@ -59,6 +66,67 @@ class GaussianPosterior(nn.Module):
     def means(self, cells: Cells) -> Tensor:
         """Return the means m(x, s), (n, d), alone: an embedding of many cells waits for the variances, too."""
         return self.mean(self.hidden(cells))
+
+
+class CorrelatedPosterior(nn.Module):
+    """q(z | x, s) = N(m, D (I + A) (I + A)^T D), D^2 = diag v, with A below the diagonal: a Gaussian of full rank.
+
+    Parameters
+    ----------
+    base
+        Whose m and v these are; A starts at 0.
+    """
+
+    def __init__(self, base: GaussianPosterior):
+        super().__init__()
+        self.base = base
+        n_latent, n_hidden = base.mean.weight.shape
+        self.lower = nn.Linear(n_hidden, n_latent**2)
+        nn.init.zeros_(self.lower.weight)
+        nn.init.zeros_(self.lower.bias)
+
+    def forward(self, cells: Cells) -> CorrelatedNormal:
+        h = self.base.hidden(cells)
+        q = self.base.gaussian(h)
+        return CorrelatedNormal(q.mean, q.variance, self.lower(h).unflatten(-1, (q.mean.shape[-1], -1)).tril(-1))
+
+    def means(self, cells: Cells) -> Tensor:
+        """Return the means m(x, s), (n, d), alone."""
+        return self.base.means(cells)
+
+    def gaussian_at(self, inputs: Tensor, cells: Cells) -> DiagonalNormal:
+        """Return that of the base."""
+        return self.base.gaussian_at(inputs, cells)
+
+
+class FlowPosterior(nn.Module):
+    """q(z | x, s): a Gaussian that a flow bends, both made from the last hidden layer, and the flow from s once more.
+
+    Parameters
+    ----------
+    base
+        Whose Gaussian and hidden layer these are.
+    flow
+        A module ``(z, context) -> (z', log_det)`` of `scgen.modules.flows`.
+    context
+        The layer of hidden units and covariates that makes its context.
+    """
+
+    def __init__(self, base: GaussianPosterior, flow: nn.Module, context: CovariateLinear):
+        super().__init__()
+        self.base, self.flow, self.context = base, flow, context
+
+    def forward(self, cells: Cells) -> Flowed:
+        h = self.base.hidden(cells)
+        return Flowed(self.base.gaussian(h), self.flow, self.context(h, cells).tanh())
+
+    def means(self, cells: Cells) -> Tensor:
+        """Return the means of q, (n, d), over fixed draws."""
+        return self(cells).mean
+
+    def gaussian_at(self, inputs: Tensor, cells: Cells) -> DiagonalNormal:
+        """Return that of the base."""
+        return self.base.gaussian_at(inputs, cells)
 
 
 class LibraryPosterior(GaussianPosterior):

@@ -1,10 +1,13 @@
-"""Priors p(z) and p(log l | s)."""
+"""Priors p(z) and p(log l | s): modules of the cells and, for those that are made of it, the posterior."""
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Categorical, MixtureSameFamily
+from torch.nn.functional import softplus
 
 from scgen.data.cells import Cells
-from scgen.distributions import DiagonalNormal
+from scgen.distributions import DiagonalNormal, Flowed
+from scgen.modules.flows import MaskedAutoregressiveFlow
 
 #: Number of cells that the pooled library weighs in a batch's prior: small batches lean on it.
 SHRINKAGE = 10.0
@@ -18,8 +21,101 @@ class StandardNormalPrior(nn.Module):
         self.register_buffer("mean", torch.zeros(n_latent))
         self.register_buffer("variance", torch.ones(n_latent))
 
-    def forward(self, cells: Cells) -> DiagonalNormal:
+    def forward(self, cells: Cells, posterior: nn.Module) -> DiagonalNormal:
         return DiagonalNormal(self.mean, self.variance)
+
+
+class MixturePrior(nn.Module):
+    """p(z) = sum_k w_k N(z; m_k, diag v_k), all of it learned.
+
+    Parameters
+    ----------
+    n_latent, n_components
+        d and the number of Gaussians K; they start alike but for small differences of their means.
+    """
+
+    def __init__(self, n_latent: int, n_components: int):
+        super().__init__()
+        self.means = nn.Parameter(0.1 * torch.randn(n_components, n_latent))
+        self.log_scales = nn.Parameter(torch.zeros(n_components, n_latent))
+        self.logits = nn.Parameter(torch.zeros(n_components))
+
+    def forward(self, cells: Cells, posterior: nn.Module) -> MixtureSameFamily:
+        variance = (2 * self.log_scales).exp().clamp(min=1e-8)
+        return mixture(self.logits, DiagonalNormal(self.means, variance))
+
+
+class VampPrior(nn.Module):
+    """p(z) = sum_k w_k q(z | u_k, s_k): the posterior's Gaussians of K cells that are learned (Tomczak & Welling 2018).
+
+    The encoder is lent by each call, as in a question: without dropout, and its running statistics stay as they are.
+
+    Parameters
+    ----------
+    n_genes, n_components
+        G and K.
+    n_categories, n_continuous
+        Number of categorical covariates, with the batch, and of continuous ones.
+    log_input
+        Whether the encoder reads log(1 + x); u_k is then positive.
+    """
+
+    def __init__(self, n_genes: int, n_components: int, n_categories: int, n_continuous: int, log_input: bool):
+        super().__init__()
+        self.log_input, self.n_components = log_input, n_components
+        # log u; or u itself. softplus(log u) = log(1 + u).
+        self.pseudo_inputs = nn.Parameter(torch.zeros(n_components, n_genes))
+        self.logits = nn.Parameter(torch.zeros(n_components))
+        self.register_buffer("categories", torch.zeros(n_components, n_categories, dtype=torch.int64))
+        self.register_buffer("continuous", torch.zeros(n_components, n_continuous))
+        self._kept: MixtureSameFamily | None = None
+
+    def start_at(self, cells: Cells) -> None:
+        """Start the pseudo-inputs at K cells, whose covariates they keep."""
+        x = cells.counts.to_dense()
+        with torch.no_grad():
+            # Not nearer to 0, where a pseudo-input would hardly feel its gradient.
+            self.pseudo_inputs.copy_((x + 0.01).log() if self.log_input else x)
+            self.categories.copy_(torch.cat([cells.batch[:, None], cells.categorical], 1))
+            self.continuous.copy_(cells.continuous)
+
+    def train(self, mode: bool = True) -> "VampPrior":
+        """Start or end training, and forget the mixture that was kept: ``eval`` begins a question."""
+        self._kept = None
+        return super().train(mode)
+
+    def forward(self, cells: Cells, posterior: nn.Module) -> MixtureSameFamily:
+        if self._kept is not None:
+            return self._kept
+        inputs = softplus(self.pseudo_inputs) if self.log_input else self.pseudo_inputs
+        batch, categorical = self.categories[:, 0], self.categories[:, 1:]
+        pseudo = Cells(inputs, inputs[:, :1], batch, batch, categorical, self.continuous, batch)
+        training = posterior.training
+        posterior.eval()
+        found = mixture(self.logits, posterior.gaussian_at(inputs, pseudo))
+        posterior.train(training)
+        if torch.is_inference_mode_enabled():  # in a question, once for all cells
+            self._kept = found
+        return found
+
+
+class FlowPrior(nn.Module):
+    """p(z): a standard normal that a masked autoregressive flow, learned, has bent; at first it has not.
+
+    Parameters
+    ----------
+    n_latent, n_flows
+        d and the number of the flow's steps.
+    """
+
+    def __init__(self, n_latent: int, n_flows: int = 4):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n_latent))
+        self.register_buffer("variance", torch.ones(n_latent))
+        self.flow = MaskedAutoregressiveFlow(n_latent, 0, n_flows)
+
+    def forward(self, cells: Cells, posterior: nn.Module) -> Flowed:
+        return Flowed(DiagonalNormal(self.mean, self.variance), self.flow, self.mean.new_zeros(1, 0))
 
 
 class LibraryPrior(nn.Module):
@@ -61,5 +157,10 @@ class LibraryPrior(nn.Module):
         self.mean.copy_(shrunk(mean, library.mean()))
         self.variance.copy_(shrunk(variance, library.var(correction=0)).clamp(min=1e-4))
 
-    def forward(self, cells: Cells) -> DiagonalNormal:
+    def forward(self, cells: Cells, posterior: nn.Module) -> DiagonalNormal:
         return DiagonalNormal(self.mean[cells.batch, None], self.variance[cells.batch, None])
+
+
+def mixture(logits: Tensor, components: DiagonalNormal) -> MixtureSameFamily:
+    """Return the mixture of K Gaussians with weights softmax(logits)."""
+    return MixtureSameFamily(Categorical(logits=logits, validate_args=False), components, validate_args=False)

@@ -22,7 +22,7 @@ class VAE(nn.Module):
     posteriors
         By latent ("z", and "library" for counts): a module ``cells -> q``.
     priors
-        By latent: a module ``cells -> p``.
+        By latent: a module ``(cells, posterior) -> p``, which may be made of the latent's posterior.
     decoder
         A module ``(latents, cells) -> likelihood`` of whole cells' counts; ``latents`` maps names to draws (..., n, d).
     """
@@ -111,12 +111,21 @@ class VAE(nn.Module):
         """Return q of every latent."""
         return {name: posterior(cells) for name, posterior in self.posteriors.items()}
 
-    def forward(self, cells: Cells, shape: tuple[int, ...] = ()) -> Elbo:
-        """Return the bound per cell at draws of the given sample shape, (*shape, n)."""
+    def prior(self, name: str, cells: Cells) -> Distribution:
+        """Return p of one latent."""
+        return self.priors[name](cells, self.posteriors[name])
+
+    def forward(self, cells: Cells, shape: tuple[int, ...] = (), n_importance_samples: int = 1) -> Elbo:
+        """Return the bound per cell at draws of the given sample shape, (*shape, n).
+
+        With several importance samples it is the bound of Burda et al. (2016), over as many draws, (*shape, n) too.
+        """
+        weighted = n_importance_samples > 1
+        shape = (n_importance_samples, *shape) if weighted else shape
         latents, kl = {}, {}
         for name, q in self.infer(cells).items():
-            latents[name], kl[name] = draw_and_kl(q, self.priors[name](cells), shape)
-        return Elbo(self.decoder(latents, cells).log_prob(cells.counts), kl)
+            latents[name], kl[name] = draw_and_kl(q, self.prior(name, cells), shape, closed_form=not weighted)
+        return Elbo(self.decoder(latents, cells).log_prob(cells.counts), kl, weighted)
 
     def log_weights(self, cells: Cells, q: dict[str, Distribution], shape: tuple[int, ...]) -> Tensor:
         """Return log p(x, latents) - log q(latents | x) at draws from q, which `infer` gave, (*shape, n).
@@ -133,5 +142,5 @@ class VAE(nn.Module):
         log_w = likelihood.log_prob(cells.counts)
         for name, (draw, log_q) in draws.items():
             if not isinstance(q[name], PointMass):
-                log_w = log_w + self.priors[name](cells).log_prob(draw) - log_q
+                log_w = log_w + self.prior(name, cells).log_prob(draw) - log_q
         return log_w

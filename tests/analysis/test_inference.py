@@ -186,7 +186,7 @@ def test_units_without_a_divergence_have_none(cells):
     model.train(1, accelerator="cpu", progress=False)
 
     class Mixture(nn.Module):
-        def forward(self, cells):
+        def forward(self, cells, posterior):
             parts = Independent(Normal(torch.zeros(3, 4), torch.ones(3, 4)), 1)
             return MixtureSameFamily(Categorical(torch.ones(3)), parts)
 

@@ -82,7 +82,7 @@ def differences(adata: AnnData, folder: Path, setup: dict, **arguments) -> dict[
         losses = module.loss(tensors, inferred, generated)
 
         draws = {name: q[name].mean + q[name].variance.sqrt() * noise[name] for name in q}
-        kl = {name: kl_divergence(q[name], vae.priors[name](cells)) for name in q}
+        kl = {name: kl_divergence(q[name], vae.prior(name, cells)) for name in q}
         pairs = {
             "latent mean": (q["z"].mean, inferred["qz"].loc),
             "latent variance": (q["z"].variance, inferred["qz"].variance),

@@ -1,0 +1,218 @@
+"""Normalising flows: invertible maps of a latent that a context bends, with the logarithms of their determinants."""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import elu, linear, logsigmoid, softplus
+
+#: softplus of it is 1.
+SOFTPLUS_OF_ONE = math.log(math.expm1(1))
+
+
+class PlanarFlow(nn.Module):
+    r"""Steps z' = z + u tanh(w^T z + b), with u, w and b linear in a context.
+
+    u is given a component along w with w^T u > -1, without which a step could not be inverted: where the head says a
+    for w^T u, it is -1 + softplus(a + log(e - 1)). So u = 0 stays 0: the flow starts as the identity.
+
+    Parameters
+    ----------
+    n_latent, n_context
+        Widths of z and of the context.
+    n_steps
+        Number of steps.
+
+    References
+    ----------
+    Rezende and Mohamed, Variational inference with normalizing flows, ICML 2015.
+
+    Examples
+    --------
+    >>> import torch
+    >>> flow = PlanarFlow(n_latent=2, n_context=0)
+    >>> z, log_det = flow(torch.randn(100, 5, 2), torch.zeros(5, 0))
+    >>> tuple(z.shape), tuple(log_det.shape)
+    ((100, 5, 2), (100, 5))
+    """
+
+    def __init__(self, n_latent: int, n_context: int, n_steps: int = 8):
+        super().__init__()
+        self.n_latent, self.n_steps = n_latent, n_steps
+        self.directions = head(n_context, n_steps * n_latent, 0.01)
+        self.offsets = head(n_context, n_steps, 0.01)
+        self.bends = head(n_context, n_steps * n_latent, 0.0)
+        nn.init.normal_(self.directions.bias, std=n_latent**-0.5)
+
+    def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z' (..., n, d) and log |det dz'/dz| (..., n), for z (..., n, d) and the context (n, C)."""
+        log_det = 0.0
+        for w, b, u, slope in self._steps(context):
+            bent = ((z * w).sum(-1) + b).tanh()
+            z = z + u * bent[..., None]
+            log_det = log_det + self._log_slope(bent, slope)
+        return z, log_det
+
+    def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z of a given z', and the logarithm of the inverse's determinant.
+
+        Along w a step is t + (w^T u) tanh(t), t = w^T z + b, which rises: its root is found by bisection.
+        """
+        log_det = 0.0
+        for w, b, u, slope in reversed(self._steps(context)):
+            target = (z * w).sum(-1) + b
+            low, high = target - (slope - 1).abs(), target + (slope - 1).abs()
+            for _ in range(60):
+                middle = (low + high) / 2
+                above = middle + (slope - 1) * middle.tanh() > target
+                low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+            bent = middle.tanh()
+            z = z - u * bent[..., None]
+            log_det = log_det - self._log_slope(bent, slope)
+        return z, log_det
+
+    def _steps(self, context: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Return w (n, d), b (n,), u (n, d) and 1 + w^T u (n,) of each step."""
+        shape = (len(context), self.n_steps, self.n_latent)
+        context = context / max(context.shape[-1], 1) ** 0.5
+        w, u, b = self.directions(context).view(shape), self.bends(context).view(shape), self.offsets(context)
+        asked = (w * u).sum(-1).clamp(min=-15)  # beyond, float32 does not tell w^T u from -1
+        slope = softplus(asked + SOFTPLUS_OF_ONE)
+        u = u + ((slope - 1 - (w * u).sum(-1)) / w.square().sum(-1).clamp(min=1e-12))[..., None] * w
+        return list(zip(w.unbind(1), b.unbind(1), u.unbind(1), slope.unbind(1), strict=True))
+
+    @staticmethod
+    def _log_slope(bent: Tensor, slope: Tensor) -> Tensor:
+        """Return log(1 + (1 - tanh^2) w^T u), as a sum of positive terms."""
+        square = bent.square()
+        return (square + (1 - square) * slope).log()
+
+
+class Autoregressive(nn.Module):
+    """A network of z and a context whose i-th outputs see only the components of z before the i-th (Germain 2015).
+
+    Parameters
+    ----------
+    n_latent, n_context, n_hidden
+        Widths of z, of the context and of the hidden layer.
+    gate_bias
+        Where the second output starts; the first starts at 0, whatever the inputs.
+    """
+
+    def __init__(self, n_latent: int, n_context: int, n_hidden: int, gate_bias: float):
+        super().__init__()
+        # A hidden unit of degree k sees the first k components, and is seen by the outputs after the k-th.
+        degrees, of_z = torch.arange(n_hidden) % n_latent, torch.arange(n_latent)
+        self.register_buffer("sees", (degrees[:, None] > of_z).float())
+        self.register_buffer("seen_by", (of_z[:, None] >= degrees).float().repeat(2, 1))
+        self.of_z = nn.Linear(n_latent, n_hidden, bias=False)
+        self.of_context = head(n_context, n_hidden, None)
+        self.outputs = head(n_hidden, 2 * n_latent, 0.0)
+        nn.init.constant_(self.outputs.bias[n_latent:], gate_bias)
+
+    def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Return two outputs for each component, (..., n, d) each."""
+        h = elu(linear(z, self.of_z.weight * self.sees) + self.of_context(context))
+        shift, gate = linear(h, self.outputs.weight * self.seen_by, self.outputs.bias).chunk(2, -1)
+        return shift, gate
+
+
+class InverseAutoregressiveFlow(nn.Module):
+    r"""Steps z' = g z + (1 - g) m with a gate g = sigmoid(s), m and s autoregressive in z, and bent by a context.
+
+    As the gate is below 1, no step can explode. The order of the components is reversed between steps.
+
+    Parameters
+    ----------
+    n_latent, n_context
+        Widths of z and of the context.
+    n_steps, n_hidden
+        Number of steps; width of their networks' hidden layer.
+
+    References
+    ----------
+    Kingma et al., Improving variational inference with inverse autoregressive flow, NeurIPS 2016.
+
+    Examples
+    --------
+    >>> import torch
+    >>> flow = InverseAutoregressiveFlow(n_latent=2, n_context=0)
+    >>> z, log_det = flow(torch.ones(5, 2), torch.zeros(5, 0))
+    >>> bool((z < 1).all()), bool((log_det < 0).all())
+    (True, True)
+    """
+
+    #: Where the gate's argument starts: nearly open, so that the flow is near the identity.
+    gate_bias = 2.0
+
+    def __init__(self, n_latent: int, n_context: int, n_steps: int = 4, n_hidden: int = 64):
+        super().__init__()
+        steps = (Autoregressive(n_latent, n_context, n_hidden, self.gate_bias) for _ in range(n_steps))
+        self.steps = nn.ModuleList(steps)
+
+    def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z' (..., n, d) and log |det dz'/dz| (..., n), for z (..., n, d) and the context (n, C)."""
+        log_det = 0.0
+        for i, step in enumerate(self.steps):
+            z = z.flip(-1) if i else z
+            scale, shift, log_scale = self.affine(*step(z, context))
+            z = scale * z + shift
+            log_det = log_det + log_scale
+        return z, log_det
+
+    def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z of a given z', and the logarithm of the inverse's determinant: component by component."""
+        log_det = 0.0
+        for i, step in reversed(list(enumerate(self.steps))):
+            found = torch.zeros_like(z)
+            for component in range(z.shape[-1]):
+                scale, shift, log_scale = self.affine(*step(found, context))
+                solved = (z - shift) / scale
+                found = torch.cat([solved[..., : component + 1], found[..., component + 1 :]], -1)
+            z = found.flip(-1) if i else found
+            log_det = log_det - log_scale
+        return z, log_det
+
+    def affine(self, m: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scale and shift of each component, (..., n, d), and the sum of the scales' logarithms, (..., n)."""
+        gate = s.sigmoid()
+        return gate, (1 - gate) * m, logsigmoid(s).sum(-1)
+
+
+class MaskedAutoregressiveFlow(InverseAutoregressiveFlow):
+    """The other way round: from noise to z component by component, and from z to noise, for its density, at once.
+
+    Steps are e = g (z - m) with a gate g = 2 sigmoid(s), which starts at 1 as m does at 0: the flow starts as the
+    identity. Parameters are those of `InverseAutoregressiveFlow`.
+
+    References
+    ----------
+    Papamakarios, Pavlakou and Murray, Masked autoregressive flow for density estimation, NeurIPS 2017.
+    """
+
+    gate_bias = 0.0
+
+    def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        return super().inverse(z, context)
+
+    def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(z, context)
+
+    def affine(self, m: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gate = 2 * s.sigmoid()
+        return gate, -gate * m, (logsigmoid(s) + math.log(2)).sum(-1)
+
+
+def head(n_in: int, n_out: int, std: float | None) -> nn.Linear:
+    """Return a linear layer, of a context that may be empty, with weights of the given spread and zero bias.
+
+    None leaves torch's initial values.
+    """
+    with warnings.catch_warnings():  # of weights that are none
+        warnings.simplefilter("ignore", UserWarning)
+        layer = nn.Linear(n_in, n_out)
+    if std is not None:
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)
+    return layer
