@@ -183,8 +183,8 @@ class InverseAutoregressiveFlow(nn.Module):
 class MaskedAutoregressiveFlow(InverseAutoregressiveFlow):
     """The other way round: from noise to z component by component, and from z to noise, for its density, at once.
 
-    Steps are e = g (z - m) with a gate g = 2 sigmoid(s), which starts at 1 as m does at 0: the flow starts as the
-    identity. Parameters are those of `InverseAutoregressiveFlow`.
+    Steps are e = g (z - m) with log g = tanh(s): no step scales by more than e. g starts at 1 and m at 0, so that the
+    flow starts as the identity. Parameters are those of `InverseAutoregressiveFlow`.
 
     References
     ----------
@@ -200,8 +200,9 @@ class MaskedAutoregressiveFlow(InverseAutoregressiveFlow):
         return super().forward(z, context)
 
     def affine(self, m: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gate = 2 * s.sigmoid()
-        return gate, -gate * m, (logsigmoid(s) + math.log(2)).sum(-1)
+        log_gate = s.tanh()
+        gate = log_gate.exp()
+        return gate, -gate * m, log_gate.sum(-1)
 
 
 def head(n_in: int, n_out: int, std: float | None) -> nn.Linear:

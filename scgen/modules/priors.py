@@ -31,13 +31,13 @@ class MixturePrior(nn.Module):
     Parameters
     ----------
     n_latent, n_components
-        d and the number of Gaussians K; they start alike but for small differences of their means.
+        d and the number of Gaussians K, which start narrow, and alike but for small differences of their means.
     """
 
     def __init__(self, n_latent: int, n_components: int):
         super().__init__()
         self.means = nn.Parameter(0.1 * torch.randn(n_components, n_latent))
-        self.log_scales = nn.Parameter(torch.zeros(n_components, n_latent))
+        self.log_scales = nn.Parameter(torch.full((n_components, n_latent), -1.0))
         self.logits = nn.Parameter(torch.zeros(n_components))
 
     def forward(self, cells: Cells, posterior: nn.Module) -> MixtureSameFamily:

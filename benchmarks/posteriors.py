@@ -1,0 +1,194 @@
+"""What posteriors beyond the Gaussian with independent components, and priors beyond N(0, I), bring, and their cost.
+
+    python -m benchmarks.posteriors run SET --seed 0    # every one trained, by the defaults of training
+    python -m benchmarks.posteriors score               # integration scores of what has none yet
+    python -m benchmarks.posteriors time SET            # an epoch of each beside the Gaussian's, in turns
+    python -m benchmarks.posteriors table
+
+A fifth of the cells is held out, the same for all; decoder, its size and training are the same. "ELBO" is the held-out
+cells' mean over five draws, "marginal" that of 200 of them from 1000 importance-weighted draws each, in nats per cell.
+Scores are scib-metrics', unscaled: iLISI where there are batches, bio (without its isolated labels where there is one
+batch) where there are labels.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import train_test_split
+
+from benchmarks import pairs, protocol
+
+RESULTS = Path(__file__).parent / "results" / "posteriors"
+CACHE = Path(__file__).parent / "cache" / "posteriors"
+SETS = ("hemato_mouse_bm", "paul15_hematopoiesis", "pbmc_10k_5k_cite")
+
+#: Arguments of the model, and of its training.
+KINDS = {
+    "normal": ({}, {}),
+    "posterior full-rank": ({"posterior": "full-rank"}, {}),
+    "posterior planar": ({"posterior": "planar"}, {}),
+    "posterior iaf": ({"posterior": "iaf"}, {}),
+    "prior mog": ({"prior": "mog"}, {}),
+    "prior vamp": ({"prior": "vamp"}, {}),
+    "prior flow": ({"prior": "flow"}, {}),
+    "posterior iaf, prior vamp": ({"posterior": "iaf", "prior": "vamp"}, {}),
+    "5 importance samples": ({}, {"n_importance_samples": 5}),
+}
+
+
+def read(name: str) -> tuple[anndata.AnnData, np.ndarray, np.ndarray]:
+    """Return a set with a batch in ``obs["batch"]``, and its training and test cells."""
+    if name in protocol.SETS:
+        return protocol.read(name)
+    adata = anndata.read_h5ad(protocol.DATA / f"{name}.h5ad")
+    if "batch" not in adata.obs:
+        adata.obs["batch"] = pd.Categorical(["all"] * adata.n_obs)
+    batch = adata.obs["batch"].to_numpy()
+    train, test = train_test_split(np.arange(adata.n_obs), test_size=0.2, stratify=batch, random_state=0)
+    return adata, np.sort(train), np.sort(test)
+
+
+def path_of(name: str, kind: str, seed: int) -> Path:
+    return RESULTS / f"{name}--{kind.replace(' ', '_').replace(',', '')}--{seed}.json"
+
+
+def run(name: str, kind: str, seed: int, version: str) -> None:
+    import scgen
+
+    path = path_of(name, kind, seed)
+    if path.exists() and json.loads(path.read_text())["version"] == version:
+        return
+    adata, train, test = read(name)
+    reference = adata[train].copy()
+    scgen.setup_anndata(reference, batch_key="batch")
+    of_model, of_training = KINDS[kind]
+    model = scgen.SCVI(reference, seed=seed, **of_model)
+    model.train(seed=seed, progress=False, **of_training)
+    embedding = model.get_latent_representation(adata)
+    elbo = np.mean([model.get_elbo(adata, indices=test, seed=draw) for draw in range(5)])
+    some = protocol.few(test, 200)
+    marginal, ess = model.get_marginal_ll(adata, indices=some, n_mc_samples=1000, return_ess=True)
+    result = {"set": name, "kind": kind, "seed": seed, "version": version, "epochs": len(model.history)}
+    result |= {"measured": time.strftime("%Y-%m-%dT%H:%M:%S"), "ELBO": float(elbo), "marginal": float(marginal.mean())}
+    result |= {"effective draws": float(np.median(ess)), "latents": int(model.active_units()["active"].sum())}
+    for folder in (RESULTS, CACHE):
+        folder.mkdir(parents=True, exist_ok=True)
+    np.savez(CACHE / path.with_suffix(".npz").name, embedding=embedding)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(name, kind, seed, {key: round(result[key], 2) for key in ("ELBO", "marginal", "effective draws")}, flush=True)
+
+
+def score() -> None:
+    for path in sorted(RESULTS.glob("*--*.json")):
+        result = json.loads(path.read_text())
+        cached = CACHE / path.with_suffix(".npz").name
+        if "scores" not in result and cached.exists():
+            adata, _, _ = read(result["set"])
+            result["scores"] = scores(result["set"], adata, np.load(cached)["embedding"])
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            print(path.stem, {key: round(value, 3) for key, value in result["scores"].items()}, flush=True)
+
+
+def scores(name: str, adata: anndata.AnnData, embedding: np.ndarray) -> dict[str, float]:
+    if name in protocol.SETS:
+        found = protocol.scores(name, adata, embedding)
+        return {key: found[key] for key in ("iLISI", "bio", "total")}
+    if "cell_type" not in adata.obs:
+        from scib_metrics import ilisi_knn
+        from scib_metrics.nearest_neighbors import pynndescent
+
+        neighbours = pynndescent(embedding, n_neighbors=90, random_state=0)
+        return {"iLISI": float(ilisi_knn(neighbours, adata.obs["batch"].cat.codes.to_numpy()))}
+    from scib_metrics.benchmark import Benchmarker, BioConservation
+
+    cells = anndata.AnnData(obs=adata.obs, obsm={"X_emb": embedding})
+    metrics = BioConservation(isolated_labels=False)
+    bench = Benchmarker(cells, "batch", "cell_type", ["X_emb"], metrics, None, n_jobs=1, progress_bar=False)
+    bench.benchmark()
+    table = bench.get_results(min_max_scale=False).drop(index="Metric Type")
+    return {"bio": float(table.loc["X_emb"].drop(["Total", "Bio conservation"], errors="ignore").astype(float).mean())}
+
+
+def time_epochs(name: str, n_rounds: int = 5, n_epochs: int = 3) -> None:
+    """Write the ratio of each kind's median epoch to the Gaussian's of the same round."""
+    import scgen
+
+    pairs.refuse_if_busy()
+    version = pairs.commit()
+    adata, train, _ = read(name)
+    reference = adata[train].copy()
+    scgen.setup_anndata(reference, batch_key="batch")
+    ratios = {kind: [] for kind in KINDS}
+    for _ in range(n_rounds):
+        seconds = {}
+        for kind, (of_model, of_training) in KINDS.items():
+            model = scgen.SCVI(reference, **of_model)
+            model.train(n_epochs, progress=False, **of_training)
+            seconds[kind] = float(model.history["seconds"].median())
+            ratios[kind].append(seconds[kind] / seconds["normal"])
+    result = {"version": version, "measured": time.strftime("%Y-%m-%dT%H:%M:%S"), "seconds": seconds["normal"]}
+    result["ratios"] = ratios
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"time_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for kind, values in ratios.items():
+        print(f"{name}: {kind}: {np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})", flush=True)
+
+
+def table() -> pd.DataFrame:
+    """Return a row per set and kind: differences to the Gaussian of the same seed, and scores."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*--*.json"))]
+    plain = {(run["set"], run["seed"]): run for run in runs if run["kind"] == "normal"}
+    rows = {}
+    for name in SETS:
+        timed = RESULTS / f"time_{name}.json"
+        ratios = json.loads(timed.read_text())["ratios"] if timed.exists() else {}
+        for kind in KINDS:
+            mine = [run for run in runs if (run["set"], run["kind"]) == (name, kind)]
+            if not mine:
+                continue
+            row = {"seeds": len(mine)}
+            for figure in ("ELBO", "marginal"):
+                beyond = [run[figure] - plain[name, run["seed"]][figure] for run in mine]
+                row[figure] = spread([run[figure] for run in mine], 1)
+                row[f"{figure}, difference"] = spread(beyond, 1) if kind != "normal" else ""
+            row |= {figure: spread([run[figure] for run in mine], 0) for figure in ("effective draws", "latents")}
+            for figure in ("iLISI", "bio", "total"):
+                values = [run["scores"][figure] for run in mine if figure in run.get("scores", {})]
+                row[figure] = spread(values, 3) if values else ""
+            row["epoch, ratio"] = f"{np.median(ratios[kind]):.2f}" if kind in ratios else ""
+            rows[name, kind] = row
+    return pd.DataFrame(rows).T
+
+
+def spread(values: list[float], digits: int) -> str:
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["run", "score", "time", "table"])
+    parser.add_argument("set", nargs="?", choices=SETS)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.task in ("run", "time") and arguments.set is None:
+        parser.error("name a set")
+    if arguments.task == "run":
+        version = pairs.commit()
+        for kind in KINDS:
+            run(arguments.set, kind, arguments.seed, version)
+    elif arguments.task == "time":
+        time_epochs(arguments.set)
+    elif arguments.task == "score":
+        score()
+    else:
+        print(table().to_string())
+
+
+if __name__ == "__main__":
+    main()
