@@ -39,6 +39,18 @@ def test_a_model_trained_on_a_gpu_loads_without_one(tmp_path):
     np.testing.assert_allclose(loaded.get_latent_representation(), model.get_latent_representation(), atol=1e-3)
 
 
+@pytest.mark.parametrize(("posterior", "prior"), [("iaf", "vamp"), ("planar", "flow"), ("full-rank", "mog")])
+def test_flows_and_learned_priors_on_a_gpu_are_as_good(posterior, prior):
+    adata, elbos = simulated(), {}
+    for accelerator in ("cpu", "gpu"):
+        model = scgen.SCVI(adata, posterior=posterior, prior=prior)
+        model.train(20, accelerator=accelerator, precision="32", n_importance_samples=2, progress=False)
+        elbos[accelerator] = model.get_elbo()
+        assert np.isfinite(model.get_latent_representation()).all()
+        assert np.isfinite(model.sample_prior(10).X.toarray()).all()
+    assert elbos["gpu"] == pytest.approx(elbos["cpu"], rel=0.01)
+
+
 def simulated(n_cells=1000, n_genes=100):
     adata = scgen.simulate_cells(n_cells=n_cells, n_genes=n_genes, n_batches=2, seed=0)
     scgen.setup_anndata(adata, batch_key="batch")

@@ -289,7 +289,9 @@ def _weights(theirs: dict[str, Tensor], wanted: dict[str, Tensor], order: Tensor
 
 
 def _dimension_of_genes(name: str, n_dimensions: int) -> int | None:
-    if name.startswith("posteriors.") and name.endswith("mlp.layers.0.linear.weight"):
+    if name == "priors.z.pseudo_inputs" or (
+        name.startswith("posteriors.") and name.endswith("mlp.layers.0.linear.weight")
+    ):
         return 1
     if name == "decoder.dispersion.log_theta":
         return n_dimensions - 1

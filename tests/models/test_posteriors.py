@@ -66,6 +66,7 @@ def test_new_cells_are_mapped(asked, cells):
     new = cells[:40, ::-1].copy()
     found = asked.query(new)
     assert np.array_equal(found.get_latent_representation(), asked.query(cells[:40].copy()).get_latent_representation())
+    np.testing.assert_allclose(found.model.get_elbo(), asked.get_elbo(indices=range(40)), rtol=1e-4)
     fewer = asked.query(cells[:40, 5:].copy())
     np.testing.assert_allclose(  # the same model, of genes in another order, some of which are imputed
         fewer.get_latent_representation(), found.get_latent_representation(), atol=3
