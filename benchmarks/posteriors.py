@@ -3,6 +3,7 @@
     python -m benchmarks.posteriors run SET --seed 0    # every one trained, by the defaults of training
     python -m benchmarks.posteriors score               # integration scores of what has none yet
     python -m benchmarks.posteriors time SET            # an epoch of each beside the Gaussian's, in turns
+    python -m benchmarks.posteriors clusters            # the mixture's own clusters of pbmc3k, and Leiden's
     python -m benchmarks.posteriors table
 
 A fifth of the cells is held out, the same for all; decoder, its size and training are the same. "ELBO" is the held-out
@@ -139,6 +140,35 @@ def time_epochs(name: str, n_rounds: int = 5, n_epochs: int = 3) -> None:
         print(f"{name}: {kind}: {np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})", flush=True)
 
 
+def clusters() -> None:
+    """Write how well the mixture's components, and Leiden's clusters at its default resolution, agree with labels."""
+    import scanpy as sc
+    from sklearn.metrics import adjusted_rand_score
+
+    import scgen
+
+    result = {"version": pairs.commit(), "measured": time.strftime("%Y-%m-%dT%H:%M:%S"), "runs": []}
+    adata = anndata.read_h5ad(protocol.DATA / "pbmc3k.h5ad")
+    scgen.setup_anndata(adata)
+    labels = adata.obs["cell_type"].astype(str)
+    for seed in range(3):
+        for prior in ("normal", "mog"):
+            model = scgen.SCVI(adata, prior=prior, seed=seed)
+            model.train(seed=seed, progress=False)
+            adata.obsm["X_scgen"] = model.get_latent_representation()
+            sc.pp.neighbors(adata, use_rep="X_scgen")
+            sc.tl.leiden(adata, flavor="igraph", random_state=0)
+            found = {"Leiden": adata.obs["leiden"]}
+            if prior == "mog":
+                found["components"] = model.get_cluster_probs().idxmax(axis=1)
+            for name, one in found.items():
+                row = {"seed": seed, "prior": prior, "clusters": name, "number": int(one.nunique())}
+                result["runs"].append(row | {"adjusted Rand index": float(adjusted_rand_score(labels, one))})
+                print(result["runs"][-1], flush=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "clusters.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def table() -> pd.DataFrame:
     """Return a row per set and kind: differences to the Gaussian of the same seed, and scores."""
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*--*.json"))]
@@ -172,7 +202,7 @@ def spread(values: list[float], digits: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["run", "score", "time", "table"])
+    parser.add_argument("task", choices=["run", "score", "time", "clusters", "table"])
     parser.add_argument("set", nargs="?", choices=SETS)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -184,6 +214,8 @@ def main() -> None:
             run(arguments.set, kind, arguments.seed, version)
     elif arguments.task == "time":
         time_epochs(arguments.set)
+    elif arguments.task == "clusters":
+        clusters()
     elif arguments.task == "score":
         score()
     else:
