@@ -371,16 +371,16 @@ class Model:
         return float(values.mean()) if return_mean else values
 
     def active_units(
-        self, threshold: float = 0.01, adata: AnnData | None = None, *, indices: Sequence[int] | None = None
+        self, adata: AnnData | None = None, *, indices: Sequence[int] | None = None, threshold: float = 0.01
     ) -> pd.DataFrame:
         """Return how much each latent of z is used: a row per latent, in the order of `get_latent_representation`.
 
         Parameters
         ----------
-        threshold
-            Latents are active whose "variance" is above this.
         adata, indices
             As in `get_latent_representation`.
+        threshold
+            Latents are active whose "variance" is above this.
 
         Returns
         -------
