@@ -69,7 +69,7 @@ def figures(name: str, seed: int) -> dict:
     import scgen
 
     adata, test = cells(name)
-    scgen.tune(adata[:200].copy(), max_epochs=1, accelerator="cpu", progress=False)  # compiles
+    scgen.tune(adata[:300].copy(), max_epochs=1, accelerator="cpu", progress=False)  # compiles
     tuning, seconds = timed(lambda: scgen.tune(adata, seed=seed, accelerator="cpu", progress=False))
     print(tuning.table.to_string(), seconds, flush=True)
     chosen, scores, presets = on_test(tuning.model, test), {}, {}

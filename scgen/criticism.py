@@ -17,6 +17,8 @@ from scgen.models.base import Model
 
 #: What of a gene's counts is compared.
 STATISTICS = ("zero_share", "mean", "variance", "cv")
+#: A statistic's columns.
+KINDS = ("observed", "replicated", "lower", "upper", "within")
 #: Of the replicates, how many the interval is to hold.
 LEVEL = 0.95
 
@@ -29,15 +31,17 @@ class PosteriorPredictiveCheck:
     ----------
     genes
         A row per gene. Of "zero_share", "mean", "variance" and "cv" (the coefficient of variation, standard deviation /
-        mean) of its counts over the cells there are four columns each: "mean_observed"; "mean_replicated", the mean
+        mean) of its counts over the cells there are five columns each: "mean_observed"; "mean_replicated", the mean
         over the replicates; "mean_lower" and "mean_upper", an interval that a further replicate would be in with
-        probability ``nominal``. The cv is NaN where all counts, observed or of a replicate, are zero.
+        probability ``nominal``; and whether the observed value is in it, "mean_within". The cv is NaN, and not within,
+        where all counts, observed or of a replicate, are zero.
     cells
         A row per cell: the same of its "library", the total of its counts.
     summary
         A row per statistic: over the genes, or cells, the mean error of the replicated values ("bias"), the mean
         "absolute_error", their "correlation" with the observed ones, and the share of observed values "within" the
-        interval. All but zero_share are compared by their logarithms, where these are finite.
+        interval, all where there are values. All but zero_share are compared by their logarithms, where these are
+        finite.
     nominal
         0.95 from 39 replicates on. The interval of fewer is their range, which holds a further one less often.
     """
@@ -100,7 +104,7 @@ def posterior_predictive_check(
     >>> model.train(max_epochs=5, progress=False)
     >>> check = scgen.posterior_predictive_check(model)
     >>> check.genes.shape, check.cells.shape
-    ((30, 16), (100, 4))
+    ((30, 20), (100, 5))
     >>> check.summary.index.tolist(), check.summary.columns.tolist()
     (['zero_share', 'mean', 'variance', 'cv', 'library'], ['bias', 'absolute_error', 'correlation', 'within'])
     """
@@ -157,13 +161,14 @@ def _compared(name: str, values: np.ndarray, index: Sequence[str]) -> pd.DataFra
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     # Weibull's quantiles: below the k-th smallest of n, a further one falls with probability k / (n + 1).
     lower, upper = np.quantile(values[1:], tails, axis=0, method="weibull")
-    columns = {"observed": values[0], "replicated": values[1:].mean(0), "lower": lower, "upper": upper}
-    return pd.DataFrame({f"{name}_{kind}": column for kind, column in columns.items()}, index=index)
+    within = (values[0] >= lower) & (values[0] <= upper)
+    columns = values[0], values[1:].mean(0), lower, upper, within
+    return pd.DataFrame({f"{name}_{kind}": of for kind, of in zip(KINDS, columns, strict=True)}, index=index)
 
 
 def _summary(table: pd.DataFrame, name: str) -> dict[str, float]:
     """Return a row of `PosteriorPredictiveCheck.summary`."""
-    table = table.filter(regex=f"^{name}_").set_axis(["observed", "replicated", "lower", "upper"], axis=1).dropna()
+    table = table.filter(regex=f"^{name}_").set_axis(KINDS, axis=1).dropna()
     both = table[["observed", "replicated"]]
     if name != "zero_share":
         both = np.log(both.where(both > 0)).dropna()
@@ -171,6 +176,6 @@ def _summary(table: pd.DataFrame, name: str) -> dict[str, float]:
     return {
         "bias": error.mean(),
         "absolute_error": error.abs().mean(),
-        "correlation": both["observed"].corr(both["replicated"]),
-        "within": table["observed"].between(table["lower"], table["upper"]).mean(),
+        "correlation": both["observed"].corr(both["replicated"], min_periods=2),
+        "within": table["within"].mean(),
     }

@@ -128,9 +128,11 @@ def posterior_predictive(path: Path, check) -> None:
     variances.scatter(*points[order].T, s=3, c=colours[order], linewidths=0, rasterized=True)
     for kind, colour in kinds.items():
         variances.scatter([], [], s=12, c=colour, linewidths=0, label=kind)
-    ends = points[order, 0].min(), points[order, 0].max()
-    variances.plot(ends, ends, color="black", linewidth=0.8, linestyle=":", label="Poisson")
-    variances.set(title="Mean and variance of each gene", xscale="log", yscale="log", xlabel="mean", ylabel="variance")
+    if len(order):  # of one cell, no variance is above zero
+        ends = points[order, 0].min(), points[order, 0].max()
+        variances.plot(ends, ends, color="black", linewidth=0.8, linestyle=":", label="Poisson")
+        variances.set(xscale="log", yscale="log")
+    variances.set(title="Mean and variance of each gene", xlabel="mean", ylabel="variance")
     variances.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -138,7 +140,7 @@ def posterior_predictive(path: Path, check) -> None:
 def _against_observed(axes, table: pd.DataFrame, name: str) -> None:
     """Draw replicated values against observed ones; those outside of the replicates' interval are red."""
     observed, replicated = table[f"{name}_observed"], table[f"{name}_replicated"]
-    within = observed.between(table[f"{name}_lower"], table[f"{name}_upper"])
+    within = table[f"{name}_within"]
     for chosen, colour, where in ((within, "0.45", "within"), (~within, "tab:red", "outside")):
         label = f"{where} the replicates' interval: {chosen.mean():.0%}"
         axes.scatter(observed[chosen], replicated[chosen], s=3, c=colour, linewidths=0, rasterized=True)

@@ -29,7 +29,8 @@ PRESETS: dict[str, dict] = {
     "nb-wide": {"gene_likelihood": "nb", "n_hidden": 256},
     # Batches of different noise, as of several protocols. Of no use with one batch, and then left out by `tune`.
     "nb-batch": {"gene_likelihood": "nb", "dispersion": "gene-batch"},
-    # Totals that are sequencing depth and nothing else: l is the cell's total, as in scvi-tools by default.
+    # Totals that are sequencing depth and nothing else: l is the cell's total, as in scvi-tools by default. With size
+    # factors, which are observed in any case, it is "nb", and then left out by `tune`.
     "nb-observed": {"gene_likelihood": "nb", "use_observed_lib_size": True},
 }
 
@@ -40,20 +41,22 @@ LEAST_STEPS, LEAST_BATCH = 75, 32
 MAX_SCORED_CELLS, N_SAMPLES = 500, 10
 #: Neighbours are looked for among so many cells at most.
 MAX_MIXED_CELLS = 5000
-#: With fewer cells, hardly any would be left to compare candidates on.
-LEAST_CELLS = 100
+#: With fewer cells, there would be fewer than 30 to compare candidates on, and the choice would follow the seed.
+LEAST_CELLS = 300
+#: What is the end of a candidate, and not that of the others.
+FAILURES = FloatingPointError, torch.cuda.OutOfMemoryError
 #: The table's.
 COLUMNS = [
-    *("candidate", "rung", "epochs", "batch_size", "log_likelihood", "difference", "difference_se", "mixing"),
-    *("seconds", "kept", "reason"),
+    *("candidate", "rung", "epochs", "batch_size", "log_likelihood", "difference", "difference_se", "n_scored"),
+    *("mixing", "seconds", "kept", "reason"),
 ]
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A round of short trainings: their passes and minibatches, and how many candidates go on."""
+    """A round of trainings: their passes, None for the default, and minibatches, and how many candidates go on."""
 
-    epochs: int
+    epochs: int | None
     batch_size: int
     keep: int
 
@@ -71,9 +74,9 @@ class Tuning:
     table
         A row per candidate and rung, the better first: "candidate"; "rung", from 1; "epochs" trained and
         "batch_size"; "log_likelihood", of the held-out counts, nats per cell; "difference" to the best of the rung, and
-        its standard error "difference_se", over the cells; "mixing" of the batches, 1 where neighbours are as of
-        chance, NaN of one batch; "seconds", of the training and its scores; whether it was "kept", and the "reason".
-        The last row is that of ``model``.
+        its standard error "difference_se", over the cells, of which there were "n_scored"; "mixing" of the batches, 1
+        where neighbours are as of chance, NaN of one batch; "seconds", of the training and its scores; whether it was
+        "kept", and the "reason". The last row is that of ``model``.
     """
 
     model: SCVI
@@ -107,7 +110,8 @@ def tune(
         stands for all presets: "zinb", the default, allows for zeros beyond the negative binomial's; "nb", good for
         counts of molecules, does not; "nb-deep", for many cells of many types, has two layers and 30 latents; "nb-wide"
         256 hidden units, for many genes; "nb-batch" a dispersion for each batch, for several protocols, and is left out
-        where there is one batch; "nb-observed" takes the cell's total for the library, as scvi-tools does.
+        where there is one batch; "nb-observed" takes the cell's total for the library, as scvi-tools does, and is left
+        out where there are size factors.
     max_epochs
         Of the full training; None stands for the default of `SCVI.train`.
     accelerator
@@ -127,27 +131,29 @@ def tune(
     TypeError
         If an argument is of the wrong kind.
     ValueError
-        If ``adata`` was not set up, or with ``counts=False``, has too few cells, or a candidate is unknown or no
-        setting of `SCVI` for counts.
+        If ``adata`` was not set up, or with ``counts=False``, has fewer than 300 cells, an argument is out of its
+        range, or a candidate is unknown or no setting of `SCVI` for counts.
     FloatingPointError
-        If the loss of every candidate, or of the chosen one in full, becomes NaN or infinite.
+        If no candidate is left: of each the loss, or the likelihood of the held-out counts, became NaN or infinite, or
+        the GPU's memory was too small for it.
     KeyboardInterrupt
         Ctrl-C ends all of it, the full training too.
 
     Notes
     -----
-    Scores are log-likelihoods of held-out counts, given the others, as `SCVI.get_thinned_ll` estimates them with 10
-    draws on 500 of the validation cells at most: they compare across likelihoods and treatments of the library, which
-    bounds and marginal likelihoods do not. "mixing" is the share of other batches among a cell's 15 nearest neighbours,
-    divided by what chance would give. Batches that differ in composition cannot, and should not, reach 1; so mixing
-    decides only among candidates whose likelihood is within one standard error, of the paired differences by cell, of
-    the best one's.
+    Scores are log-likelihoods of a tenth of each cell's counts, given the others, as `SCVI.get_thinned_ll` estimates
+    them with 10 draws on 500 of the validation cells at most: they compare across likelihoods and treatments of the
+    library, while bounds and marginal likelihoods compare only within one treatment of it. "mixing" is the share of
+    other batches among a cell's 15 nearest neighbours, divided by what chance would give. Batches that differ in
+    composition cannot, and should not, reach 1; so mixing decides only among candidates whose likelihood is within one
+    standard error, of the paired differences by cell, of the best one's.
 
     The weights kept of a training are those of the best epoch for the validation cells, which makes their scores a
     little too good, those of all candidates alike. For the quality of ``model`` itself, hold out cells of your own.
     Short trainings favour what learns fast: a candidate that needs many steps can lose to one that it would overtake,
     and those that would end within a nat or so of each other are not told apart (``benchmarks/NOTES.md``).
-    A candidate whose loss is not finite is out, and the table says so.
+    A candidate whose loss or likelihood is not finite, or that a GPU's memory is too small for, is out, and the table
+    says so; if that happens to the chosen one in full, the next of the last round takes its place.
 
     References
     ----------
@@ -157,7 +163,7 @@ def tune(
     Examples
     --------
     >>> import scgen
-    >>> adata = scgen.simulate_cells(n_cells=200, n_genes=30, seed=0)
+    >>> adata = scgen.simulate_cells(n_cells=300, n_genes=30, seed=0)
     >>> scgen.setup_anndata(adata, batch_key="batch")
     >>> tuning = scgen.tune(adata, presets=["zinb", "nb", "nb-observed"], max_epochs=3, progress=False)
     >>> tuning.best in scgen.PRESETS, tuning.model.is_trained
@@ -165,32 +171,45 @@ def tune(
     >>> tuning.table[["rung", "epochs"]].values.tolist()
     [[1, 1], [1, 1], [1, 1], [2, 2], [2, 2], [3, 3]]
     """
+    check_whole("seed", seed, 0)
     if max_epochs is not None:
         check_whole("max_epochs", max_epochs, 1)
     candidates = _candidates(adata, presets)
+    *short, full = _rungs(adata.n_obs, choose_device(accelerator), max_epochs)
+    short = [rung for rung in short if rung.keep < len(candidates)]
+    # All are made before any is trained, so that a wrong setting is told at once.
     models = {name: _model(adata, name, arguments, seed) for name, arguments in candidates.items()}
-    rungs = [rung for rung in _rungs(adata.n_obs, choose_device(accelerator), max_epochs) if rung.keep < len(models)]
-    n_short = sum([len(models), *(rung.keep for rung in rungs)][: len(rungs)])
-    tables = []
-    with tqdm(total=n_short, desc="tuning", unit="training", disable=not progress) as bar:
-        for number, rung in enumerate(rungs, start=1):
+
+    def made(name: str) -> SCVI:
+        return models.pop(name, None) or _model(adata, name, candidates[name], seed)
+
+    names, n_kept, tables = list(candidates), len(candidates), []
+    n_trainings = sum([n_kept, *(rung.keep for rung in short)][: len(short)])
+    options = {"accelerator": accelerator, "seed": seed}
+    with tqdm(total=n_trainings, desc="tuning", unit="training", disable=not progress) as bar:
+        for rung in short:
+            if min(len(names), n_kept) <= rung.keep:
+                break
             trials = []
-            for name, model in models.items():
+            for name in names[:n_kept]:
                 bar.set_postfix_str(name)
-                trials.append(_short_trial(model, name, rung, accelerator, seed))
+                trials.append(_trial(made(name), name, rung, options | {"early_stopping": False, "progress": False}))
                 bar.update()
-            tables.append(_ranking(trials, rung.keep).assign(rung=number))
-            kept = tables[-1].loc[tables[-1]["kept"], "candidate"]
-            models = {name: _model(adata, name, candidates[name], seed) for name in kept}
-    ((best, model),) = models.items()
-    last = _full_trial(model, best, max_epochs, accelerator, seed, progress)
-    tables.append(_ranking([last], 1).assign(rung=len(rungs) + 1, reason="trained in full"))
-    return Tuning(model, best, pd.concat(tables, ignore_index=True)[COLUMNS])
+            tables.append(_ranking(trials, rung.keep).assign(rung=len(tables) + 1))
+            names, n_kept = _sound(tables[-1]), rung.keep
+    trials = []
+    for name in names:
+        model = made(name)
+        trials.append(_trial(model, name, full, options | {"progress": progress}))
+        if trials[-1].log_likelihood is not None:
+            break
+    tables.append(_in_full(trials).assign(rung=len(tables) + 1))
+    return Tuning(model, name, pd.concat(tables, ignore_index=True)[COLUMNS])
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training of a candidate, and its score: by held-out cell, (n,); None, and the error, if it failed."""
+    """One training of a candidate, and its score: by held-out cell, (n,); None, and the error, if there is none."""
 
     candidate: str
     epochs: int
@@ -204,6 +223,11 @@ class Trial:
     def value(self) -> float:
         """The mean log-likelihood, in nats per cell."""
         return math.nan if self.log_likelihood is None else float(self.log_likelihood.mean())
+
+    @property
+    def failure(self) -> str:
+        """Why there is nothing to compare; empty where there is."""
+        return self.error or ("" if math.isfinite(self.value) else "its likelihood is not finite")
 
 
 def mixing(z: np.ndarray, batch: np.ndarray, n_neighbors: int = 15) -> float:
@@ -251,16 +275,17 @@ def _candidates(adata: AnnData, presets: Sequence[str] | Mapping[str, Mapping] |
             f"{LEAST_CELLS}. Train SCVI(adata) with its defaults."
         )
     if presets is None:
-        several = len(registry.batches) > 1
-        return {name: of for name, of in PRESETS.items() if several or of.get("dispersion") != "gene-batch"}
-    if isinstance(presets, str) or not isinstance(presets, Mapping | Sequence):
+        is_nb = {"nb-batch": len(registry.batches) < 2, "nb-observed": registry.setup.size_factor_key is not None}
+        return {name: arguments for name, arguments in PRESETS.items() if not is_nb.get(name)}
+    listed = isinstance(presets, Sequence) and not isinstance(presets, str)
+    if not (isinstance(presets, Mapping) or (listed and all(isinstance(name, str) for name in presets))):
         raise TypeError(f"presets={presets!r}; it takes a list of names, or a mapping of names to arguments of SCVI.")
     if not presets:
         raise ValueError(f"presets is empty; choose among {', '.join(PRESETS)}, or None for all.")
     if not isinstance(presets, Mapping):
         for name in presets:
             if name not in PRESETS:
-                hint = did_you_mean(str(name), list(PRESETS))
+                hint = did_you_mean(name, list(PRESETS))
                 raise ValueError(f"presets: {name!r} is unknown; there are {', '.join(PRESETS)}.{hint}")
         return {name: PRESETS[name] for name in presets}
     for name, arguments in presets.items():
@@ -293,46 +318,41 @@ def _model(adata: AnnData, name: str, arguments: Mapping, seed: int) -> SCVI:
 
 
 def _rungs(n_cells: int, device: torch.device, max_epochs: int | None) -> list[Rung]:
-    """Return the rounds before the full training: as many passes as `LEAST_STEPS` take, then twice as many."""
+    """Return the rounds: as many passes as `LEAST_STEPS` take, then twice as many, then the full training."""
     n_training = round(0.9 * n_cells)
     full = default_batch_size(n_training, device)
-    most = (max_epochs or default_epochs(math.ceil(n_training / full))) // 8
+    most = max_epochs or default_epochs(math.ceil(n_training / full))
     batch_size = min(max(n_training // LEAST_STEPS, LEAST_BATCH), full)
-    epochs = max(min(math.ceil(LEAST_STEPS * batch_size / n_training), most), 1)
-    return [Rung(epochs, batch_size, keep=2), Rung(2 * epochs, batch_size, keep=1)]
+    epochs = max(min(math.ceil(LEAST_STEPS * batch_size / n_training), most // 8), 1)
+    short = [Rung(epochs, batch_size, keep=2), Rung(2 * epochs, batch_size, keep=1)]
+    if 2 * epochs >= most:  # of one or two epochs
+        short = [Rung(epochs, batch_size, keep=1)]
+    return [*short, Rung(max_epochs, full, keep=1)]
 
 
-def _short_trial(model: SCVI, name: str, rung: Rung, accelerator: str, seed: int) -> Trial:
-    """Train a candidate for a rung, and score it; a loss that is not finite is its end, and not that of others."""
+def _trial(model: SCVI, name: str, rung: Rung, options: Mapping) -> Trial:
+    """Train a candidate for a rung, and score it; raise if the training was interrupted."""
     started = time.perf_counter()
-    options = {"early_stopping": False, "accelerator": accelerator, "seed": seed, "progress": False}
+    values, mixed, error = None, math.nan, ""
     try:
         model.train(rung.epochs, batch_size=rung.batch_size, **options)
-    except FloatingPointError as error:
-        return Trial(name, len(model.history), rung.batch_size, time.perf_counter() - started, error=str(error))
-    return _scored(model, name, seed, started)
+        if not model.trainings[-1]["finished"]:
+            raise KeyboardInterrupt  # which `train` takes as the wish for an early end
+        values, mixed = _scored(model, options["seed"])
+    except FAILURES as failure:
+        error = str(failure)
+    return Trial(name, len(model.history), rung.batch_size, time.perf_counter() - started, values, mixed, error)
 
 
-def _full_trial(model: SCVI, name: str, max_epochs: int | None, accelerator: str, seed: int, progress: bool) -> Trial:
-    """Train the chosen candidate by the defaults of `SCVI.train`, and score it."""
-    started = time.perf_counter()
-    model.train(max_epochs, accelerator=accelerator, seed=seed, progress=progress)
-    return _scored(model, name, seed, started)
-
-
-def _scored(model: SCVI, name: str, seed: int, started: float) -> Trial:
-    """Return how likely held-out counts are, and how well batches mix; raise if the training was interrupted."""
-    if not model.trainings[-1]["finished"]:
-        raise KeyboardInterrupt  # which `train` takes as the wish for an early end
+def _scored(model: SCVI, seed: int) -> tuple[np.ndarray, float]:
+    """Return how likely held-out counts are, by cell, and how well batches mix."""
     held_out = _some(model.validation_indices, MAX_SCORED_CELLS, seed)
     values = model.get_thinned_ll(indices=held_out, n_samples=N_SAMPLES, return_mean=False, seed=seed)
-    key, mixed = model.registry.setup.batch_key, math.nan
-    if len(model.registry.batches) > 1:
-        rows = _some(np.arange(model.adata.n_obs), MAX_MIXED_CELLS, seed)
-        batch = model.adata.obs[key].astype(str).to_numpy()[rows]
-        mixed = mixing(model.get_latent_representation(indices=rows), batch)
-    batch_size, seconds = model.trainings[-1]["batch_size"], time.perf_counter() - started
-    return Trial(name, len(model.history), batch_size, seconds, values, mixed)
+    if len(model.registry.batches) < 2:
+        return values, math.nan
+    rows = _some(np.arange(model.adata.n_obs), MAX_MIXED_CELLS, seed)
+    batch = model.adata.obs[model.registry.setup.batch_key].astype(str).to_numpy()[rows]
+    return values, mixing(model.get_latent_representation(indices=rows), batch)
 
 
 def _some(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
@@ -345,35 +365,51 @@ def _ranking(trials: Sequence[Trial], keep: int) -> pd.DataFrame:
 
     Those within one standard error of the best likelihood come first, by their mixing; then the others by likelihood.
     """
-    sound = [trial for trial in trials if np.isfinite(trial.value)]
+    sound = sorted((trial for trial in trials if not trial.failure), key=lambda trial: -trial.value)
     if not sound:
-        raise FloatingPointError(f'no candidate could be trained; "{trials[0].candidate}": {trials[0].error}')
-    best = max(sound, key=lambda trial: trial.value)
-    rows = sorted((_row(trial, best) for trial in trials), key=_order)
-    return pd.DataFrame(rows).assign(kept=np.arange(len(rows)) < min(keep, len(sound)))
+        raise _none_left(trials)
+    failed = [trial for trial in trials if trial.failure]
+    rows = pd.DataFrame([_row(trial, sound[0]) for trial in [*sound, *failed]])
+    level = rows["difference"] >= -rows["difference_se"]
+    table = rows.iloc[np.lexsort([-rows["mixing"].fillna(0) * level, ~level])]  # stable: else by likelihood
+    return table.assign(kept=np.arange(len(table)) < min(keep, len(sound)))
+
+
+def _sound(table: pd.DataFrame) -> list[str]:
+    """Return the candidates that did not fail, the better first."""
+    return table.loc[table["difference"].notna(), "candidate"].tolist()
+
+
+def _in_full(trials: Sequence[Trial]) -> pd.DataFrame:
+    """Return a row for each full training that was tried, of which the last one went well."""
+    if trials[-1].log_likelihood is None:
+        raise _none_left(trials)
+    *failed, last = trials
+    reason = f"trained in full; {last.failure}" if last.failure else "trained in full"
+    rows = [*(_row(trial, last) for trial in failed), _row(last, last) | {"reason": reason}]
+    return pd.DataFrame(rows).assign(kept=[trial is last for trial in trials])
+
+
+def _none_left(trials: Sequence[Trial]) -> FloatingPointError:
+    """Return the error that says why each candidate failed."""
+    causes = "; ".join(f'"{trial.candidate}": {trial.failure}' for trial in trials)
+    return FloatingPointError(f"no candidate could be trained; {causes}")
 
 
 def _row(trial: Trial, best: Trial) -> dict:
     """Return a trial's row of the table, compared with the best of its rung cell by cell."""
     row = {name: getattr(trial, name) for name in ("candidate", "epochs", "batch_size", "mixing", "seconds")}
-    row |= {"log_likelihood": trial.value, "difference": math.nan, "difference_se": math.nan}
-    if not np.isfinite(trial.value):
-        return row | {"place": 2, "reason": f"failed: {trial.error or 'its likelihood is not finite'}"}
+    n_scored = 0 if trial.log_likelihood is None else len(trial.log_likelihood)
+    row |= {"log_likelihood": trial.value, "difference": math.nan, "difference_se": math.nan, "n_scored": n_scored}
+    if trial.failure:
+        return row | {"reason": f"failed: {trial.failure}"}
     differences = trial.log_likelihood - best.log_likelihood
-    behind, error = -float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
-    row |= {"difference": 0.0 - behind, "difference_se": error}
+    difference, error = float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(n_scored))
     if trial is best:
-        return row | {"place": 0, "reason": "the best likelihood"}
-    if behind <= error:
+        reason = "the best likelihood"
+    elif difference >= -error:
         by = "likelihood" if math.isnan(trial.mixing) else "mixing"
-        return row | {"place": 0, "reason": f"within one standard error of {best.candidate}: {by} decides"}
-    return row | {
-        "place": 1,
-        "reason": f"{behind:.2f} nats a cell, {behind / error:.1f} standard errors, below {best.candidate}",
-    }
-
-
-def _order(row: dict) -> tuple[int, float, float]:
-    """Return what rows are sorted by: likelihood, but mixing among those that it does not tell apart."""
-    mixed = row["mixing"] if row["place"] == 0 and not math.isnan(row["mixing"]) else 0.0
-    return row["place"], -mixed, -row["log_likelihood"] if row["place"] < 2 else 0.0
+        reason = f"within one standard error of {best.candidate}: {by} decides"
+    else:
+        reason = f"{-difference:.2f} nats a cell, {-difference / error:.1f} standard errors, below {best.candidate}"
+    return row | {"difference": difference, "difference_se": error, "reason": reason}

@@ -110,6 +110,8 @@ def test_numbers_are_those_of_the_replicates_in_memory(model):
         }
         for kind, numbers in expected.items():
             np.testing.assert_allclose(table[f"{name}_{kind}"], numbers, rtol=1e-5 if name == "library" else 1e-9)
+        between = table[f"{name}_observed"].between(table[f"{name}_lower"], table[f"{name}_upper"])
+        assert table[f"{name}_within"].tolist() == between.tolist()
         known = np.isfinite(expected["replicated"]) & np.isfinite(observed)
         low, high, seen, mean = (expected[kind][known] for kind in ("lower", "upper", "observed", "replicated"))
         row = check.summary.loc[name]

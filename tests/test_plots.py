@@ -7,7 +7,9 @@ import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
+import scgen
 from scgen import plots
 
 
@@ -49,24 +51,61 @@ def test_volcano(tmp_path, n_comparisons):
         plots.volcano(tmp_path / "none.png", several.drop(columns="is_de_fdr_0.1"))
 
 
+def points(axes) -> tuple[np.ndarray, np.ndarray]:
+    """Return position and colour of all that was scattered, (n, 2) and (n, 3)."""
+    xy = [collection.get_offsets().data for collection in axes.collections]
+    colours = [
+        np.broadcast_to(collection.get_facecolors(), (len(of), 4)) if len(of) else np.empty((0, 4))
+        for collection, of in zip(axes.collections, xy, strict=True)
+    ]
+    return np.concatenate(xy), np.concatenate(colours)[:, :3]
+
+
+def in_order(*columns) -> np.ndarray:
+    rows = np.column_stack(columns)
+    return rows[np.lexsort(rows.T)]
+
+
 @pytest.mark.parametrize("covered", [True, False])
-def test_posterior_predictive(tmp_path, covered):
+def test_posterior_predictive(tmp_path, monkeypatch, covered):
     rng = np.random.default_rng(0)
     mean = np.append(rng.gamma(1, 2, 300), 0)  # the last gene is not expressed
-    means, variances, zeros = mean, mean + mean**2, np.exp(-mean)
-    shifted = {"observed": 1, "replicated": 1.3, "lower": 0.5 if covered else 1.2, "upper": 1.5}
-    genes = pd.DataFrame(
-        {
-            f"{name}_{kind}": values * factor
-            for name, values in {"mean": means, "variance": variances, "zero_share": zeros}.items()
-            for kind, factor in shifted.items()
-        }
+    values = {"mean": mean, "variance": mean + mean**2, "zero_share": np.exp(-mean)}
+
+    def table(name, of):
+        return pd.DataFrame({f"{name}_observed": of, f"{name}_replicated": 1.3 * of, f"{name}_within": covered})
+
+    library = rng.gamma(9, 200, 50)
+    genes = pd.concat([table(name, of) for name, of in values.items()], axis=1)
+    check = SimpleNamespace(genes=genes, cells=table("library", library))
+    check.cells.loc[:9, "library_within"] = not covered
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *of, **how: figures.append(figure) or save(figure, *of, **how)
     )
-    cells = pd.DataFrame({f"library_{kind}": rng.gamma(9, 200, 50) * factor for kind, factor in shifted.items()})
-    plots.posterior_predictive(tmp_path / "check.png", SimpleNamespace(genes=genes, cells=cells))
-    picture = matplotlib.image.imread(tmp_path / "check.png")[..., :3]
-    red = (np.abs(picture - matplotlib.colors.to_rgb("tab:red")).max(-1) < 0.02).reshape(-1, picture.shape[1])
-    thirds = [part.sum() for part in np.array_split(red, 3, axis=1)]
+    plots.posterior_predictive(tmp_path / "check.png", check)
+    picture = matplotlib.image.imread(tmp_path / "check.png")
     assert picture.shape[1] > 2.5 * picture.shape[0]
-    assert (thirds[0] > 300) == (not covered)  # in the legend alone, or for the genes
-    assert thirds[1] < 20
+    zeros, variances, libraries = figures[0].axes
+    grey, red, orange = (np.array(matplotlib.colors.to_rgb(name)) for name in ("0.45", "tab:red", "tab:orange"))
+    xy, colours = points(zeros)
+    share = values["zero_share"]
+    np.testing.assert_allclose(in_order(xy), in_order(share, 1.3 * share))
+    assert (colours == (grey if covered else red)).all()
+    xy, colours = points(libraries)
+    np.testing.assert_allclose(in_order(xy), in_order(library, 1.3 * library))
+    first = np.isin(xy[:, 0], library[:10])
+    assert (colours[first] == (red if covered else grey)).all()
+    assert (colours[~first] == (grey if covered else red)).all()
+    xy, colours = points(variances)
+    for colour, factor in ((grey, 1), (orange, 1.3)):
+        of = (colours == colour).all(1)
+        expected = in_order(factor * values["mean"][:300], factor * values["variance"][:300])
+        np.testing.assert_allclose(in_order(xy[of]), expected)
+    assert len(xy) == 600
+
+
+def test_a_check_of_one_cell_is_drawn(tmp_path, trained):
+    check = scgen.posterior_predictive_check(trained, indices=[0], n_samples=3)
+    plots.posterior_predictive(tmp_path / "one.png", check)
+    assert matplotlib.image.imread(tmp_path / "one.png").std() > 0.01

@@ -20,7 +20,7 @@ def cells():
 
 @pytest.fixture
 def few(cells):
-    return cells[:150].copy()
+    return cells[:300].copy()
 
 
 OWN = {
@@ -42,10 +42,12 @@ def found(cells):
 def test_the_truth_wins(found):
     # The counts are negative binomial, of theta down to 0.5, in types that one latent behind two units cannot hold.
     assert found.best == "nb"
-    assert found.table.loc[found.table["candidate"] == "crippled", "rung"].tolist() == [1]
-    poisson = found.table[found.table["candidate"] == "poisson"].iloc[-1]
-    assert not poisson["kept"]
-    assert poisson["difference"] < -2 * poisson["difference_se"]
+    rungs = {"poisson": [1], "crippled": [1, 2]}
+    for name in rungs:
+        rows = found.table[found.table["candidate"] == name]
+        assert rows["rung"].tolist() == rungs[name]
+        assert not rows["kept"].iloc[-1]
+        assert rows["difference"].iloc[-1] < -2 * rows["difference_se"].iloc[-1]
 
 
 def test_zero_inflation_is_found():
@@ -57,8 +59,8 @@ def test_zero_inflation_is_found():
 def test_the_table(found, cells):
     table = found.table
     assert table.columns.tolist() == [
-        *("candidate", "rung", "epochs", "batch_size", "log_likelihood", "difference", "difference_se", "mixing"),
-        *("seconds", "kept", "reason"),
+        *("candidate", "rung", "epochs", "batch_size", "log_likelihood", "difference", "difference_se", "n_scored"),
+        *("mixing", "seconds", "kept", "reason"),
     ]
     assert table["rung"].tolist() == [1, 1, 1, 2, 2, 3]
     assert table["kept"].tolist() == [True, True, False, True, False, True]
@@ -72,6 +74,7 @@ def test_the_table(found, cells):
     assert table["epochs"].sum() == 3 * (3 + 4) + 24
     assert table["epochs"].iloc[-1] == len(found.model.history)
     assert table["batch_size"].tolist() == [32] * 5 + [found.model.trainings[-1]["batch_size"]]
+    assert (table["n_scored"] == 40).all()  # a tenth of 400
     assert (table["seconds"] > 0).all()
     assert table["mixing"].between(0, 1.2).all()
 
@@ -81,13 +84,22 @@ def test_the_sum_of_epochs_is_bounded(n_cells):
     device = torch.device("cpu")
     n_training = round(0.9 * n_cells)
     full = training.default_epochs(-(-n_training // training.default_batch_size(n_training, device)))
-    first, second = tuning._rungs(n_cells, device, None)
+    first, second, last = tuning._rungs(n_cells, device, None)
+    assert (last.epochs, last.keep) == (None, 1)
     assert (first.keep, second.keep, second.epochs) == (2, 1, 2 * first.epochs)
     assert first.epochs * (6 + 4) <= 10 * full / 8
     n_steps = first.epochs * -(-n_training // first.batch_size)
     assert n_steps >= 75 or first.epochs == full // 8
     if n_cells >= 2700:
         assert first.epochs == 1
+
+
+@pytest.mark.parametrize(("max_epochs", "epochs"), [(1, [1]), (2, [1]), (3, [1, 2]), (17, [2, 4])])
+def test_no_round_is_longer_than_the_full_training(max_epochs, epochs):
+    *short, last = tuning._rungs(400, torch.device("cpu"), max_epochs)
+    assert [rung.epochs for rung in short] == epochs
+    assert short[-1].keep == 1
+    assert last.epochs == max_epochs
 
 
 def test_the_same_seed_gives_the_same(cells, found):
@@ -105,6 +117,9 @@ def test_the_model_is_the_one_trained_alone(cells, found):
     ours, theirs = found.model.vae.state_dict(), alone.vae.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert found.model.history.drop(columns="seconds").equals(alone.history.drop(columns="seconds"))
+    assert [dict(one, progress=None) for one in found.model.trainings] == [
+        dict(one, progress=None) for one in alone.trainings
+    ]
 
 
 def test_scores_are_those_asked_by_hand(cells, found):
@@ -130,6 +145,43 @@ def test_scores_are_those_asked_by_hand(cells, found):
     held_out = found.model.validation_indices
     last = found.model.get_thinned_ll(indices=held_out, n_samples=10, seed=1)
     assert found.table["log_likelihood"].iloc[-1] == pytest.approx(last, rel=1e-12)
+
+
+def global_generators() -> str:
+    return str((np.random.get_state()[1].tolist(), np.random.get_state()[2], torch.get_rng_state().tolist()))  # noqa: NPY002
+
+
+def test_some_of_many_cells_are_scored_the_same_for_all(cells, monkeypatch):
+    monkeypatch.setattr(tuning, "MAX_SCORED_CELLS", 17)
+    monkeypatch.setattr(tuning, "MAX_MIXED_CELLS", 90)
+    scored, mixed = [], []
+    thinned, embedding = scgen.SCVI.get_thinned_ll, scgen.SCVI.get_latent_representation
+
+    def spied_thinned(self, *, indices, **options):
+        assert set(indices) < set(self.validation_indices)
+        scored.append(indices)
+        return thinned(self, indices=indices, **options)
+
+    def spied_embedding(self, *, indices):
+        z = embedding(self, indices=indices)
+        mixed.append((indices, z))
+        return z
+
+    monkeypatch.setattr(scgen.SCVI, "get_thinned_ll", spied_thinned)
+    monkeypatch.setattr(scgen.SCVI, "get_latent_representation", spied_embedding)
+    before = global_generators()
+    table = tuned(cells, {name: OWN[name] for name in ("nb", "poisson")}, max_epochs=8).table
+    assert global_generators() == before
+    assert table["n_scored"].tolist() == [17] * 3
+    assert len(np.unique(scored[0])) == 17
+    assert all(np.array_equal(rows, scored[0]) for rows in scored)
+    batch, rows = cells.obs["batch"].to_numpy(), mixed[0][0]
+    assert len(np.unique(rows)) == 90
+    assert rows.max() > 200  # from all over the cells
+    assert all(np.array_equal(of, rows) for of, _ in mixed)
+    by_hand = [mixing(z, batch[rows]) for _, z in mixed]
+    assert sorted(by_hand[:2]) == sorted(table["mixing"][:2])
+    assert by_hand[2] == table["mixing"].iloc[2]
 
 
 def test_mixing_by_brute_force():
@@ -171,8 +223,8 @@ def test_likelihood_ranks_and_mixing_only_among_what_it_does_not_tell_apart():
     # Without batches, likelihood alone.
     alone = tuning._ranking([trial("within", within), trial("beyond", beyond), trial("best", best)], 1)
     assert alone["candidate"].tolist() == ["best", "within", "beyond"]
-    with pytest.raises(FloatingPointError, match='"broken": NaN'):
-        tuning._ranking([Trial("broken", 1, 32, 0.1, error="NaN")], 1)
+    with pytest.raises(FloatingPointError, match='"broken": NaN; "endless": its likelihood is not finite'):
+        tuning._ranking([Trial("broken", 1, 32, 0.1, error="NaN"), trial("endless", [-3, -np.inf])], 1)
 
 
 @pytest.mark.parametrize("name", list(scgen.PRESETS))
@@ -192,6 +244,10 @@ def test_presets_of_one_batch_and_of_several(few, monkeypatch):
     assert set(table["candidate"]) == set(scgen.PRESETS) - {"nb-batch"}
     assert table["mixing"].isna().all()
     assert len(table[table["rung"] == 1]) == 5
+    several = few.copy()
+    several.obs["factor"] = np.ravel(several.X.sum(1))
+    scgen.setup_anndata(several, batch_key="batch", size_factor_key="factor")
+    assert set(tuned(several, max_epochs=1).table["candidate"]) == set(scgen.PRESETS) - {"nb-observed"}
 
 
 def test_one_or_two_candidates(few):
@@ -214,24 +270,82 @@ def test_nothing_is_written_to_the_cells(few):
     assert set(few.obsm) == set(before.obsm)
 
 
-def test_a_candidate_that_fails_is_out(few, monkeypatch):
-    original = scgen.SCVI.train
+CANDIDATES = {f"latent {n}": {"n_latent": n} for n in (2, 3, 4)}
+
+
+@pytest.mark.parametrize("method", ["train", "get_thinned_ll"])
+@pytest.mark.parametrize("error", [FloatingPointError, torch.cuda.OutOfMemoryError])
+def test_a_candidate_that_fails_is_out(few, monkeypatch, method, error):
+    original = getattr(scgen.SCVI, method)
 
     def failing(self, *arguments, **options):
         if self.arguments["n_latent"] in broken:
-            raise FloatingPointError("the loss is not finite")
-        original(self, *arguments, **options)
+            raise error("what is wrong")
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(scgen.SCVI, method, failing)
+    broken = {3}
+    table = tuned(few, CANDIDATES, max_epochs=4).table
+    assert table[table["rung"] == 1]["candidate"].iloc[-1] == "latent 3"
+    row = table[table["candidate"] == "latent 3"]
+    assert row["reason"].tolist() == ["failed: what is wrong"]
+    assert row["n_scored"].tolist() == [0]
+    broken = {2, 3}  # there is nothing to choose any more
+    table = tuned(few, CANDIDATES, max_epochs=4).table
+    assert table["rung"].tolist() == [1, 1, 1, 2]
+    assert table["candidate"].iloc[-1] == "latent 4"
+    broken = {2, 3, 4}
+    with pytest.raises(FloatingPointError, match=r'no candidate could be trained.*"latent 3": what is wrong'):
+        tuned(few, CANDIDATES, max_epochs=4)
+
+
+@pytest.mark.parametrize("error", [FloatingPointError, torch.cuda.OutOfMemoryError])
+def test_the_next_takes_the_place_of_one_that_fails_in_full(few, monkeypatch, error):
+    original, failed, n_broken = scgen.SCVI.train, [], 1
+
+    def failing(self, max_epochs, **options):
+        if max_epochs == 5 and len(failed) < n_broken:
+            failed.append(self.arguments["n_latent"])
+            raise error("what is wrong")
+        original(self, max_epochs, **options)
 
     monkeypatch.setattr(scgen.SCVI, "train", failing)
-    candidates, broken = {f"latent {n}": {"n_latent": n} for n in (2, 3, 4)}, {3}
-    table = tuned(few, candidates, max_epochs=2).table
-    assert table[table["rung"] == 1]["candidate"].iloc[-1] == "latent 3"
-    assert table[table["candidate"] == "latent 3"]["reason"].tolist() == ["failed: the loss is not finite"]
-    broken = {2, 3}  # the one that is left goes through the second rung alone
-    assert tuned(few, candidates, max_epochs=2).table["candidate"].tolist()[-2:] == ["latent 4"] * 2
-    broken = {2, 3, 4}
-    with pytest.raises(FloatingPointError, match="no candidate could be trained"):
-        tuned(few, candidates, max_epochs=2)
+    found = tuned(few, CANDIDATES, max_epochs=5)
+    second = found.table[found.table["rung"] == 2]["candidate"].tolist()
+    last = found.table[found.table["rung"] == 3]
+    assert [f"latent {n}" for n in failed] == second[:1]
+    assert last["candidate"].tolist() == second
+    assert last["reason"].tolist() == ["failed: what is wrong", "trained in full"]
+    assert last["kept"].tolist() == [False, True]
+    assert found.best == second[1] == f"latent {found.model.arguments['n_latent']}"
+    assert len(found.model.history) == 5
+    failed, n_broken = [], 2
+    with pytest.raises(FloatingPointError, match=f"{second[0]}.*what is wrong.*{second[1]}.*what is wrong"):
+        tuned(few, CANDIDATES, max_epochs=5)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_likelihood_that_is_not_finite_is_told(few, monkeypatch, value):
+    original, n_calls = scgen.SCVI.get_thinned_ll, []
+
+    def failing(self, **options):
+        values = original(self, **options)
+        n_calls.append(1)
+        if len(n_calls) >= first:
+            values[3] = value
+        return values
+
+    monkeypatch.setattr(scgen.SCVI, "get_thinned_ll", failing)
+    first = 3  # of the chosen one in full: what was trained is kept
+    found = tuned(few, ["nb", "zinb"], max_epochs=4)
+    last = found.table.iloc[-1]
+    assert found.model.is_trained
+    assert (last["candidate"], last["kept"]) == (found.best, True)
+    assert last["reason"] == "trained in full; its likelihood is not finite"
+    assert not np.isfinite(last["log_likelihood"])
+    n_calls, first = [], 1
+    with pytest.raises(FloatingPointError, match='"nb": its likelihood is not finite; "zinb": its likelihood'):
+        tuned(few, ["nb", "zinb"], max_epochs=4)
 
 
 @pytest.mark.parametrize("when", [2, 9])
@@ -260,6 +374,9 @@ def test_an_interrupt_ends_it(few, monkeypatch, when):
     [
         (["nb", "nb-depe"], ValueError, r'"?nb-depe.*there are zinb.*Did you mean "nb-deep"'),
         ("nb", TypeError, "a list of names"),
+        ([["nb"]], TypeError, "a list of names"),
+        ([None], TypeError, "a list of names"),
+        ({"nb"}, TypeError, "a list of names"),
         (3, TypeError, "a list of names"),
         ([], ValueError, "presets is empty"),
         ({"a": ["nb"]}, TypeError, "n_latent"),
@@ -282,8 +399,11 @@ def test_bad_cells(few):
     del bare.uns["scgen"]
     with pytest.raises(ValueError, match="setup_anndata"):
         tuned(bare)
-    with pytest.raises(ValueError, match=r"60 cells.*needs 100"):
-        tuned(few[:60].copy())
+    with pytest.raises(ValueError, match=r"299 cells.*needs 300"):
+        tuned(few[:299].copy())
+    for seed in (-1, "a", 1.0):
+        with pytest.raises(ValueError, match=f"^seed={seed!r}"):
+            tuned(few, seed=seed)
     with pytest.raises(ValueError, match="max_epochs=0"):
         tuned(few, max_epochs=0)
     with pytest.raises(ValueError, match='accelerator="mps"'):

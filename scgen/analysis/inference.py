@@ -17,6 +17,9 @@ from scgen.distributions import DiagonalNormal
 from scgen.modules.vae import VAE
 from scgen.training import seeded
 
+#: Of many draws of the latents, so many are in memory together.
+AT_ONCE = 16
+
 
 @torch.inference_mode()
 def embedding(vae: VAE, loader: CellLoader) -> np.ndarray:
@@ -70,11 +73,10 @@ def bound(vae: VAE, loader: CellLoader, seed: int) -> dict[str, np.ndarray]:
 
 
 @torch.inference_mode()
-def marginal(vae: VAE, loader: CellLoader, n_draws: int, seed: int, at_once: int = 16) -> tuple[np.ndarray, np.ndarray]:
+def marginal(vae: VAE, loader: CellLoader, n_draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the log-mean-exp of so many importance weights for each cell, and their effective number, (n,) each.
 
-    The weights are w = p(x, latents) / q(latents | x), their effective number (sum w)^2 / sum w^2. Only ``at_once`` of
-    the draws are in memory together.
+    The weights are w = p(x, latents) / q(latents | x), their effective number (sum w)^2 / sum w^2.
     """
     check_whole("n_mc_samples", n_draws, 1)
     vae.eval()
@@ -83,13 +85,13 @@ def marginal(vae: VAE, loader: CellLoader, n_draws: int, seed: int, at_once: int
         for cells in loader:
             cells = cells.to(vae.device)
             q = vae.infer(cells)
-            log_sum, log_squares = log_sums(partial(vae.log_weights, cells, q), n_draws, at_once)
+            log_sum, log_squares = log_sums(partial(vae.log_weights, cells, q), n_draws)
             results.append(torch.stack([log_sum - math.log(n_draws), (2 * log_sum - log_squares).exp()]).cpu().numpy())
     values, sizes = np.concatenate(results, axis=1)
     return values, sizes
 
 
-def log_sums(draw: Callable[[tuple[int]], Tensor], n_draws: int, at_once: int = 16) -> Tensor:
+def log_sums(draw: Callable[[tuple[int]], Tensor], n_draws: int) -> Tensor:
     """Return log sum w and log sum w^2 over so many draws, (2, n) float64; ``draw((k,))`` returns k log w, (k, n).
 
     Examples
@@ -98,8 +100,8 @@ def log_sums(draw: Callable[[tuple[int]], Tensor], n_draws: int, at_once: int = 
     [20.0, 20.0]
     """
     total = None
-    for start in range(0, n_draws, at_once):
-        log_w = draw((min(at_once, n_draws - start),)).double()
+    for start in range(0, n_draws, AT_ONCE):
+        log_w = draw((min(AT_ONCE, n_draws - start),)).double()
         some = torch.stack([log_w, 2 * log_w]).logsumexp(1)
         total = some if total is None else torch.logaddexp(total, some)
     return total

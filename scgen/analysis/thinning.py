@@ -1,6 +1,7 @@
 """Held-out likelihood by binomial thinning: what the kept counts of a cell say of those that were held out."""
 
 import math
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from numbers import Real
@@ -8,7 +9,7 @@ from numbers import Real
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Binomial, Distribution
 
 from scgen.analysis.inference import log_sums
 from scgen.data.cells import Cells
@@ -22,7 +23,11 @@ from scgen.training import seeded
 def held_out_log_likelihood(
     vae: VAE, loader: CellLoader, size_factors: bool, held_out: float, n_samples: int, seed: int
 ) -> np.ndarray:
-    """Return log of the mean of p(x_rest | z, l, s) over draws of z, l ~ q(. | x_kept, s) for each cell, (n,).
+    """Return log of the mean of p(x_rest | x_kept, z, l, s) over draws z, l ~ q(. | x_kept, s) for each cell, (n,).
+
+    Given z and l, both parts come of one rate by gene, and of one zero inflation. So p(x_kept, x_rest) is the binomial
+    probability of the split times p(x), at a library 1 / (1 - held_out) times that of x_kept, and dividing by p(x_kept)
+    makes it the wanted one: of Poisson counts that of x_rest alone, of others it leans on what x_kept says of the rate.
 
     Parameters
     ----------
@@ -41,13 +46,17 @@ def held_out_log_likelihood(
     vae.eval()
     # Of its own: the same cells are split alike, whatever the model, its draws and the minibatches are.
     rng, results = np.random.default_rng(seed), []
+    as_measured = copy(loader)
+    as_measured.complete = None  # genes that were not measured are expected of the kept counts alone
     with seeded(seed):
-        for cells in loader:
+        for cells in as_measured:
             kept, rest = thinned(cells, held_out, size_factors, rng)
-            kept = kept if loader.complete is None else loader.complete(kept)  # anew, of what is kept alone
-            kept, rest = kept.to(vae.device), rest.to(vae.device)
-            draw = partial(_log_likelihoods, vae, kept, rest, held_out / (1 - held_out), vae.infer(kept))
-            results.append((log_sums(draw, n_samples)[0] - math.log(n_samples)).cpu().numpy())
+            kept = (kept if loader.complete is None else loader.complete(kept)).to(vae.device)
+            rest = rest.to(vae.device)
+            x = kept.counts + rest
+            log_split = Binomial(x.double(), x.new_tensor(held_out, dtype=torch.float64)).log_prob(rest.double()).sum(1)
+            draw = partial(_log_ratios, vae, kept, x, 1 / (1 - held_out), vae.infer(kept))
+            results.append((log_sums(draw, n_samples)[0] - math.log(n_samples) + log_split).cpu().numpy())
     return np.concatenate(results)
 
 
@@ -65,9 +74,9 @@ def thinned(cells: Cells, held_out: float, size_factors: bool, rng: np.random.Ge
     return replace(cells, counts=kept, library=library, completed=None), counts - kept
 
 
-def _log_likelihoods(
-    vae: VAE, kept: Cells, rest: Tensor, factor: float, q: dict[str, Distribution], shape: tuple[int, ...]
+def _log_ratios(
+    vae: VAE, kept: Cells, x: Tensor, factor: float, q: dict[str, Distribution], shape: tuple[int, ...]
 ) -> Tensor:
-    """Return log p(rest | z, factor l, s) at draws of z and l from q, (*shape, n)."""
-    latents = {name: q[name].rsample(shape) for name in q}
-    return vae.decoder(latents, kept).scaled(factor).log_prob(rest)
+    """Return log p(x | z, factor l, s) / p(kept | z, l, s) at draws of z and l from q, (*shape, n)."""
+    likelihood = vae.decoder({name: q[name].rsample(shape) for name in q}, kept)
+    return likelihood.scaled(factor).log_prob(x) - likelihood.log_prob(kept.counts)

@@ -318,7 +318,7 @@ class Model:
         Each count is split, x_kept ~ Binomial(x, 1 - held_out) and x_rest = x - x_kept; z and l are inferred from
         x_kept alone, as if it were the cell, and what is returned is
 
-        log (1/K) sum_k p(x_rest | z_k, l_k held_out / (1 - held_out), s), z_k, l_k ~ q(. | x_kept, s), K = n_samples.
+        log (1/K) sum_k p(x_rest | x_kept, z_k, l_k, s), z_k, l_k ~ q(. | x_kept, s), K = n_samples.
 
         Higher is better. It compares across treatments of the library, latents and likelihoods of counts, for the same
         cells and seed are split alike whatever the model. Weights have seen all counts of the cells they were trained
@@ -348,9 +348,13 @@ class Model:
         -----
         An observed library is the total of x_kept; a cell of which nothing is kept counts as one of one count. Size
         factors are multiplied by 1 - held_out; where they come from the counts, they know of the held-out ones, too.
-        Given z and l, the two parts of Poisson counts are independent, and the thinned counts of all likelihoods have
-        the same theta and zero inflation at the thinned mean. Of overdispersed counts, the parts also share the noise
-        about the mean, of which p(x_rest | z, l, s) makes no use.
+        Given z and l, the two parts of Poisson counts are independent. Of "nb" and "zinb" they share each gene's rate,
+        Gamma of shape theta, and whether it is off, so that what was kept says more of the rest than z and l do. With
+        l the library of x_kept,
+
+        p(x_rest | x_kept, z, l, s) p(x_kept | z, l, s) = Binomial(x_rest; x, held_out) p(x | z, l / (1 - held_out), s):
+
+        for "nb", x_rest is negative binomial of shape theta + x_kept.
 
         References
         ----------
@@ -367,16 +371,16 @@ class Model:
         return float(values.mean()) if return_mean else values
 
     def active_units(
-        self, threshold: float = 0.01, adata: AnnData | None = None, *, indices: Sequence[int] | None = None
+        self, adata: AnnData | None = None, *, indices: Sequence[int] | None = None, threshold: float = 0.01
     ) -> pd.DataFrame:
         """Return how much each latent of z is used: a row per latent, in the order of `get_latent_representation`.
 
         Parameters
         ----------
-        threshold
-            Latents are active whose "variance" is above this.
         adata, indices
             As in `get_latent_representation`.
+        threshold
+            Latents are active whose "variance" is above this.
 
         Returns
         -------

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 import scgen
+from scgen.analysis import inference
 from scgen.distributions import DiagonalNormal
 from scgen.modules.decoders import GaussianDecoder
 from scgen.modules.priors import StandardNormalPrior
@@ -146,12 +147,11 @@ def test_many_draws_need_no_more_memory(trained, monkeypatch):
     assert ((ess >= 1) & (ess <= 1000)).all()
 
 
-def test_effective_sizes_of_large_negative_weights():
-    from scgen.analysis.inference import log_sums
-
+def test_effective_sizes_of_large_negative_weights(monkeypatch):
     log_w = np.random.default_rng(0).normal(-5000, 3, (50, 4))
     parts = iter(torch.from_numpy(log_w).split(7))
-    first, second = log_sums(lambda shape: next(parts), 50, at_once=7)
+    monkeypatch.setattr(inference, "AT_ONCE", 7)
+    first, second = inference.log_sums(lambda shape: next(parts), 50)
     np.testing.assert_allclose(first, logsumexp(log_w, axis=0), rtol=1e-12)
     np.testing.assert_allclose(second, logsumexp(2 * log_w, axis=0), rtol=1e-12)
 
@@ -164,8 +164,8 @@ def test_units_are_what_numpy_says(trained, cells):
     assert table["active"].tolist() == (mean.var(0) > 0.01).tolist()
     assert (table.index.name, table.index.tolist()) == ("latent", [0, 1, 2, 3])
     between = np.sort(mean.var(0))[1:3].mean()
-    assert trained.active_units(between)["active"].sum() == 2
-    some = trained.active_units(adata=cells[10:30].copy(), indices=np.arange(15))
+    assert trained.active_units(threshold=between)["active"].sum() == 2
+    some = trained.active_units(cells[10:30].copy(), indices=np.arange(15))
     np.testing.assert_allclose(some["variance"], mean[10:25].var(0), rtol=1e-3)
 
 
@@ -199,4 +199,4 @@ def test_units_without_a_divergence_have_none(cells):
 @pytest.mark.parametrize("threshold", [-1, "0.1", np.nan, None])
 def test_wrong_thresholds(trained, threshold):
     with pytest.raises(ValueError, match="threshold"):
-        trained.active_units(threshold)
+        trained.active_units(threshold=threshold)

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import silhouette_score
 
 from scgen.analysis.scores import integration_scores
 
@@ -18,18 +19,31 @@ def embedded(n=300):
     return {"mixed": mixed, "apart": apart}, pd.Series(batch), pd.Series(label)
 
 
+def explained_by(batch: pd.Series, z: np.ndarray) -> float:
+    """Return the share of an embedding's variance that the means of two batches explain."""
+    centred = z - z.mean(0)
+    between = sum((batch == code).sum() * centred[batch == code].mean(0) ** 2 for code in (0, 1))
+    return between.sum() / (centred**2).sum()
+
+
 def test_scores():
     pytest.importorskip("scib_metrics", reason="scib-metrics is not installed (the extra named scores)")
     embeddings, batch, labels = embedded()
     table = integration_scores(embeddings, batch, labels, embeddings["apart"])
     assert table.loc["batch", "mixed"] > table.loc["batch", "apart"] + 0.2
     assert table.loc["iLISI", "apart"] < 0.05
-    parts = table.drop(index=["bio", "batch", "total"])
-    assert len(parts) >= 8
-    for name in embeddings:
-        bio, mixing, total = table.loc[["bio", "batch", "total"], name]
-        assert total == pytest.approx(0.6 * bio + 0.4 * mixing)
-        assert min(parts[name]) - 1e-9 <= min(bio, mixing) <= max(bio, mixing) <= max(parts[name]) + 1e-9
+    of_bio = ["Isolated labels", "KMeans NMI", "KMeans ARI", "Silhouette label", "cLISI"]
+    of_batch = table.index.drop([*of_bio, "bio", "batch", "total"])
+    assert set(of_batch) > {"iLISI", "KBET", "Graph connectivity", "PCR comparison"}
+    assert len(of_batch) == 5
+    before = explained_by(batch, embeddings["apart"])
+    for name, z in embeddings.items():
+        values = table[name]
+        assert values["Silhouette label"] == pytest.approx((silhouette_score(z, labels) + 1) / 2, abs=1e-4)
+        assert values["PCR comparison"] == pytest.approx(1 - explained_by(batch, z) / before, abs=1e-4)
+        assert values["bio"] == pytest.approx(values[of_bio].sum() / 5)
+        assert values["batch"] == pytest.approx(values[of_batch].sum() / 5)
+        assert values["total"] == pytest.approx(0.6 * values["bio"] + 0.4 * values["batch"])
 
 
 def test_what_is_missing_is_said(monkeypatch):

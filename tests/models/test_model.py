@@ -395,10 +395,11 @@ def test_compiled_and_plain_kernels_agree(small, monkeypatch):
 
 
 @pytest.mark.parametrize("at_once", [7, 30])
-def test_marginal_likelihood_is_the_mean_weight(small, at_once):
+def test_marginal_likelihood_is_the_mean_weight(small, monkeypatch, at_once):
     model = train(model_of(small))
     loader = model._loader(None, None, 120)
-    estimate, _ = inference.marginal(model.vae, loader, 30, seed=0, at_once=at_once)
+    monkeypatch.setattr(inference, "AT_ONCE", at_once)
+    estimate, _ = inference.marginal(model.vae, loader, 30, seed=0)
     with seeded(0), torch.inference_mode():
         (cells,) = loader
         chunks = [

@@ -298,18 +298,25 @@ def test_columns_of_typicality_say_which_way():
     assert abs(table["typicality"].mean() - 0.5) < 0.05
 
 
-def test_held_out_counts_of_cells_with_missing_genes_are_not_read(reference, new):
-    """What the encoder reads is of the kept counts: the same cells without the others answer alike."""
-    from scgen.analysis.thinning import thinned
-
+def test_held_out_counts_of_cells_with_missing_genes_are_not_read(reference, new, monkeypatch):
+    """What the encoder reads is of the kept counts, and of what is expected of the other genes given these alone."""
     model = reference.query(new[:, :90].copy()).model
     (cells,) = model._loader(None, None, 1000)
-    kept, rest = thinned(cells, 0.5, False, np.random.default_rng(0))
-    assert kept.completed is None
-    assert (kept.counts + rest == cells.counts.to_dense()).all()
-    completed = model.vae.complete(kept)
-    assert (completed.completed[:, :90] == kept.counts).all()
-    assert np.isfinite(model.get_thinned_ll(n_samples=5))
+    counts = cells.counts.to_dense()
+    kept = torch.from_numpy(np.random.default_rng(0).binomial(counts.numpy().astype(int), 0.5)).float()
+    with torch.inference_mode():
+        by_hand = model.vae.complete(replace(cells, counts=kept, library=kept.sum(1, keepdim=True).log()))
+        of_all = model.vae.complete(replace(cells, counts=kept, library=cells.library))
+    read, infer = [], model.vae.infer
+    monkeypatch.setattr(model.vae, "infer", lambda cells: read.append(cells) or infer(cells))
+    values = model.get_thinned_ll(held_out=0.5, n_samples=5, return_mean=False, batch_size=1000)
+    (what,) = read
+    assert torch.equal(what.counts, kept)
+    assert torch.equal(what.seen[:, :90], kept)
+    np.testing.assert_allclose(what.seen[:, 90:], by_hand.seen[:, 90:], rtol=1e-4)
+    for leak in (cells, of_all):  # the tolerance would notice them
+        assert not np.allclose(what.seen[:, 90:], leak.seen[:, 90:], rtol=0.1)
+    assert np.isfinite(values).all()
 
 
 def test_a_name_that_two_genes_share_names_none(simulated, new):
