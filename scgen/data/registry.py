@@ -319,10 +319,6 @@ class Registry:
             )
         return list(range(len(self.batches))) if batch_correction else None
 
-    def batch_codes(self, batch: str | Sequence[str] | None) -> list[int | None]:
-        """Return the codes of the batches asked for; see `codes_of`."""
-        return codes_of("batch", self.batches, batch)
-
     def _gene_columns(self, adata: AnnData) -> np.ndarray | None:
         """Return where the model's genes are in ``adata``, None if they are its genes as they stand."""
         if adata.var_names.equals(pd.Index(self.genes)):
@@ -367,11 +363,12 @@ def codes_of(what: str, names: list[str], asked: str | Sequence[str] | None) -> 
     >>> [codes_of("batch", names, asked) for asked in ("observed", "average", "c", ["c", "a"])]
     [[None], [0, 1, 2], [2], [2, 0]]
     """
-    if asked is None or (isinstance(asked, str) and asked == "observed"):
+    asked = value_or_list(asked)
+    if asked is None or asked == "observed":
         return [None]
-    if isinstance(asked, str) and asked == "average":
+    if asked == "average":
         return list(range(len(names)))
-    several = list(asked) if isinstance(asked, list | tuple | np.ndarray | pd.Index) else [asked]
+    several = asked if isinstance(asked, list) else [asked]
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     if not several:
         raise ValueError(f"{what} is an empty list; the model knows: {shown}.")
@@ -380,6 +377,19 @@ def codes_of(what: str, names: list[str], asked: str | Sequence[str] | None) -> 
             hint = did_you_mean(str(name), names)
             raise ValueError(f"{what}: {name!r} is unknown to the model (it knows: {shown}).{hint}")
     return [names.index(str(name)) for name in several]
+
+
+def value_or_list(asked):
+    """Return what can be iterated over as a list, but a string, and an array without axes, as the value that it is.
+
+    Examples
+    --------
+    >>> [value_or_list(asked) for asked in ("a", 2.5, None, np.array("a"), ("a", "b"), {"a": 1}.keys())]
+    ['a', 2.5, None, 'a', ['a', 'b'], ['a']]
+    """
+    if getattr(asked, "ndim", None) == 0:
+        return asked.item()
+    return list(asked) if isinstance(asked, Iterable) and not isinstance(asked, str) else asked
 
 
 def standard(values: np.ndarray) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from scipy import sparse
 
 from scgen.analysis import comparisons, differential_expression, expression, inference, sampling, thinning
 from scgen.analysis.correlation import correlation_matrix
-from scgen.analysis.counterfactual import Asked, one_condition
+from scgen.analysis.counterfactual import Asked, batch_asked, one_condition
 from scgen.analysis.likelihood_parameters import likelihood_parameters
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry, setup_anndata
@@ -485,7 +485,7 @@ class Model:
         >>> model.get_normalized_expression(library_size=1e4, sparse_below=1.0).format
         'csr'
         """
-        asked = Asked.of(self.registry, batch, covariates, gene_list, transform_batch)
+        asked = Asked.of(self.registry, batch_asked(batch, transform_batch), covariates, gene_list)
         settings = expression.Settings(asked, library_size, n_samples, return_mean, weights, seed)
         loader = self._loader(adata, indices, batch_size)
         names = (self.adata if adata is None else adata).obs_names
