@@ -436,7 +436,7 @@ class Model:
             in its own unit, or a list of numbers; its "average" is the mean of the cells that the model was made for.
             Where several are averaged, the mean is over all combinations of their values, 1000 at most.
         library_size
-            The l common to all cells, or "latent" for each cell's own.
+            The l common to all cells, or "latent" for each cell's own; 1 with ``gene_likelihood="normal"``.
         gene_list
             Genes to return; None for all.
         n_samples, return_mean
@@ -451,8 +451,8 @@ class Model:
             An array that is filled, a minibatch of cells at a time, and returned: `numpy.memmap`, an h5py dataset, a
             zarr array, or whatever has shape, dtype and assignment to slices.
         sparse_below
-            Values below this become zeros, and the result a CSR matrix, of which no dense form is ever held; a list of
-            them if draws are not averaged.
+            Values below this become zeros, and the result a CSR matrix, whatever ``return_numpy`` is, of which no dense
+            form is ever held; a list of them if draws are not averaged.
         transform_batch
             scvi-tools' name for ``batch``.
 
@@ -470,7 +470,7 @@ class Model:
             If an argument is of the wrong kind altogether.
         ValueError
             If a batch, covariate, value of it, gene, library size or weight is not known, or ``out`` is of another
-            shape, holds no floats or cannot be written to.
+            shape, holds no floats of 32 bits or more, or cannot be written to.
 
         Examples
         --------
