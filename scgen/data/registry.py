@@ -287,8 +287,22 @@ class Registry:
         key = {"gene-batch": self.setup.batch_key, "gene-label": self.setup.labels_key}.get(dispersion)
         return rows | ({"dispersion.log_theta": self.known[key]} if key in self.known else {})
 
-    def blank_cells(self, n: int, batch: int | None, rng: np.random.Generator) -> Cells:
-        """Return n cells without counts: in one batch, or in batches drawn evenly, as all other categories are."""
+    def obs_of(self, cells: Cells, library: np.ndarray | None) -> dict[str, pd.Categorical | np.ndarray]:
+        """Return the columns of ``adata.obs`` that `columns` would read these cells and their l, (n, 1), from."""
+        setup = self.setup
+        codes = dict(zip(setup.categorical_covariate_keys, cells.categorical.T, strict=True))
+        codes |= {setup.batch_key: cells.batch, setup.labels_key: cells.labels}
+        found = {
+            key: pd.Categorical.from_codes(of.numpy(), self.categories[key])
+            for key, of in codes.items()
+            if key is not None
+        }
+        values = cells.continuous.double().numpy().T
+        found |= {key: mean + sd * of for (key, (mean, sd)), of in zip(self.scaling.items(), values, strict=True)}
+        return found if setup.size_factor_key is None else found | {setup.size_factor_key: library[:, 0]}
+
+    def blank_cells(self, n: int, rng: np.random.Generator) -> Cells:
+        """Return n cells without counts: of batches, labels and other categories drawn evenly, at mean numbers."""
 
         def codes(n_values: int) -> Tensor:
             return torch.from_numpy(rng.integers(n_values, size=n))
@@ -297,16 +311,12 @@ class Registry:
         return Cells(
             counts=torch.zeros(n, 0),
             library=torch.zeros(n, 1),
-            batch=codes(len(self.batches)) if batch is None else torch.full((n,), batch),
+            batch=codes(len(self.batches)),
             labels=codes(len(self.labels)),
             categorical=torch.stack(others, 1) if others else torch.zeros(n, 0, dtype=torch.int64),
             continuous=torch.zeros(n, len(self.scaling)),
             index=torch.arange(n),
         )
-
-    def batch_code(self, batch: str) -> int:
-        """Return the code of a batch; raises ValueError if the model has not seen it."""
-        return codes_of("batch", self.batches, [batch])[0]
 
     def batches_to_average(self, groupby: str | None, batch_correction: bool) -> list[int] | None:
         """Return the codes of all batches, or None for each cell's own; ValueError where that hides what is asked."""

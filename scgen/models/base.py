@@ -733,7 +733,14 @@ class Model:
         loader = self._loader(adata, indices, batch_size)
         return sampling.posterior_predictive(self.vae, loader, condition, n_samples, seed)
 
-    def sample_prior(self, n: int = 1000, batch: str | None = None, *, seed: int = 0) -> AnnData:
+    def sample_prior(
+        self,
+        n: int = 1000,
+        batch: str | None = None,
+        *,
+        covariates: Mapping[str, str | float] | None = None,
+        seed: int = 0,
+    ) -> AnnData:
         """Return new cells: z ~ p(z), log l ~ p(log l | s), x ~ p(x | z, l, s).
 
         Parameters
@@ -741,17 +748,34 @@ class Model:
         n
             Number of cells.
         batch
-            Name of their batch; None draws batches evenly. Other covariates are drawn evenly too, continuous ones are
-            at their mean.
+            Name of their batch; None draws batches evenly.
+        covariates
+            As in `posterior_predictive_sample`. Those not named are drawn evenly too, continuous ones are at their
+            mean; so are labels, where the model reads them.
         seed
             Seed of all draws.
 
         Returns
         -------
-        AnnData with counts in ``X``, the batch and ``library`` in ``obs``, z in ``obsm["z"]``.
+        AnnData that the model can be asked about: counts in ``X``, and in the layer that the model reads; in ``obs``
+        the batch, labels, covariates and size factors, as far as it reads them, under the names that they have in its
+        own AnnData; z in ``obsm["z"]`` and l, (n, 1), in ``obsm["library"]``. ``obs["library"]`` is l, too, unless the
+        model reads a column of that name.
+
+        Examples
+        --------
+        >>> import scgen
+        >>> adata = scgen.simulate_cells(n_cells=100, n_genes=30, seed=0)
+        >>> scgen.setup_anndata(adata, batch_key="batch")
+        >>> model = scgen.SCVI(adata)
+        >>> model.train(max_epochs=2, progress=False)
+        >>> sample = model.sample_prior(50, batch="batch_1")
+        >>> sample.shape, sample.obs.columns.tolist(), bool(model.get_elbo(sample) < 0)
+        ((50, 30), ['library', 'batch'], True)
         """
         self.require_training()
-        return sampling.prior_sample(self.vae, self.registry, n, batch, seed)
+        condition = one_condition(self.registry, batch, covariates)
+        return sampling.prior_sample(self.vae, self.registry, n, condition, seed)
 
     def query(
         self, adata: AnnData, *, layer: str | None = None, batch_key: str | None = None, min_overlap: float = 0.5
