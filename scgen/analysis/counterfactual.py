@@ -123,7 +123,7 @@ class Asked:
             return cls(found, known, None)
         genes = value_or_list(gene_list)
         if not isinstance(genes, list):
-            raise TypeError(f"gene_list={gene_list!r} is no list: gene_list=[{genes!r}].")
+            raise TypeError(f"gene_list={gene_list!r} stands where a list belongs: gene_list=[{genes!r}].")
         has = f"the model has {', '.join(known[:5])}, ..."
         if not genes:
             raise ValueError(f"gene_list is an empty list; {has}; None stands for all.")

@@ -192,7 +192,7 @@ def test_a_known_effect_of_a_covariate_is_recovered():
         ({"gene_list": []}, ValueError, "gene_list is an empty list.*gene_1, gene_2"),
         ({"gene_list": iter(["gene_1", "gene21"])}, ValueError, "no genes gene21.*Did you mean"),
         ({"gene_list": "gene_1"}, TypeError, r"gene_list=\['gene_1'\]"),
-        ({"gene_list": 5}, TypeError, "gene_list=5 is no list"),
+        ({"gene_list": 5}, TypeError, "gene_list=5 stands where a list"),
         ({"batch": "batch1"}, ValueError, r"batch: 'batch1'.*batch_1, batch_2.*Did you mean \"batch_1\""),
         ({"batch": "average", "transform_batch": "batch_1"}, ValueError, "same thing"),
         (
