@@ -290,8 +290,8 @@ class Registry:
     def obs_of(self, cells: Cells, library: np.ndarray | None) -> dict[str, pd.Categorical | np.ndarray]:
         """Return the columns of ``adata.obs`` that `columns` would read these cells and their l, (n, 1), from."""
         setup = self.setup
-        codes = dict(zip(setup.categorical_covariate_keys, cells.categorical.T, strict=True))
-        codes |= {setup.batch_key: cells.batch, setup.labels_key: cells.labels}
+        codes = {setup.batch_key: cells.batch, setup.labels_key: cells.labels}
+        codes |= dict(zip(setup.categorical_covariate_keys, cells.categorical.T, strict=True))
         found = {
             key: pd.Categorical.from_codes(of.numpy(), self.categories[key])
             for key, of in codes.items()
