@@ -49,6 +49,7 @@ class Options:
         ):
             if value is not None:
                 check_whole(name, value, least)
+        check_whole("seed", self.seed, 0)
         if not 0 < train_size <= 1:
             raise ValueError(f"train_size={train_size!r}; it takes a share above 0 and up to 1.")
         if not 0 < self.learning_rate < math.inf:
@@ -114,10 +115,14 @@ def start_from_data(vae: nn.Module, loader: CellLoader) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch within the block; the global generators are, after it, as they were before."""
+    """Seed torch within the block; the global generators are, after it, as they were before.
+
+    ValueError for a seed that is no whole number from 0.
+    """
+    check_whole("seed", seed, 0)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         yield
 
 

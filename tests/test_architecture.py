@@ -31,7 +31,7 @@ ALLOWED = {
     "modules": ("distributions", "data.cells", "modules.networks", "modules.flows", "modules.elbo"),
     "distributions": ("kernels.dispatch", "kernels.reference", "distributions"),
     "data": ("kernels.dispatch", "data"),
-    "data.simulate": ("distributions",),
+    "data.simulate": ("distributions", "data.checks"),
     "kernels": (),
     "kernels.dispatch": ("kernels",),
     "kernels.cpu": ("kernels.functions", "kernels.genes", "kernels.listing", "kernels.rows"),
@@ -77,7 +77,7 @@ def test_every_arrow_falls(path):
 
 def test_the_rules_would_notice():
     assert "models" not in rule("modules.vae")
-    assert rule("data.simulate") == ("distributions",)
+    assert rule("data.simulate") == ("distributions", "data.checks")
     assert len(FILES) > 20
 
 

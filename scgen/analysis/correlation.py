@@ -72,18 +72,22 @@ def correlation_matrix(
     correlation_type, n_samples, seed
         As in `Model.get_feature_correlation_matrix`.
     """
-    of_values = {"pearson": _pearson, "spearman": _spearman}
-    if correlation_type not in of_values:
+    if correlation_type not in ("pearson", "spearman"):
         raise ValueError(f'correlation_type={correlation_type!r} is unknown; choose "spearman" or "pearson".')
     check_whole("n_samples", n_samples, 1)
-    n_rows, total = n_samples * len(loader.index), np.zeros((len(asked.genes), len(asked.genes)))
+    n_genes, n_rows, total = len(asked.genes), n_samples * len(loader.index), 0.0
     if n_rows < 2:
         raise ValueError("a correlation needs two values of each gene: more cells, or n_samples=10.")
     vae.eval()
     for condition in asked.conditions:
         with seeded(seed):
             values = _denoised(vae, loader, condition, asked, n_samples)
-            total += of_values[correlation_type](values, len(asked.genes), n_rows)
+            if correlation_type == "spearman":
+                values = _ranks(values, n_genes, n_rows)
+            moments = Moments(n_genes)
+            for rows in values:
+                moments.add(rows)
+        total = total + moments.correlation()
     return pd.DataFrame(total / len(asked.conditions), index=asked.genes, columns=asked.genes)
 
 
@@ -99,28 +103,21 @@ def _denoised(vae: VAE, loader: CellLoader, condition: Condition, asked: Asked, 
         for _ in range(n_samples):
             latents = {"z": q.rsample(), "library": torch.zeros_like(cells.library)}
             gene = vae.decoder(latents, others).base_dist
-            if isinstance(gene, NegativeBinomial):
-                rates = NegativeBinomial(asked.of_genes(gene.log_mu), asked.of_genes(gene.log_theta)).sample_rate()
-            else:
-                rates = asked.of_genes(gene.mean)
-            yield rates.cpu().numpy()
+            # Of all genes, whichever are asked for: their noise is then the same.
+            rates = gene.sample_rate() if isinstance(gene, NegativeBinomial) else gene.mean
+            yield asked.of_genes(rates).cpu().numpy()
 
 
-def _pearson(values: Iterator[np.ndarray], n_genes: int, n_rows: int) -> np.ndarray:
-    """Return Pearson's correlations of rows that come in blocks."""
-    moments = Moments(n_genes)
-    for rows in values:
-        moments.add(rows)
-    return moments.correlation()
+def _ranks(values: Iterator[np.ndarray], n_genes: int, n_rows: int) -> Iterator[np.ndarray]:
+    """Iterate over blocks of the values' ranks, which need all values of a gene at once, (genes, rows) float32.
 
-
-def _spearman(values: Iterator[np.ndarray], n_genes: int, n_rows: int) -> np.ndarray:
-    """Return Spearman's: Pearson's of the ranks, which need all values of a gene at once, (genes, rows) float32."""
+    Pearson's correlations of them are Spearman's of the values.
+    """
     ranks, start = np.empty((n_genes, n_rows), np.float32), 0
     for rows in values:
         ranks[:, start : start + len(rows)] = rows.T
         start += len(rows)
     for of_gene in ranks:
         of_gene[:] = stats.rankdata(of_gene)
-    starts = range(0, n_rows, RANKED_AT_ONCE)
-    return _pearson((ranks[:, start : start + RANKED_AT_ONCE].T for start in starts), n_genes, n_rows)
+    for start in range(0, n_rows, RANKED_AT_ONCE):
+        yield ranks[:, start : start + RANKED_AT_ONCE].T

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from scgen.data.cells import Cells
-from scgen.data.checks import did_you_mean
-from scgen.data.registry import Registry, codes_of
+from scgen.data.checks import did_you_mean, some
+from scgen.data.registry import Registry, codes_of, value_or_list
 
 #: Combinations of values, at most: each is decoded for every cell and every draw.
 MOST_COMBINATIONS = 1000
@@ -51,7 +51,6 @@ def conditions(
     registry: Registry,
     batch: str | Sequence[str] | None,
     covariates: Mapping[str, str | float | Sequence[str] | Sequence[float]] | None,
-    transform_batch: str | Sequence[str] | None = None,
 ) -> list[Condition]:
     """Return all combinations of what is asked of batch and covariates; an answer is the mean over them.
 
@@ -61,32 +60,28 @@ def conditions(
         What the model knows.
     batch, covariates
         As in `Model.get_normalized_expression`.
-    transform_batch
-        Another name of ``batch``.
 
     Raises
     ------
     TypeError
         If ``covariates`` is no mapping.
     ValueError
-        If a column or value is not known, both names of the batch are given, or there are more than 1000 combinations.
+        If a column or value is not known, or more than 1000 values of several of them are combined.
     """
-    if transform_batch is not None:
-        if not (isinstance(batch, str) and batch == "observed"):
-            raise ValueError("batch and transform_batch are the same thing; give one of them.")
-        batch = transform_batch
     columns = _columns(registry)
-    chosen = {"batch": registry.batch_codes(batch)}
+    # None is the batch's: a covariate may be named "batch".
+    chosen: dict[str | None, list] = {None: codes_of("batch", registry.batches, batch)}
     for name, asked in _named(registry, covariates).items():
         what = f"covariates={{{name!r}: ...}}"
         if columns[name][0] == "continuous":
             chosen[name] = _standardised(what, registry.scaling[name], asked)
         else:
             chosen[name] = codes_of(what, registry.categories[name], asked)
-    n = math.prod(len(values) for values in chosen.values())
-    if n > MOST_COMBINATIONS:
-        sizes = " x ".join(f"{len(values)} ({name})" for name, values in chosen.items() if len(values) > 1)
-        raise ValueError(f"{sizes} are {n} combinations; {MOST_COMBINATIONS} are the most. Fix some of them.")
+    sizes = {name or "batch": len(values) for name, values in chosen.items() if len(values) > 1}
+    n = math.prod(sizes.values())
+    if n > MOST_COMBINATIONS and len(sizes) > 1:
+        product = " x ".join(f"{size} ({name})" for name, size in sizes.items())
+        raise ValueError(f"{product} are {n} combinations; {MOST_COMBINATIONS} are the most. Fix some of them.")
     found = []
     for code, *values in itertools.product(*chosen.values()):
         replaced: dict[str, dict] = {"categorical": {}, "continuous": {}}
@@ -120,25 +115,37 @@ class Asked:
         registry: Registry,
         batch: str | Sequence[str] | None,
         covariates: Mapping | None,
-        gene_list: Sequence[str] | None,
-        transform_batch: str | Sequence[str] | None = None,
+        gene_list: Iterable[str] | None,
     ) -> "Asked":
-        """Look up what `conditions` does, and the genes: TypeError for a string, ValueError for one not known."""
-        found, known = conditions(registry, batch, covariates, transform_batch), pd.Index(registry.genes)
+        """Look up what `conditions` does, and the genes: TypeError for no list, ValueError for none or unknown ones."""
+        found, known = conditions(registry, batch, covariates), pd.Index(registry.genes)
         if gene_list is None:
             return cls(found, known, None)
-        if isinstance(gene_list, str):
-            raise TypeError(f"gene_list={gene_list!r} is a string where a list belongs: gene_list=[{gene_list!r}].")
-        unknown = pd.Index(gene_list).difference(known)
-        if len(unknown):
-            shown, has = ", ".join(map(str, unknown[:5])), ", ".join(known[:5])
-            hint = did_you_mean(str(unknown[0]), registry.genes)
-            raise ValueError(f"the model has no genes {shown} (it has {has}, ...).{hint}")
-        return cls(found, pd.Index(gene_list), known.get_indexer(gene_list))
+        genes = value_or_list(gene_list)
+        if not isinstance(genes, list):
+            raise TypeError(f"gene_list={gene_list!r} stands where a list belongs: gene_list=[{genes!r}].")
+        has = f"the model has {', '.join(known[:5])}, ..."
+        if not genes:
+            raise ValueError(f"gene_list is an empty list; {has}; None stands for all.")
+        columns = known.get_indexer(pd.Index(genes))
+        unknown = list(dict.fromkeys(str(gene) for gene, column in zip(genes, columns, strict=True) if column < 0))
+        if unknown:
+            hint = did_you_mean(unknown[0], registry.genes)
+            raise ValueError(f"gene_list: no genes {some(unknown)} ({has}).{hint}")
+        return cls(found, known[columns], columns)
 
     def of_genes(self, values: Tensor) -> Tensor:
         """Return the columns of (..., G) values that are wanted."""
         return values if self.columns is None else values[..., torch.from_numpy(self.columns)]
+
+
+def batch_asked(batch: str | Sequence[str] | None, transform_batch: str | Sequence[str] | None):
+    """Return what is asked of the batch, by either of its names; ValueError where both are given."""
+    if transform_batch is None:
+        return batch
+    if not (isinstance(batch, str) and batch == "observed"):
+        raise ValueError("batch and transform_batch are the same thing; give one of them.")
+    return transform_batch
 
 
 def one_condition(registry: Registry, batch: str | None, covariates: Mapping[str, str | float] | None) -> Condition:
@@ -184,11 +191,12 @@ def _named(registry: Registry, covariates: Mapping | None) -> Mapping:
 
 def _standardised(what: str, scaling: tuple[float, float], asked: float | str | Sequence[float]) -> list[float | None]:
     """Return the standardised values of a continuous covariate; None, for each cell's own, of "observed" and None."""
-    if asked is None or (isinstance(asked, str) and asked == "observed"):
+    asked = value_or_list(asked)
+    if asked is None or asked == "observed":
         return [None]
-    if isinstance(asked, str) and asked == "average":
+    if asked == "average":
         return [0.0]
-    values = list(asked) if isinstance(asked, list | tuple | np.ndarray | pd.Index) else [asked]
+    values = asked if isinstance(asked, list) else [asked]
     if not values or not all(
         isinstance(one, Real) and not isinstance(one, bool) and math.isfinite(one) for one in values
     ):

@@ -69,12 +69,16 @@ def answer(
     return_numpy, out, sparse_below
         The form.
     """
+    if settings.library_size != 1 and "library" not in vae.posteriors:
+        raise ValueError(
+            f'gene_likelihood="normal" has no library: library_size={settings.library_size!r} is for counts.'
+        )
+    if sparse_below is not None:
+        _check_sparse(vae, sparse_below, out)
     shape = (len(loader.index), len(settings.asked.genes))
     shape = shape if settings.averaged else (settings.n_samples, *shape)
     if out is not None:
         _check_out(out, shape)
-    if sparse_below is not None:
-        _check_sparse(vae, sparse_below, out)
     with seeded(settings.seed):
         blocks = _blocks(vae, loader, settings)
         if sparse_below is not None:
@@ -93,10 +97,12 @@ def answer(
 
 def _check_out(out, shape: tuple[int, ...]) -> None:
     """Raise where blocks of float32 cannot be assigned to ``out``."""
-    takes = f"it takes an array of floats of shape {shape}: numpy.memmap, an h5py dataset, a zarr array"
+    takes = (
+        f"it takes an array of floats of 32 bits or more, of shape {shape}: numpy.memmap, an h5py dataset, a zarr array"
+    )
     if not all(hasattr(out, name) for name in ("shape", "dtype", "__setitem__")):
         raise TypeError(f"out is a {type(out).__name__}, without shape, dtype or assignment to slices; {takes}.")
-    if tuple(out.shape) != shape or getattr(out.dtype, "kind", None) != "f":
+    if tuple(out.shape) != shape or getattr(out.dtype, "kind", None) != "f" or out.dtype.itemsize < 4:
         raise ValueError(f"out has shape {tuple(out.shape)} and dtype {out.dtype}; {takes}.")
     first = tuple(min(1, n) for n in shape)
     try:
@@ -128,7 +134,7 @@ def _blocks(vae: VAE, loader: CellLoader, settings: Settings) -> Iterator[tuple[
     """Iterate over (draw, rows, values (n, genes)) of minibatches; averaged over the draws, the draw is 0."""
     vae.eval()
     factor = 1 / len(settings.asked.conditions)
-    if "library" in vae.posteriors and settings.library_size != "latent":
+    if settings.library_size != "latent":
         factor *= settings.library_size
     start = 0
     for cells in loader:
@@ -151,7 +157,7 @@ def _decoded(vae: VAE, cells: Cells, latents: dict[str, Tensor], settings: Setti
     for condition in settings.asked.conditions:
         rho = settings.asked.of_genes(vae.decoder.expression(latents, as_if(cells, condition)))
         total = rho if total is None else total.add_(rho)
-    if "library" in latents and settings.library_size == "latent":
+    if settings.library_size == "latent":
         factor = factor * vae.decoder.log_library(latents).exp()
     return total if isinstance(factor, float) and factor == 1 else total * factor
 
@@ -164,8 +170,8 @@ def _draws(vae: VAE, cells: Cells, settings: Settings) -> Iterator[tuple[dict[st
     """
     share = 1 / settings.n_samples if settings.averaged else 1.0
     if settings.weights == "uniform":
-        latent_library = "library" in vae.posteriors and settings.library_size == "latent"
-        q = {name: vae.posteriors[name](cells) for name in (("z", "library") if latent_library else ("z",))}
+        names = ("z", "library") if settings.library_size == "latent" else ("z",)
+        q = {name: vae.posteriors[name](cells) for name in names}
         for _ in range(settings.n_samples):
             yield {name: q[name].rsample() for name in q}, share
         return

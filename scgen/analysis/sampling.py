@@ -39,35 +39,41 @@ def replicates(
     vae: VAE, loader: CellLoader, condition: Condition, n_samples: int, seed: int
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Iterate over (first cell, number of the replicate, x (n, G)) of minibatches, each with all of its replicates."""
+    check_whole("seed", seed, 0)
     vae.eval()
-    start = 0
-    with seeded(seed):
-        for cells in loader:
-            cells = cells.to(vae.device)
-            q = vae.infer(cells)
-            for number in range(n_samples):
+    rng, start = np.random.default_rng(seed), 0
+    for cells in loader:
+        cells = cells.to(vae.device)
+        q = vae.infer(cells)
+        for number in range(n_samples):
+            with seeded(rng.integers(2**63)):  # of each anew: whoever iterates has torch's generators as they were
                 latents = {name: q[name].rsample() for name in q}
-                yield start, number, vae.decoder(latents, as_if(cells, condition)).sample()
-            start += len(cells)
+                x = vae.decoder(latents, as_if(cells, condition)).sample()
+            yield start, number, x
+        start += len(cells)
 
 
-def prior_sample(vae: VAE, registry: Registry, n: int, batch: str | None, seed: int) -> AnnData:
+def prior_sample(vae: VAE, registry: Registry, n: int, condition: Condition, seed: int) -> AnnData:
     """Return new cells with their latents; see `Model.sample_prior`."""
     check_whole("n", n, 1)
+    check_whole("seed", seed, 0)
     if "library" in vae.priors and not (vae.priors["library"].variance > 0).all():
         raise ValueError(
             "the model knows no library sizes to draw from: it came from scvi-tools without cells. Pass them: "
             "SCVI.from_scvi_tools(folder, adata)."
         )
-    rng = np.random.default_rng(seed)
-    cells = registry.blank_cells(n, None if batch is None else registry.batch_code(batch), rng)
+    cells = as_if(registry.blank_cells(n, np.random.default_rng(seed)), condition)
     x, latents = prior_predictive(vae, cells, seed)
-    sample = AnnData(x, var=pd.DataFrame(index=registry.genes), obsm={"z": latents["z"]})
-    names = np.array(registry.batches)[cells.batch.numpy()]
-    sample.obs[registry.setup.batch_key or "batch"] = pd.Categorical(names, categories=registry.batches)
-    if "library" in latents:
-        sample.obs["library"] = np.exp(latents["library"][:, 0])
-    return sample
+    library = np.exp(latents["library"]) if "library" in latents else None
+    # Columns that the model reads come last: one of them may be named "library".
+    obs = ({} if library is None else {"library": library[:, 0]}) | registry.obs_of(cells, library)
+    return AnnData(
+        x,
+        obs=pd.DataFrame(obs, index=[str(i) for i in range(n)]),
+        var=pd.DataFrame(index=registry.genes),
+        obsm={"z": latents["z"]} | ({} if library is None else {"library": library}),
+        layers={} if registry.setup.layer is None else {registry.setup.layer: x.copy()},
+    )
 
 
 @torch.inference_mode()

@@ -130,7 +130,7 @@ def raise_errors(found: list[Finding], call: str) -> None:
 
 def check_whole(name: str, value: int, least: int) -> None:
     """Raise ValueError for an argument that is no whole number, or one below ``least``."""
-    if not isinstance(value, int | np.integer) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name}={value!r}; it takes a whole number from {least}.")
 
 

@@ -287,8 +287,22 @@ class Registry:
         key = {"gene-batch": self.setup.batch_key, "gene-label": self.setup.labels_key}.get(dispersion)
         return rows | ({"dispersion.log_theta": self.known[key]} if key in self.known else {})
 
-    def blank_cells(self, n: int, batch: int | None, rng: np.random.Generator) -> Cells:
-        """Return n cells without counts: in one batch, or in batches drawn evenly, as all other categories are."""
+    def obs_of(self, cells: Cells, library: np.ndarray | None) -> dict[str, pd.Categorical | np.ndarray]:
+        """Return the columns of ``adata.obs`` that `columns` would read these cells and their l, (n, 1), from."""
+        setup = self.setup
+        codes = {setup.batch_key: cells.batch, setup.labels_key: cells.labels}
+        codes |= dict(zip(setup.categorical_covariate_keys, cells.categorical.T, strict=True))
+        found = {
+            key: pd.Categorical.from_codes(of.numpy(), self.categories[key])
+            for key, of in codes.items()
+            if key is not None
+        }
+        values = cells.continuous.double().numpy().T
+        found |= {key: mean + sd * of for (key, (mean, sd)), of in zip(self.scaling.items(), values, strict=True)}
+        return found if setup.size_factor_key is None else found | {setup.size_factor_key: library[:, 0]}
+
+    def blank_cells(self, n: int, rng: np.random.Generator) -> Cells:
+        """Return n cells without counts: of batches, labels and other categories drawn evenly, at mean numbers."""
 
         def codes(n_values: int) -> Tensor:
             return torch.from_numpy(rng.integers(n_values, size=n))
@@ -297,16 +311,12 @@ class Registry:
         return Cells(
             counts=torch.zeros(n, 0),
             library=torch.zeros(n, 1),
-            batch=codes(len(self.batches)) if batch is None else torch.full((n,), batch),
+            batch=codes(len(self.batches)),
             labels=codes(len(self.labels)),
             categorical=torch.stack(others, 1) if others else torch.zeros(n, 0, dtype=torch.int64),
             continuous=torch.zeros(n, len(self.scaling)),
             index=torch.arange(n),
         )
-
-    def batch_code(self, batch: str) -> int:
-        """Return the code of a batch; raises ValueError if the model has not seen it."""
-        return codes_of("batch", self.batches, [batch])[0]
 
     def batches_to_average(self, groupby: str | None, batch_correction: bool) -> list[int] | None:
         """Return the codes of all batches, or None for each cell's own; ValueError where that hides what is asked."""
@@ -318,10 +328,6 @@ class Registry:
                 "batch_correction=False to compare them."
             )
         return list(range(len(self.batches))) if batch_correction else None
-
-    def batch_codes(self, batch: str | Sequence[str] | None) -> list[int | None]:
-        """Return the codes of the batches asked for; see `codes_of`."""
-        return codes_of("batch", self.batches, batch)
 
     def _gene_columns(self, adata: AnnData) -> np.ndarray | None:
         """Return where the model's genes are in ``adata``, None if they are its genes as they stand."""
@@ -367,11 +373,12 @@ def codes_of(what: str, names: list[str], asked: str | Sequence[str] | None) -> 
     >>> [codes_of("batch", names, asked) for asked in ("observed", "average", "c", ["c", "a"])]
     [[None], [0, 1, 2], [2], [2, 0]]
     """
-    if asked is None or (isinstance(asked, str) and asked == "observed"):
+    asked = value_or_list(asked)
+    if asked is None or asked == "observed":
         return [None]
-    if isinstance(asked, str) and asked == "average":
+    if asked == "average":
         return list(range(len(names)))
-    several = list(asked) if isinstance(asked, list | tuple | np.ndarray | pd.Index) else [asked]
+    several = asked if isinstance(asked, list) else [asked]
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     if not several:
         raise ValueError(f"{what} is an empty list; the model knows: {shown}.")
@@ -380,6 +387,19 @@ def codes_of(what: str, names: list[str], asked: str | Sequence[str] | None) -> 
             hint = did_you_mean(str(name), names)
             raise ValueError(f"{what}: {name!r} is unknown to the model (it knows: {shown}).{hint}")
     return [names.index(str(name)) for name in several]
+
+
+def value_or_list(asked):
+    """Return what can be iterated over as a list, but a string, and an array without axes, as the value that it is.
+
+    Examples
+    --------
+    >>> [value_or_list(asked) for asked in ("a", 2.5, None, np.array("a"), ("a", "b"), {"a": 1}.keys())]
+    ['a', 2.5, None, 'a', ['a', 'b'], ['a']]
+    """
+    if getattr(asked, "ndim", None) == 0:
+        return asked.item()
+    return list(asked) if isinstance(asked, Iterable) and not isinstance(asked, str) else asked
 
 
 def standard(values: np.ndarray) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 
+from scgen.data.checks import check_whole
 from scgen.distributions import ZeroInflatedNegativeBinomial
 
 
@@ -51,7 +52,7 @@ def simulate_cells(
     Raises
     ------
     ValueError
-        If a size is below 1, or an effect or share is out of its range.
+        If a size is no whole number from 1, a seed none from 0, or an effect or share is out of its range.
 
     Examples
     --------
@@ -61,9 +62,8 @@ def simulate_cells(
     ((100, 50), ['batch_1', 'batch_2'])
     """
     sizes = {"n_cells": n_cells, "n_genes": n_genes, "n_batches": n_batches, "n_types": n_types, "n_latent": n_latent}
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}; it takes a whole number from 1.")
+    for name, value, least in (*((name, size, 1) for name, size in sizes.items()), ("seed", seed, 0)):
+        check_whole(name, value, least)
     if not 0 <= zero_inflation < 1 or mean_library <= 0 or batch_effect < 0 or type_effect < 0:
         raise ValueError(
             "zero_inflation takes a share from 0 to below 1, mean_library a positive number, effects 0 or more."
@@ -88,7 +88,7 @@ def simulate_cells(
         torch.from_numpy(log_rho + log_library[:, None]), torch.from_numpy(log_theta), torch.from_numpy(zi_logit)
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         x = counts.sample().numpy().astype(np.float32)
     empty = np.flatnonzero(x.sum(1) == 0)
     x[empty, log_rho[empty].argmax(1)] = 1

@@ -96,9 +96,14 @@ class NegativeBinomial(_Counts):
 
     @torch.no_grad()
     def sample_rate(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        """Return draws of the Gamma rate that the counts, before any zero inflation, are Poisson draws of."""
-        theta = self.theta.expand(self._extended_shape(sample_shape))
-        return torch._standard_gamma(theta) * (self.log_mu - self.log_theta).exp()
+        """Return draws of the Gamma rate that the counts, before any zero inflation, are Poisson draws of.
+
+        What is below the smallest normal number is 0.
+        """
+        gamma = torch._standard_gamma(self.theta.expand(self._extended_shape(sample_shape)))
+        # torch raises smaller draws to that number: multiplied by mu / theta, they would rank by it.
+        gamma = gamma.masked_fill(gamma <= torch.finfo(gamma.dtype).tiny, 0)
+        return gamma * (self.log_mu - self.log_theta).exp()
 
     @torch.no_grad()
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:

@@ -11,7 +11,7 @@ from scipy import sparse
 
 from scgen.analysis import comparisons, differential_expression, expression, inference, sampling, thinning
 from scgen.analysis.correlation import correlation_matrix
-from scgen.analysis.counterfactual import Asked, one_condition
+from scgen.analysis.counterfactual import Asked, batch_asked, one_condition
 from scgen.analysis.likelihood_parameters import likelihood_parameters
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry, setup_anndata
@@ -440,7 +440,7 @@ class Model:
             in its own unit, or a list of numbers; its "average" is the mean of the cells that the model was made for.
             Where several are averaged, the mean is over all combinations of their values, 1000 at most.
         library_size
-            The l common to all cells, or "latent" for each cell's own.
+            The l common to all cells, or "latent" for each cell's own; 1 with ``gene_likelihood="normal"``.
         gene_list
             Genes to return; None for all.
         n_samples, return_mean
@@ -455,8 +455,8 @@ class Model:
             An array that is filled, a minibatch of cells at a time, and returned: `numpy.memmap`, an h5py dataset, a
             zarr array, or whatever has shape, dtype and assignment to slices.
         sparse_below
-            Values below this become zeros, and the result a CSR matrix, of which no dense form is ever held; a list of
-            them if draws are not averaged.
+            Values below this become zeros, and the result a CSR matrix, whatever ``return_numpy`` is, of which no dense
+            form is ever held; a list of them if draws are not averaged.
         transform_batch
             scvi-tools' name for ``batch``.
 
@@ -474,7 +474,7 @@ class Model:
             If an argument is of the wrong kind altogether.
         ValueError
             If a batch, covariate, value of it, gene, library size or weight is not known, or ``out`` is of another
-            shape, holds no floats or cannot be written to.
+            shape, holds no floats of 32 bits or more, or cannot be written to.
 
         Examples
         --------
@@ -489,7 +489,7 @@ class Model:
         >>> model.get_normalized_expression(library_size=1e4, sparse_below=1.0).format
         'csr'
         """
-        asked = Asked.of(self.registry, batch, covariates, gene_list, transform_batch)
+        asked = Asked.of(self.registry, batch_asked(batch, transform_batch), covariates, gene_list)
         settings = expression.Settings(asked, library_size, n_samples, return_mean, weights, seed)
         loader = self._loader(adata, indices, batch_size)
         names = (self.adata if adata is None else adata).obs_names
@@ -737,7 +737,14 @@ class Model:
         loader = self._loader(adata, indices, batch_size)
         return sampling.posterior_predictive(self.vae, loader, condition, n_samples, seed)
 
-    def sample_prior(self, n: int = 1000, batch: str | None = None, *, seed: int = 0) -> AnnData:
+    def sample_prior(
+        self,
+        n: int = 1000,
+        batch: str | None = None,
+        *,
+        covariates: Mapping[str, str | float] | None = None,
+        seed: int = 0,
+    ) -> AnnData:
         """Return new cells: z ~ p(z), log l ~ p(log l | s), x ~ p(x | z, l, s).
 
         Parameters
@@ -745,17 +752,34 @@ class Model:
         n
             Number of cells.
         batch
-            Name of their batch; None draws batches evenly. Other covariates are drawn evenly too, continuous ones are
-            at their mean.
+            Name of their batch; None draws batches evenly.
+        covariates
+            As in `posterior_predictive_sample`. Those not named are drawn evenly too, continuous ones are at their
+            mean; so are labels, where the model reads them.
         seed
             Seed of all draws.
 
         Returns
         -------
-        AnnData with counts in ``X``, the batch and ``library`` in ``obs``, z in ``obsm["z"]``.
+        AnnData that the model can be asked about: counts in ``X``, and in the layer that the model reads; in ``obs``
+        the batch, labels, covariates and size factors, as far as it reads them, under the names that they have in its
+        own AnnData; z in ``obsm["z"]`` and l, (n, 1), in ``obsm["library"]``. ``obs["library"]`` is l, too, unless the
+        model reads a column of that name.
+
+        Examples
+        --------
+        >>> import scgen
+        >>> adata = scgen.simulate_cells(n_cells=100, n_genes=30, seed=0)
+        >>> scgen.setup_anndata(adata, batch_key="batch")
+        >>> model = scgen.SCVI(adata)
+        >>> model.train(max_epochs=2, progress=False)
+        >>> sample = model.sample_prior(50, batch="batch_1")
+        >>> sample.shape, sample.obs.columns.tolist(), bool(model.get_elbo(sample) < 0)
+        ((50, 30), ['library', 'batch'], True)
         """
         self.require_training()
-        return sampling.prior_sample(self.vae, self.registry, n, batch, seed)
+        condition = one_condition(self.registry, batch, covariates)
+        return sampling.prior_sample(self.vae, self.registry, n, condition, seed)
 
     def query(
         self, adata: AnnData, *, layer: str | None = None, batch_key: str | None = None, min_overlap: float = 0.5

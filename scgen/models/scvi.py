@@ -232,7 +232,7 @@ class SCVI(Model):
         dispersion: str,
         use_observed_lib_size: bool,
         encode_covariates: bool,
-        seed: int,
+        seed: int,  # that all of this is made under
         library_residual: bool = True,  # models saved before there was a choice
         posterior: str = "normal",
         n_flows: int | None = None,
@@ -256,8 +256,6 @@ class SCVI(Model):
         }.items():
             if not isinstance(flag, bool):
                 raise ValueError(f"{name}={flag!r}; it takes True or False.")
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed={seed!r}; it takes a whole number from 0.")
         for name, choice, known in (
             ("gene_likelihood", gene_likelihood, LIKELIHOODS),
             ("dispersion", dispersion, DISPERSIONS),

@@ -1,5 +1,7 @@
 """Correlations of genes against SciPy's of the values that they are of, and against their limits."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,31 @@ def test_spearman_of_noisy_values(negative_binomial):
     found = negative_binomial.get_feature_correlation_matrix(n_samples=100)
     np.testing.assert_allclose(found, expected, atol=0.03)
     assert np.abs(expected - np.eye(12)).max() > 0.15
+
+
+@pytest.mark.parametrize("kind", ["pearson", "spearman"])
+@pytest.mark.parametrize("likelihood", ["zinb", "nb"])
+def test_noise_does_not_depend_on_the_genes_asked_for(likelihood, kind):
+    model = model_of(likelihood, dispersion="gene-cell")
+    everything = model.get_feature_correlation_matrix(correlation_type=kind)
+    genes = ["gene_9", "gene_3", "gene_9"]
+    found = model.get_feature_correlation_matrix(gene_list=genes, correlation_type=kind)
+    np.testing.assert_allclose(found, everything.loc[genes, genes], atol=1e-6)
+    assert found.iloc[0, 2] == pytest.approx(1, abs=1e-6)  # a gene with itself
+
+
+@pytest.mark.parametrize("theta", [0.003, 0.001])
+def test_spearman_of_rates_that_underflow(negative_binomial, theta):
+    """Most rates are far below what float32 holds; their logarithms, of Gamma(theta + 1) U^(1 / theta), are not."""
+    model, rng = copy.deepcopy(negative_binomial), np.random.default_rng(0)
+    with torch.no_grad():
+        model.vae.decoder.dispersion.log_theta.fill_(np.log(theta))
+    rho = model.get_normalized_expression(n_samples=100, return_mean=False).astype(float).reshape(-1, 12)
+    log_gamma = np.log(rng.gamma(theta + 1, 1, rho.shape)) + np.log(rng.random(rho.shape)) / theta
+    expected = stats.spearmanr(log_gamma + np.log(rho / theta)).statistic
+    found = model.get_feature_correlation_matrix(n_samples=100)
+    np.testing.assert_allclose(found, expected, atol=0.05)
+    assert np.abs(stats.spearmanr(rho).statistic - expected).max() > 0.4  # what comes out if ties rank by rho
 
 
 def test_moments_keep_their_digits():

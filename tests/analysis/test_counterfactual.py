@@ -48,21 +48,34 @@ def z_of(model) -> np.ndarray:
         return mean + np.sqrt(variance) * torch.randn(mean.shape).numpy()
 
 
-def decoded(model, z, batch, donor, stage, age, depth) -> np.ndarray:
+def decoded(model, z, categories, numbers=()) -> np.ndarray:
     """Return rho in plain NumPy: each layer sees [z, one-hots, standardised numbers]."""
     weights = {name: value.double().numpy() for name, value in model.vae.decoder.state_dict().items()}
     h = z.astype(float)
-    for layer in range(2):
+    for layer in range(model.arguments["n_layers"]):
         at = f"mlp.layers.{layer}."
         h = h @ weights[at + "linear.weight"].T + weights[at + "linear.bias"]
-        for i, codes in enumerate((batch, donor, stage)):
+        for i, codes in enumerate(categories):
             h += weights[f"{at}rows.{i}"][codes]
-        h += np.stack([age, depth], 1) @ weights[at + "slopes"]
+        if numbers:
+            h += np.stack(numbers, 1) @ weights[at + "slopes"]
         norm = {key: weights[f"mlp.norms.{layer}.{key}"] for key in ("weight", "bias", "running_mean", "running_var")}
         h = (h - norm["running_mean"]) / np.sqrt(norm["running_var"] + 1e-3) * norm["weight"] + norm["bias"]
         h = np.maximum(h, 0)
     odds = np.exp(h @ weights["scale.weight"].T + weights["scale.bias"])
     return odds / odds.sum(1, keepdims=True)
+
+
+def of_covariates(adata, **changed) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return codes and standardised numbers, some of them changed for all cells; None is the mean."""
+    obs = adata.obs
+    codes = {
+        name: obs[name].astype("category").cat.codes.to_numpy().astype(int) for name in ("batch", "donor", "stage")
+    }
+    numbers = {name: obs[name].to_numpy() for name in ("age", "depth")}
+    new = {name: np.full(len(obs), numbers[name].mean() if value is None else value) for name, value in changed.items()}
+    standardised = [(new.get(name, own) - own.mean()) / own.std() for name, own in numbers.items()]
+    return [new.get(name, own) for name, own in codes.items()], standardised
 
 
 @pytest.mark.parametrize(
@@ -79,24 +92,11 @@ def decoded(model, z, batch, donor, stage, age, depth) -> np.ndarray:
     ],
 )
 def test_every_covariate_can_be_fixed_or_averaged(adata, model, batch, covariates, codes):
-    own = {
-        "batch": adata.obs["batch"].cat.codes.to_numpy(),
-        "donor": adata.obs["donor"].cat.codes.to_numpy(),
-        "stage": (adata.obs["stage"] == "late").to_numpy().astype(int),
-        "age": adata.obs["age"].to_numpy(),
-        "depth": adata.obs["depth"].to_numpy(),
-    }
-    mean = {name: own[name].mean() if name in ("age", "depth") else None for name in own}
-    deviation = {name: own[name].std() for name in ("age", "depth")}
-    z, n = z_of(model), adata.n_obs
-    expected = []
-    for values in itertools.product(*codes.values()):
-        asked = dict(own)
-        for name, value in zip(codes, values, strict=True):
-            asked[name] = np.full(n, mean[name] if value is None else value)
-        for name in ("age", "depth"):
-            asked[name] = (asked[name] - mean[name]) / deviation[name]
-        expected.append(decoded(model, z, **asked))
+    z = z_of(model)
+    expected = [
+        decoded(model, z, *of_covariates(adata, **dict(zip(codes, values, strict=True))))
+        for values in itertools.product(*codes.values())
+    ]
     found = model.get_normalized_expression(batch=batch, covariates=covariates)
     np.testing.assert_allclose(found, np.mean(expected, 0), rtol=1e-4)
     if codes:
@@ -189,6 +189,10 @@ def test_a_known_effect_of_a_covariate_is_recovered():
         ({"covariates": {"age": float("nan")}}, ValueError, "takes a number"),
         ({"covariates": {"age": True}}, ValueError, "takes a number"),
         ({"covariates": {"age": []}}, ValueError, "takes a number"),
+        ({"gene_list": []}, ValueError, "gene_list is an empty list.*gene_1, gene_2"),
+        ({"gene_list": iter(["gene_1", "gene21"])}, ValueError, "no genes gene21.*Did you mean"),
+        ({"gene_list": "gene_1"}, TypeError, r"gene_list=\['gene_1'\]"),
+        ({"gene_list": 5}, TypeError, "gene_list=5 stands where a list"),
         ({"batch": "batch1"}, ValueError, r"batch: 'batch1'.*batch_1, batch_2.*Did you mean \"batch_1\""),
         ({"batch": "average", "transform_batch": "batch_1"}, ValueError, "same thing"),
         (
@@ -234,3 +238,66 @@ def test_numbers_and_names_like_ours_are_categories_too():
     names = ["average", "observed", "other"]
     each = [model.get_normalized_expression(covariates={"kind": [name]}, return_numpy=True) for name in names]
     np.testing.assert_allclose(everything, np.mean(each, 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_key", ["sample", None])
+@pytest.mark.parametrize("values", [["x", "y"], [20.0, 60.0]])
+def test_a_covariate_may_be_named_batch(batch_key, values):
+    """Without covariates in the encoder, fixing one is asking about cells that have it."""
+    adata = scgen.simulate_cells(n_cells=60, n_genes=10, n_batches=3, seed=0)
+    adata.obs["sample"] = adata.obs["batch"]
+    adata.obs["batch"] = np.resize(values, 60)
+    kind = "categorical" if isinstance(values[0], str) else "continuous"
+    scgen.setup_anndata(adata, batch_key=batch_key, **{f"{kind}_covariate_keys": ["batch"]})
+    model = scgen.SCVI(adata, n_latent=2, n_hidden=8, encode_covariates=False, use_observed_lib_size=True)
+    model.train(2, accelerator="cpu", progress=False)
+    samples = [None, "batch_3"] if batch_key else [None]
+    for sample in samples:
+        changed = adata.copy()
+        changed.obs["batch"] = values[1]
+        if sample is not None:
+            changed.obs["sample"] = sample
+        ask = {"batch": sample, "covariates": {"batch": values[1]}}
+        found = model.get_normalized_expression(return_numpy=True, **ask)
+        assert np.array_equal(found, model.get_normalized_expression(changed, return_numpy=True))
+        assert not np.allclose(found, model.get_normalized_expression(return_numpy=True), rtol=1e-3)
+        assert (model.posterior_predictive_sample(**ask) != model.posterior_predictive_sample(changed)).nnz == 0
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter, pd.Series, pd.Categorical, dict.fromkeys, np.array])
+def test_any_list_is_one(model, kind):
+    everything = model.get_normalized_expression()
+    genes, batches, donors = ["gene_7", "gene_2"], ["batch_2", "batch_1"], ["c", "a"]
+    assert model.get_normalized_expression(gene_list=kind(genes)).equals(everything[genes])
+    for name, values in model.get_likelihood_parameters(gene_list=kind(genes)).items():
+        assert np.array_equal(values, model.get_likelihood_parameters()[name][:, [6, 1]])
+    expected = [
+        decoded(model, z_of(model), *of_covariates(model.adata, batch=batch, donor=donor, age=age))
+        for batch in (1, 0)
+        for donor in (2, 0)
+        for age in (25, 50)
+    ]
+    asked = {"batch": kind(batches), "covariates": {"donor": kind(donors), "age": kind([25.0, 50.0])}}
+    np.testing.assert_allclose(model.get_normalized_expression(**asked), np.mean(expected, 0), rtol=1e-4)
+
+
+def test_an_array_without_axes_is_a_value(model):
+    found = model.get_normalized_expression(
+        batch=np.array("batch_2"), covariates={"donor": np.array("b"), "age": np.array(33.5)}
+    )
+    expected = decoded(model, z_of(model), *of_covariates(model.adata, batch=1, donor=1, age=33.5))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_one_factor_may_have_any_number_of_values():
+    """More batches than combinations are allowed: a mean over them alone is what it costs."""
+    adata = scgen.simulate_cells(n_cells=2020, n_genes=6, n_batches=1, seed=0)
+    adata.obs["well"] = np.repeat([f"w{i:04}" for i in range(1010)], 2)
+    with pytest.warns(UserWarning, match="fewer than 10 cells"):
+        scgen.setup_anndata(adata, batch_key="well")
+    model = scgen.SCVI(adata, n_latent=2, n_hidden=4)
+    model.train(1, accelerator="cpu", progress=False)
+    z = z_of(model)[:3]
+    expected = np.mean([decoded(model, z, [np.full(3, code)]) for code in range(1010)], 0)
+    found = model.get_normalized_expression(batch="average", batch_size=2020)[:3]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)

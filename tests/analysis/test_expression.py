@@ -145,6 +145,7 @@ def test_arrays_that_cannot_be_filled(trained, asked, tmp_path):
             (np.zeros((120, 30)), ValueError, r"shape \(120, 30\).*\(120, 3\)"),
             (np.zeros((2, 120, 3)), ValueError, r"shape \(120, 3\)"),
             (np.zeros((120, 3), int), ValueError, "int64.*floats"),
+            (np.zeros((120, 3), np.float16), ValueError, "float16.*32 bits"),  # its largest number is 65504
             (torch.zeros(120, 3), ValueError, "torch.float32.*numpy.memmap"),
             ([[0.0] * 3] * 120, TypeError, "list"),
             (frozen, ValueError, "opened for writing"),
@@ -152,8 +153,11 @@ def test_arrays_that_cannot_be_filled(trained, asked, tmp_path):
         ):
             with pytest.raises(error, match=words):
                 trained.get_normalized_expression(out=out, **asked)
-    with pytest.raises(ValueError, match="one of them"):
-        trained.get_normalized_expression(out=np.zeros((120, 3)), sparse_below=1.0, **asked)
+    kept = np.full((120, 3), 7.0)
+    for below, words in ((1.0, "one of them"), (-1.0, "sparse_below=-1.0")):
+        with pytest.raises(ValueError, match=words):
+            trained.get_normalized_expression(out=kept, sparse_below=below, **asked)
+    assert (kept == 7).all()  # what is refused is not written to
 
 
 def test_small_values_become_zeros(trained, asked):
@@ -164,6 +168,7 @@ def test_small_values_become_zeros(trained, asked):
     assert found.nnz == (dense >= below).sum() == dense.size // 2
     assert np.array_equal(found.toarray(), np.where(dense < below, 0, dense))
     draws = {"n_samples": 3, "return_mean": False}
+    assert trained.get_normalized_expression(sparse_below=below, return_numpy=True, **asked).format == "csr"
     several = trained.get_normalized_expression(sparse_below=below, **asked, **draws)
     each = trained.get_normalized_expression(**asked, **draws)
     assert len(several) == 3
@@ -174,13 +179,18 @@ def test_small_values_become_zeros(trained, asked):
             trained.get_normalized_expression(sparse_below=wrong)
 
 
-def test_normal_values_are_not_cut(cells):
+def test_normal_values_are_neither_cut_nor_scaled(cells):
     adata = cells.copy()
     scgen.setup_anndata(adata, batch_key="batch")
     model = scgen.SCVI(adata, gene_likelihood="normal", n_latent=2, n_hidden=8)
     model.train(1, accelerator="cpu", progress=False)
     with pytest.raises(ValueError, match="both sides of 0"):
         model.get_normalized_expression(sparse_below=0.1)
+    kept = np.full(adata.shape, 7.0)
+    for size in (1e4, "latent"):
+        with pytest.raises(ValueError, match=f"has no library: library_size={size!r}"):
+            model.get_normalized_expression(library_size=size, out=kept)
+    assert (kept == 7).all()
     weighted = model.get_normalized_expression(weights="importance", n_samples=20, batch="average")
     assert np.isfinite(weighted).all(axis=None)
 

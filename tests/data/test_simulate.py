@@ -30,7 +30,9 @@ def test_seeds():
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("wrong", [{"n_cells": 0}, {"n_types": 0}, {"zero_inflation": 1.0}, {"mean_library": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"n_cells": 0}, {"n_types": 0}, {"n_genes": 2.5}, {"zero_inflation": 1.0}, {"mean_library": 0.0}]
+)
 def test_wrong_sizes(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         scgen.simulate_cells(**wrong)

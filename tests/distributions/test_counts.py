@@ -145,6 +145,23 @@ def test_samples_have_the_moments(case):  # T5
     )
 
 
+@pytest.mark.parametrize("theta", [0.02, 0.005, 0.5])
+def test_rates_that_underflow_are_zero(theta):
+    """Exact draws are exp(log Gamma(theta + 1) + log U / theta); float32 holds none below its smallest number."""
+    torch.manual_seed(0)
+    rng, n = np.random.default_rng(0), 200_000
+    log_mu = torch.tensor([-9.0, 3.0])
+    found = NegativeBinomial(log_mu, torch.tensor(np.log(theta), dtype=torch.float32)).sample_rate((n,)).numpy()
+    log_gamma = np.log(rng.gamma(theta + 1, 1, n)) + np.log(rng.random(n)) / theta
+    smallest = np.log(np.finfo(np.float32).tiny)
+    share = (log_gamma < smallest).mean()
+    assert share == pytest.approx(special.gammainc(theta, np.exp(smallest)), abs=0.005)
+    np.testing.assert_allclose((found == 0).mean(0), share, atol=0.005)
+    for rates, mu in zip(found.T, np.exp(log_mu.numpy()), strict=True):
+        above = log_gamma[log_gamma > smallest] + np.log(mu / theta)
+        assert stats.ks_2samp(np.log(rates[rates > 0]), above).pvalue > 1e-3
+
+
 @pytest.mark.parametrize("theta_shape", [(7,), (5, 7), (3, 5, 7)])
 def test_shapes_broadcast(theta_shape):  # T23: an axis of draws is a loop over it
     rng = np.random.default_rng(1)

@@ -132,6 +132,42 @@ def test_training_goes_on(small):
     assert model.get_elbo() > elbo
 
 
+#: Everything that takes a seed.
+SEEDED = {
+    "simulate": lambda model, seed: scgen.simulate_cells(20, 5, seed=seed).X.toarray(),
+    "SCVI": lambda model, seed: scgen.SCVI(model.adata, seed=seed).vae.decoder.scale.weight.detach().numpy(),
+    "train": lambda model, seed: train(scgen.SCVI(model.adata), 1, seed=seed).get_latent_representation(),
+    "latent": lambda model, seed: model.get_latent_representation(give_mean=False, seed=seed),
+    "elbo": lambda model, seed: model.get_elbo(return_mean=False, seed=seed),
+    "marginal": lambda model, seed: model.get_marginal_ll(n_mc_samples=2, return_mean=False, seed=seed),
+    "expression": lambda model, seed: model.get_normalized_expression(return_numpy=True, seed=seed),
+    "correlation": lambda model, seed: model.get_feature_correlation_matrix(seed=seed).to_numpy(),
+    "parameters": lambda model, seed: model.get_likelihood_parameters(seed=seed)["mean"],
+    "differences": lambda model, seed: model.differential_expression("cell_type", seed=seed)["lfc_mean"].to_numpy(),
+    "posterior": lambda model, seed: model.posterior_predictive_sample(seed=seed).toarray(),
+    "prior": lambda model, seed: model.sample_prior(20, seed=seed).X.toarray(),
+    "check": lambda model, seed: scgen.posterior_predictive_check(model, n_samples=2, seed=seed).genes.to_numpy(),
+    "typicality": lambda model, seed: model.query(model.adata.copy()).typicality(seed=seed).to_numpy(float),
+}
+
+
+@pytest.mark.parametrize("what", SEEDED)
+def test_a_seed_is_a_whole_number(trained, what):
+    for seed in (None, 1.7, -1, True, "0"):
+        with pytest.raises(ValueError, match=f"seed={seed!r}; it takes a whole number from 0"):
+            SEEDED[what](trained, seed)
+    one, same, other = (SEEDED[what](trained, seed) for seed in (3, np.uint8(3), 4))
+    assert np.array_equal(one, same)
+    if what != "typicality":  # which of the cells are halved by the seed is no matter in so few
+        assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("number", [True, np.True_, 2.0, 0])
+def test_a_number_of_draws_is_a_whole_one(trained, number):
+    with pytest.raises(ValueError, match=r"n_samples=.*; it takes a whole number from 1"):
+        trained.get_normalized_expression(n_samples=number)
+
+
 def test_split_and_history(small):
     model = train(model_of(small))
     both = np.concatenate([model.train_indices, model.validation_indices])
