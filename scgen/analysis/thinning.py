@@ -44,11 +44,12 @@ def held_out_log_likelihood(
         raise ValueError(f"held_out={held_out!r}; it takes a share above 0 and below 1.")
     check_whole("n_samples", n_samples, 1)
     vae.eval()
-    # Of its own: the same cells are split alike, whatever the model, its draws and the minibatches are.
-    rng, results = np.random.default_rng(seed), []
+    results = []
     as_measured = copy(loader)
     as_measured.complete = None  # genes that were not measured are expected of the kept counts alone
     with seeded(seed):
+        # Of its own: the same cells are split alike, whatever the model, its draws and the minibatches are.
+        rng = np.random.default_rng(seed)
         for cells in as_measured:
             kept, rest = thinned(cells, held_out, size_factors, rng)
             kept = (kept if loader.complete is None else loader.complete(kept)).to(vae.device)
