@@ -73,7 +73,52 @@ def map_new_cells(text: str):
     assert typicality > 0.7
 
 
-CLAIMS = {check.__name__: check for check in (integrate_batches, differential_expression, map_new_cells)}
+def variational_inference(text: str):
+    """The truth is in closed form, by quadrature, or scikit-learn's maximum of the same likelihood."""
+    assert numbers(text, "log p(x) - (ELBO + KL): at most #")[0] < 1e-9
+    assert numbers(text, "draws - ELBO: at most #")[0] < 0.15  # of 10,000 draws that spread over some nats
+    for d in (1, 10, 100):  # of 50,000 draws, times d components
+        exact = {"reparametrised": 4, "score function": 30 + 22 * (d - 1) + 4 * (d - 1) ** 2}
+        for name, variance in (exact | {"with baseline": 14 + 6 * (d - 1)}).items():
+            gradient, found = numbers(text, f"d={d}, {name}: gradient #, variance #")
+            assert abs(gradient - 2) < 4 * (variance / 50_000) ** 0.5
+            assert found == pytest.approx(variance, rel=0.12)
+    found = {}
+    for name in ("together", "in turn, 1 step", "in turn, 100 steps"):
+        elbo, log_p, kl = numbers(text, f"{name}: below the maximum: ELBO #, log p(x) #; KL #")
+        assert elbo == pytest.approx(log_p + kl, abs=2e-4)
+        assert min(elbo, log_p, kl) > -1e-4
+        found[name] = elbo, numbers(text, f"{name}: steps with the ELBO within 0.1: # of")[0]
+    assert found["together"][0] < 0.02
+    assert found["in turn, 1 step"][0] < 0.05
+    assert found["together"][1] > found["in turn, 1 step"][1] > found["in turn, 100 steps"][1]
+    (exact,) = numbers(text, "log p(x), exact: #")
+    draws = (1, 10, 100, 1000, 10_000)
+    names = ("prior", "worse q", "trained q")
+    rows = {name: [numbers(text, f"{name}, K={k}: #, error of a cell #, ESS #") for k in draws] for name in names}
+    assert rows["prior"][0][0] < exact - 10
+    assert rows["prior"][1][0] < exact - 1
+    assert all(abs(rows[name][-1][0] - exact) < 0.05 for name in names)
+    assert all(error < 0.1 for _, error, _ in rows["trained q"])
+    for k, prior, worse, trained in zip(draws[1:], *(rows[name][1:] for name in names), strict=True):
+        assert prior[2] < worse[2] < trained[2] <= k
+        assert prior[1] > worse[1] > trained[1]
+    assert rows["prior"][-1][2] < 0.1 * draws[-1] < 0.98 * draws[-1] < rows["trained q"][-1][2]
+    (floor,) = numbers(text, "-log Z by quadrature: #")
+    assert floor == pytest.approx(-1.8775, abs=1e-3)  # SciPy's dblquad says so, too (tests/test_variational.py)
+    kl = {}
+    for name in ("Gaussian", "planar", "inverse autoregressive"):
+        energy, error, kl[name] = numbers(text, f"{name}: free energy # (standard error #), KL #")
+        assert energy > floor - 4 * error
+        assert numbers(text, f"{name}: the density in the picture integrates to #")[0] == pytest.approx(1, abs=0.03)
+    assert kl["planar"] < 0.15
+    assert kl["inverse autoregressive"] < 0.4 < 2 < kl["Gaussian"]
+
+
+CLAIMS = {
+    check.__name__: check
+    for check in (integrate_batches, differential_expression, map_new_cells, variational_inference)
+}
 
 
 def printed(notebook) -> str:

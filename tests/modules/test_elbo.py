@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from sklearn.decomposition import PCA, FactorAnalysis
 from torch import nn
 
 from scgen.data.cells import Cells
@@ -131,3 +132,53 @@ def test_gradient_of_the_bound_is_its_finite_difference():  # T10, with common r
         return vae(cells, (64,)).value.mean()
 
     assert torch.autograd.gradcheck(bound, torch.full((6,), 0.3, dtype=torch.float64, requires_grad=True))
+
+
+class LearnedPosterior(nn.Module):
+    """q(z | x) = N(A x + c, diag v), with A, c and v learned."""
+
+    def __init__(self, n_genes, n_latent):
+        super().__init__()
+        self.mean = nn.Linear(n_genes, n_latent)
+        self.log_variance = nn.Parameter(torch.zeros(n_latent))
+
+    def forward(self, cells):
+        mean = self.mean(cells.counts)
+        return DiagonalNormal(mean, self.log_variance.exp().expand(mean.shape))
+
+
+@pytest.mark.parametrize("noise", ["of each gene", "the same"])
+def test_a_linear_model_is_trained_to_the_maximum_likelihood(noise):  # T9
+    rng = np.random.default_rng(0)
+    sd = rng.uniform(0.5, 1.2, 6) if noise == "of each gene" else np.full(6, 0.8)
+    x = (
+        rng.normal(size=(400, 2)) @ (1.5 * rng.normal(size=(2, 6)))
+        + rng.normal(size=6)
+        + sd * rng.normal(size=(400, 6))
+    )
+    kind = FactorAnalysis if noise == "of each gene" else PCA
+    best = kind(2).fit(x).score(x)
+    assert kind(1).fit(x).score(x) < 1.03 * best  # negative, all of them: one latent would not do
+    torch.manual_seed(0)
+    decoder = GaussianDecoder(2, 1, 0, 6)
+    vae = VAE({"z": LearnedPosterior(6, 2)}, {"z": StandardNormalPrior(2)}, decoder).double()
+    cells = cells_of(torch.from_numpy(x))
+    optimizer = torch.optim.Adam(vae.parameters(), 0.03)
+    slower = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 1500)
+    for _ in range(1500):
+        optimizer.zero_grad()
+        vae(cells).loss().backward()
+        optimizer.step()
+        slower.step()
+    with torch.no_grad():
+        elbo = vae(cells, (500,)).value.mean().item()
+        w, b, psi = (
+            decoder.mean.weight.numpy(),
+            decoder.mean.bias.numpy(),
+            (decoder.log_scale.exp() + 1e-4).numpy() ** 2,
+        )
+    log_p = stats.multivariate_normal(b, w @ w.T + np.diag(psi)).logpdf(x).mean()
+    for value in (elbo, log_p):
+        assert value == pytest.approx(best, rel=0.005)
+    maximum = FactorAnalysis(2, tol=1e-8, max_iter=10_000, svd_method="lapack").fit(x).score(x)
+    assert log_p < maximum + 1e-6
