@@ -42,10 +42,14 @@ def latent(vae: VAE, loader: CellLoader, name: str) -> tuple[np.ndarray, np.ndar
 
 @torch.inference_mode()
 def draw(vae: VAE, loader: CellLoader, name: str, seed: int) -> np.ndarray:
-    """Return a draw from q of one latent for each cell, (n, d), in the loader's order."""
+    """Return a draw from q of one latent for each cell, (n, d), in the loader's order, whatever its minibatches."""
+    check_whole("seed", seed, 0)
     vae.eval()
-    with seeded(seed):
-        draws = [vae.posteriors[name](cells.to(vae.device)).rsample().cpu().numpy() for cells in loader]
+    rng, draws = np.random.default_rng(seed), []
+    for cells in loader:
+        q = vae.posteriors[name](cells.to(vae.device))
+        noise = rng.standard_normal(q.batch_shape + q.event_shape, dtype=np.float32)
+        draws.append(q.from_noise(torch.from_numpy(noise).to(vae.device)).cpu().numpy())
     return np.concatenate(draws)
 
 
@@ -133,9 +137,11 @@ def cluster_probs(vae: VAE, loader: CellLoader, n_samples: int, seed: int) -> np
     with seeded(seed):
         for cells in loader:
             cells = cells.to(vae.device)
-            p, z = vae.prior("z", cells), vae.posteriors["z"](cells).rsample((n_samples,))
-            log_joint = p.mixture_distribution.logits + p.component_distribution.log_prob(z[..., None, :])
-            probs.append(log_joint.softmax(-1).mean(0).cpu().numpy())
+            p, q, total = vae.prior("z", cells), vae.posteriors["z"](cells), 0.0
+            for _ in range(n_samples):
+                each = p.component_distribution.log_prob(q.rsample()[:, None])
+                total = total + (p.mixture_distribution.logits + each).softmax(-1)
+            probs.append((total / n_samples).cpu().numpy())
     return np.concatenate(probs)
 
 

@@ -54,6 +54,10 @@ class Flowed(Distribution):
     def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         return self.rsample_and_log_prob(sample_shape)[0]
 
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Return the draws that standard normal noise (..., n, d) makes."""
+        return self.flow(self.base.from_noise(noise), self.context)[0]
+
     def rsample_and_log_prob(self, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Return draws (*shape, n, d) that carry gradients, and their log-density (*shape, n)."""
         e, log_q = self.base.rsample_and_log_prob(shape)
@@ -73,13 +77,12 @@ class Flowed(Distribution):
         return self._moments()[1]
 
     def _moments(self) -> tuple[Tensor, Tensor]:
-        mean, deviation = self.base.mean, self.base.variance.sqrt()
+        mean = self.base.mean
         noise = torch.randn(N_DRAWS // 2, *self.event_shape, generator=torch.Generator().manual_seed(0))
         noise = torch.cat([noise, -noise]).to(mean)[(slice(None), *[None] * len(self.batch_shape))]
         total = squares = 0.0
         for some in noise.split(AT_ONCE):
-            z, _ = self.flow(torch.addcmul(mean, deviation, some), self.context)
-            from_base = z - mean  # squares of what may be far from 0 would lose digits
+            from_base = self.from_noise(some) - mean  # squares of what may be far from 0 would lose digits
             total, squares = total + from_base.sum(0), squares + from_base.square().sum(0)
         shift = total / N_DRAWS
         return mean + shift, (squares / N_DRAWS - shift.square()).clamp(min=0)

@@ -42,7 +42,11 @@ class DiagonalNormal(Distribution):
         return self._variance
 
     def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        return torch.addcmul(self._mean, self._variance.sqrt(), self._noise(sample_shape))
+        return self.from_noise(self._noise(sample_shape))
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Return the draws that standard normal noise (..., d) makes."""
+        return torch.addcmul(self._mean, self._variance.sqrt(), noise)
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self._log_density((value - self._mean).square() / self._variance)
@@ -50,7 +54,7 @@ class DiagonalNormal(Distribution):
     def rsample_and_log_prob(self, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Return draws (*shape, ..., d) that carry gradients, and their log-density (*shape, ...)."""
         noise = self._noise(shape)
-        return torch.addcmul(self._mean, self._variance.sqrt(), noise), self._log_density(noise.square())
+        return self.from_noise(noise), self._log_density(noise.square())
 
     def _noise(self, sample_shape: tuple[int, ...]) -> Tensor:
         shape = torch.Size(sample_shape) + self._batch_shape + self._event_shape
@@ -104,14 +108,17 @@ class CorrelatedNormal(Distribution):
         return self._independent.variance * (1 + self.lower.square().sum(-1))
 
     def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        return self.rsample_and_log_prob(sample_shape)[0]
+        return self.from_noise(self._independent._noise(sample_shape))
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Return the draws that standard normal noise (..., d) makes."""
+        correlated = noise + (self.lower @ noise[..., None])[..., 0]
+        return torch.addcmul(self._mean, self._independent.variance.sqrt(), correlated)
 
     def rsample_and_log_prob(self, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Return draws (*shape, ..., d) that carry gradients, and their log-density (*shape, ...)."""
         noise = self._independent._noise(shape)
-        correlated = noise + (self.lower @ noise[..., None])[..., 0]
-        z = torch.addcmul(self._mean, self._independent.variance.sqrt(), correlated)
-        return z, self._independent._log_density(noise.square())
+        return self.from_noise(noise), self._independent._log_density(noise.square())
 
     def log_prob(self, value: Tensor) -> Tensor:
         correlated = (value - self._mean) / self._independent.variance.sqrt()
@@ -155,6 +162,10 @@ class PointMass(Distribution):
 
     def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         return self.value.expand(*sample_shape, *self.value.shape)
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Return ``value``, whatever the noise (..., d)."""
+        return self.value.expand(noise.shape)
 
     def rsample_and_log_prob(self, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Return ``value`` repeated, and zeros."""

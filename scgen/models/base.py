@@ -32,8 +32,8 @@ class Model:
     vae
         The torch module.
     history
-        A row per epoch: elbo_train, elbo_validation and its parts (nats per cell; higher is better), kl_weight,
-        seconds.
+        A row per epoch: elbo_train, elbo_validation and the means of its parts (nats per cell; higher is better),
+        kl_weight, seconds.
     trainings
         The options of each call of `train`, and whether it "finished" without an interrupt or error.
     train_indices, validation_indices
@@ -202,7 +202,8 @@ class Model:
 
         Returns
         -------
-        (n, n_latent) float32, in the order of ``indices``; two of them with ``return_dist``.
+        (n, n_latent) float32, in the order of ``indices``; two of them with ``return_dist``. Of a flow they are taken
+        over 100 draws, the same for every cell and call.
 
         Raises
         ------

@@ -69,6 +69,9 @@ def assembled(cls: type, registry: Registry, arguments: dict, weights: dict[str,
         raise ValueError(f"weights and arguments disagree about {', '.join(wrong[:3])}")
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise ValueError("weights are not finite")
+    codes = weights.get("priors.z.categories", torch.zeros(0, 1, dtype=torch.int64))
+    if ((codes < 0) | (codes >= torch.tensor(registry.n_categories))).any():
+        raise ValueError("priors.z.categories has codes of categories that there are not")
     model.vae.load_state_dict(weights, assign=True)
     model.vae = model.vae.eval().requires_grad_(True)
     return model

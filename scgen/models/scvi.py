@@ -69,8 +69,8 @@ class SCVI(Model):
         Steps of that flow; None stands for 8 of "planar" and 4 of "iaf".
     prior
         p(z): "normal", N(0, I); "mog", a mixture of Gaussians, whose components `get_cluster_probs` tells; "vamp", a
-        mixture of the posteriors of cells that are learned; "flow", a masked autoregressive flow. All but the first are
-        learned.
+        mixture of the posterior's Gaussians, before any flow, of cells that are learned; "flow", a masked
+        autoregressive flow of 4 steps. All but the first are learned.
     n_components
         Components of "mog" and "vamp"; None stands for 20 and 50.
     seed
@@ -211,13 +211,12 @@ class SCVI(Model):
         >>> adata.obsm["scgen_cluster_probs"] = probs  # doctest: +SKIP
         >>> adata.obs["scgen_cluster"] = probs.idxmax(axis=1).astype("category")  # doctest: +SKIP
         """
+        prior = self.arguments.get("prior", "normal")  # models saved before there was a choice
+        if prior not in N_COMPONENTS:
+            raise ValueError(f'prior="{prior}" has no components. Train SCVI(adata, prior="mog") for clusters.')
         loader = loaders.of_question(self, adata, indices, batch_size)
-        if self.arguments["prior"] not in N_COMPONENTS:
-            raise ValueError(
-                f'prior="{self.arguments["prior"]}" has no components. Train SCVI(adata, prior="mog") for clusters.'
-            )
         probs = inference.cluster_probs(self.vae, loader, n_samples, seed)
-        names = loaders.cells_of(self, adata).obs_names[loader.index]
+        names = (self.adata if adata is None else adata).obs_names[loader.index]
         return pd.DataFrame(probs, index=names, columns=[str(k) for k in range(probs.shape[1])])
 
     @staticmethod
@@ -264,14 +263,16 @@ class SCVI(Model):
         ):
             if choice not in known:
                 raise ValueError(f"{name}={choice!r} is unknown; choose one of {', '.join(known)}.")
-        for name, value, kind, takes in (
-            ("n_flows", n_flows, f'posterior="{posterior}"', posterior in FLOWS),
-            ("n_components", n_components, f'prior="{prior}"', prior in N_COMPONENTS),
+        for name, value, of, choice, takers, most in (
+            ("n_flows", n_flows, "posterior", posterior, FLOWS, 100),
+            ("n_components", n_components, "prior", prior, N_COMPONENTS, 100_000),
         ):
             if value is not None:
+                if choice not in takers:
+                    raise ValueError(f"{name}={value!r} is for {of}={' or '.join(takers)}, not for {of}={choice!r}.")
                 check_whole(name, value, 1)
-                if not takes:
-                    raise ValueError(f"{name}={value!r} has no meaning with {kind}.")
+                if value > most:
+                    raise ValueError(f"{name}={value!r}; it takes a whole number from 1 to {most}.")
         if gene_likelihood != "normal" and not registry.setup.counts:
             raise ValueError(
                 f'gene_likelihood="{gene_likelihood}" needs counts, but the data were set up with counts=False. Use '

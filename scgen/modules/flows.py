@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import elu, linear, logsigmoid, softplus
 
-#: softplus of it is 1.
-SOFTPLUS_OF_ONE = math.log(math.expm1(1))
+#: Its softplus is 1.
+INVERSE_SOFTPLUS_OF_1 = math.log(math.expm1(1))
 
 
 class PlanarFlow(nn.Module):
@@ -57,17 +57,20 @@ class PlanarFlow(nn.Module):
     def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Return z of a given z', and the logarithm of the inverse's determinant.
 
-        Along w a step is t + (w^T u) tanh(t), t = w^T z + b, which rises: its root is found by bisection.
+        Along w a step is t + (w^T u) tanh(t), t = w^T z + b, which rises: its root is found by bisection, and a step of
+        Newton's from there, which hardly moves it, carries the gradient.
         """
         log_det = 0.0
         for w, b, u, slope in reversed(self._steps(context)):
             target = (z * w).sum(-1) + b
-            low, high = target - (slope - 1).abs(), target + (slope - 1).abs()
-            for _ in range(60):
-                middle = (low + high) / 2
-                above = middle + (slope - 1) * middle.tanh() > target
-                low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-            bent = middle.tanh()
+            with torch.no_grad():
+                low, high = target - (slope - 1).abs(), target + (slope - 1).abs()
+                for _ in range(60):
+                    middle = (low + high) / 2
+                    above = middle + (slope - 1) * middle.tanh() > target
+                    low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+                steepness = self._log_slope(middle.tanh(), slope).exp()
+            bent = (middle - (middle + (slope - 1) * middle.tanh() - target) / steepness).tanh()
             z = z - u * bent[..., None]
             log_det = log_det - self._log_slope(bent, slope)
         return z, log_det
@@ -77,8 +80,9 @@ class PlanarFlow(nn.Module):
         shape = (len(context), self.n_steps, self.n_latent)
         context = context / max(context.shape[-1], 1) ** 0.5
         w, u, b = self.directions(context).view(shape), self.bends(context).view(shape), self.offsets(context)
-        asked = (w * u).sum(-1).clamp(min=-15)  # beyond, float32 does not tell w^T u from -1
-        slope = softplus(asked + SOFTPLUS_OF_ONE)
+        # Bounded, for float32 has w^T u only to some digits: 1 + w^T u is at least 0.0016.
+        asked = (w * u).sum(-1).clamp(min=-7)
+        slope = softplus(asked + INVERSE_SOFTPLUS_OF_1)
         u = u + ((slope - 1 - (w * u).sum(-1)) / w.square().sum(-1).clamp(min=1e-12))[..., None] * w
         return list(zip(w.unbind(1), b.unbind(1), u.unbind(1), slope.unbind(1), strict=True))
 
@@ -128,7 +132,7 @@ class InverseAutoregressiveFlow(nn.Module):
     n_latent, n_context
         Widths of z and of the context.
     n_steps, n_hidden
-        Number of steps; width of their networks' hidden layer.
+        Number of steps; width of their networks' hidden layer, which is no narrower than z.
 
     References
     ----------
@@ -148,6 +152,7 @@ class InverseAutoregressiveFlow(nn.Module):
 
     def __init__(self, n_latent: int, n_context: int, n_steps: int = 4, n_hidden: int = 64):
         super().__init__()
+        n_hidden = max(n_hidden, n_latent)  # a unit for each number of components that an output may see
         steps = (Autoregressive(n_latent, n_context, n_hidden, self.gate_bias) for _ in range(n_steps))
         self.steps = nn.ModuleList(steps)
 

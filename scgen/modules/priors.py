@@ -48,6 +48,7 @@ class MixturePrior(nn.Module):
 class VampPrior(nn.Module):
     """p(z) = sum_k w_k q(z | u_k, s_k): the posterior's Gaussians of K cells that are learned (Tomczak & Welling 2018).
 
+    They are those with independent components, before any flow.
     The encoder is lent by each call, as in a question: without dropout, and its running statistics stay as they are.
 
     Parameters
@@ -85,7 +86,8 @@ class VampPrior(nn.Module):
         return super().train(mode)
 
     def forward(self, cells: Cells, posterior: nn.Module) -> MixtureSameFamily:
-        if self._kept is not None:
+        kept = torch.is_inference_mode_enabled()  # in a question, once for all cells
+        if kept and self._kept is not None:
             return self._kept
         inputs = softplus(self.pseudo_inputs) if self.log_input else self.pseudo_inputs
         batch, categorical = self.categories[:, 0], self.categories[:, 1:]
@@ -94,8 +96,7 @@ class VampPrior(nn.Module):
         posterior.eval()
         found = mixture(self.logits, posterior.gaussian_at(inputs, pseudo))
         posterior.train(training)
-        if torch.is_inference_mode_enabled():  # in a question, once for all cells
-            self._kept = found
+        self._kept = found if kept else None
         return found
 
 

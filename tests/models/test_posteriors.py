@@ -1,8 +1,11 @@
 """Models with flows and learned priors: against quadrature, saved, queried, asked; clusters; the weighted bound."""
 
+import copy
+import dataclasses
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
@@ -13,6 +16,7 @@ from torch import nn
 
 import scgen
 from scgen.distributions import CellCounts
+from scgen.models import files, loaders
 from scgen.models.scvi import POSTERIORS, PRIORS
 
 #: Each posterior and each prior, and all of them with one that is not the default.
@@ -52,7 +56,10 @@ def test_embedding_is_the_mean_of_draws(asked):
     error = np.sqrt(variance / 400) + draws.std(0) / 10  # of ours, over a hundred draws
     assert (np.abs(draws.mean(0) - mean) < 5 * error).mean() > 0.99
     assert np.median(np.abs(np.log(draws.var(0) / variance))) < 0.3
-    # The same for any cells beside.
+    # The same for any cells beside, and draws, too.
+    draw = asked.get_latent_representation(give_mean=False, seed=3)
+    again = asked.get_latent_representation(give_mean=False, seed=3, batch_size=11)
+    np.testing.assert_allclose(again, draw, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(asked.get_latent_representation(indices=[7, 3]), mean[[7, 3]], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(asked.get_latent_representation(batch_size=11), mean, rtol=1e-4, atol=1e-5)
 
@@ -63,22 +70,42 @@ def test_the_marginal_likelihood_is_above_the_bound(asked):
 
 
 def test_new_cells_are_mapped(asked, cells):
-    new = cells[:40, ::-1].copy()
-    found = asked.query(new)
-    assert np.array_equal(found.get_latent_representation(), asked.query(cells[:40].copy()).get_latent_representation())
-    np.testing.assert_allclose(found.model.get_elbo(), asked.get_elbo(indices=range(40)), rtol=1e-4)
-    fewer = asked.query(cells[:40, 5:].copy())
-    np.testing.assert_allclose(  # the same model, of genes in another order, some of which are imputed
-        fewer.get_latent_representation(), found.get_latent_representation(), atol=3
-    )
+    shuffled = np.random.default_rng(0).permutation(cells.n_vars)
+    found = asked.query(cells[:40, shuffled].copy())
+    again = asked.query(cells[:40].copy())
+    assert np.array_equal(found.get_latent_representation(), again.get_latent_representation())
+    # Of genes in another order, some of which are not there, the prior is the same.
+    fewer = asked.query(cells[:40, shuffled[5:]].copy())
+    z = torch.randn(7, 1, 4)
+    with torch.no_grad():
+        log_p = [query.model.vae.eval().prior("z", None).log_prob(z) for query in (found, fewer)]
+        for one in log_p:
+            torch.testing.assert_close(one, asked.vae.eval().prior("z", None).log_prob(z))
+    # What encoders read of the missing ones is what the decoder expects of them: of the reference, the same cells.
+    loader = loaders.of_question(fewer.model, None, None, 40)
+    (completed,) = (fewer.model.vae.complete(one).completed.numpy() for one in loader)
+    order = fewer.model.registry.genes + fewer.model.registry.missing
+    filled = AnnData(completed[:, pd.Index(order).get_indexer(cells.var_names)], cells.obs[:40], cells.var)
+    with torch.no_grad():
+        (same,) = loaders.of_question(asked, cells[:40], None, 40)
+        same = dataclasses.replace(same, completed=torch.from_numpy(filled.X))
+        expected = asked.vae.posteriors["z"].means(same).numpy()
+    np.testing.assert_allclose(fewer.get_latent_representation(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_only_a_new_batch_is_learned(asked, cells):
     other = cells[:40].copy()
     other.obs["batch"] = "of another day"
-    mapped = asked.query(other)
-    before = asked.get_latent_representation()
-    mapped.train(max_epochs=2, progress=False)
-    assert np.array_equal(mapped.model.get_latent_representation(cells), before)
-    assert not np.array_equal(mapped.get_latent_representation(), asked.query(other).get_latent_representation())
-    assert mapped.typicality()["typicality"].between(0, 1).all()
+    query = asked.query(other)
+    before = {name: weight.clone() for name, weight in query.model.vae.state_dict().items()}
+    query.train(max_epochs=2, progress=False)
+    for name, weight in query.model.vae.state_dict().items():
+        if ".rows." in name:
+            assert torch.equal(weight[:2], before[name][:2])
+            assert not torch.equal(weight[2], before[name][2])
+        else:
+            assert torch.equal(weight, before[name]), name
+    assert query.typicality()["typicality"].between(0, 1).all()
 
 
 @pytest.mark.parametrize(("posterior", "prior"), [("iaf", "flow"), ("planar", "vamp"), ("full-rank", "mog")])
@@ -94,9 +121,10 @@ def test_pseudo_inputs_start_at_cells(cells):
     model.train(max_epochs=1, learning_rate=1e-9, accelerator="cpu", progress=False)
     started = model.vae.priors["z"].pseudo_inputs.exp().detach().numpy() - 0.01
     counts = cells.X.toarray()[model.train_indices]
-    nearest = np.abs(started[:, None] - counts).max(-1).min(1)
-    assert nearest.max() < 1e-3
-    assert len(np.unique(started.round(2), axis=0)) == 6
+    distance = np.abs(started[:, None] - counts).max(-1)
+    assert distance.min(1).max() < 1e-3
+    # They are spread over the data, from the first cell to the last.
+    np.testing.assert_allclose(distance.argmin(1), np.linspace(0, len(counts) - 1, 6), atol=1)
 
 
 @pytest.mark.parametrize("prior", ["mog", "vamp"])
@@ -126,8 +154,14 @@ def test_clusters_are_found():
     assert adjusted_rand_score(adata.obs["cell_type"], clusters) > 0.8
 
 
-def test_clusters_of_a_prior_without_components(trained):
-    with pytest.raises(ValueError, match=r'prior="normal" has no components.*prior="mog"'):
+@pytest.mark.parametrize("prior", [None, "flow"])
+def test_clusters_of_a_prior_without_components(cells, trained, prior):
+    if prior is None:  # nor has it one that was saved before there was a choice
+        trained = copy.copy(trained)
+        trained.arguments = {name: value for name, value in trained.arguments.items() if name != "prior"}
+    else:
+        trained = scgen.SCVI(cells, prior=prior)
+    with pytest.raises(ValueError, match=r'prior="(normal|flow)" has no components.*prior="mog"'):
         trained.get_cluster_probs()
 
 
@@ -136,9 +170,11 @@ def test_clusters_of_a_prior_without_components(trained):
     [
         ({"posterior": "radial"}, "posterior='radial' is unknown; choose one of normal, full-rank, planar, iaf"),
         ({"prior": "gmm"}, "prior='gmm' is unknown; choose one of normal, mog, vamp, flow"),
-        ({"n_flows": 4}, 'n_flows=4 has no meaning with posterior="normal"'),
+        ({"n_flows": 4}, "n_flows=4 is for posterior=planar or iaf, not for posterior='normal'"),
+        ({"posterior": "iaf", "n_flows": 101}, "n_flows=101; it takes a whole number from 1 to 100"),
+        ({"prior": "mog", "n_components": 10**30}, "from 1 to 100000"),
         ({"posterior": "iaf", "n_flows": 0}, "n_flows=0"),
-        ({"prior": "flow", "n_components": 3}, 'n_components=3 has no meaning with prior="flow"'),
+        ({"prior": "flow", "n_components": 3}, "n_components=3 is for prior=mog or vamp, not for prior='flow'"),
         ({"prior": "mog", "n_components": 2.5}, "n_components=2.5"),
     ],
 )
@@ -157,6 +193,12 @@ def test_training_by_the_weighted_bound(cells):
     model = scgen.SCVI(cells, n_latent=4, n_hidden=16)
     model.train(max_epochs=20, n_importance_samples=8, accelerator="cpu", progress=False)
     assert model.trainings[0]["n_importance_samples"] == 8
+    plain = scgen.SCVI(cells, n_latent=4, n_hidden=16)
+    plain.train(max_epochs=20, accelerator="cpu", progress=False)
+    assert not np.allclose(plain.get_latent_representation(), model.get_latent_representation())
+    # Its parts are means over the draws.
+    error = np.mean([model.get_reconstruction_error(indices=model.validation_indices, seed=i) for i in range(20)])
+    assert model.history["log_likelihood_validation"][20] == pytest.approx(-error, rel=0.05)
     # What is in the history is the bound of eight draws, and of the best epoch the weights are.
     rows = model.validation_indices
     bound = model.get_marginal_ll(indices=rows, n_mc_samples=8, seed=0)
@@ -214,3 +256,12 @@ def test_flows_close_the_gap_to_a_posterior_known_by_quadrature(seed):
     gap = np.mean(log_p) - found["normal"]
     assert gap > 0.5  # or there would be nothing to close
     assert found["normal"] + 0.5 * gap < found["iaf"] < np.mean(log_p)
+
+
+def test_pseudo_inputs_of_categories_that_there_are_not(cells):
+    model = scgen.SCVI(cells, n_latent=4, n_hidden=16, prior="vamp", n_components=3)
+    for code in (-1, 2):
+        weights = {name: weight.clone() for name, weight in model.vae.state_dict().items()}
+        weights["priors.z.categories"][1, 0] = code
+        with pytest.raises(ValueError, match=r"priors\.z\.categories"):
+            files.assembled(scgen.SCVI, model.registry, model.arguments, weights)

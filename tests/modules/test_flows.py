@@ -51,22 +51,57 @@ def test_outputs_see_only_what_comes_before(kind):  # T11
         assert (of_context != 0).any(1).all()
 
 
-def test_planar_steps_can_be_inverted_whatever_the_head_says():  # T11
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_planar_steps_can_be_inverted_whatever_the_head_says(dtype):  # T11
     torch.manual_seed(0)
-    flow = PlanarFlow(4, 9, 1).double()
+    flow = PlanarFlow(4, 9, 1).to(dtype)
     with torch.no_grad():
         for weight in flow.parameters():
             weight.zero_()
         # The context is the step: u, w, b.
-        flow.bends.weight[:, :4], flow.directions.weight[:, 4:8] = 3 * torch.eye(4).double(), 3 * torch.eye(4).double()
-    asked = torch.randn(10_000, 9).double() * torch.tensor([10.0] * 4 + [5.0] * 4 + [0.0])
-    asked[:100, 4:8] *= 1e-4  # and directions that hardly are one
+        flow.bends.weight[:, :4], flow.directions.weight[:, 4:8] = (
+            3 * torch.eye(4, dtype=dtype),
+            3 * torch.eye(4, dtype=dtype),
+        )
+    asked = torch.randn(10_000, 9, dtype=dtype) * torch.tensor([10.0] * 4 + [5.0] * 4 + [0.0])
+    asked[:100, 4:8] *= 1e-4  # and directions that hardly are one, or none
+    asked[:10, 4:8] = 0
     ((w, _, u, slope),) = flow._steps(asked)
-    along = (w * u).sum(1)
+    along = (w.double() * u.double()).sum(1)
     assert (along > -1).all()
-    torch.testing.assert_close(slope - 1, along)
+    torch.testing.assert_close(slope.double() - 1, along, rtol=1e-3, atol=1e-3)
     assert torch.stack([w, u]).isfinite().all()
     assert (along < -0.99).any()  # the bound was met
+
+
+@pytest.mark.parametrize("kind", FLOWS)
+def test_gradients_of_densities_are_finite_differences(kind):
+    flow = bent(kind, 2, 0)
+    q = Flowed(DiagonalNormal(torch.zeros(2).double(), torch.ones(2).double()), flow, torch.zeros(1, 0).double())
+    z = torch.tensor([[0.3, -0.8]]).double()
+    for values in (z, *flow.parameters()):
+        if not values.numel():
+            continue
+        values.requires_grad_()
+        (gradient,) = torch.autograd.grad(q.log_prob(z).sum(), values)
+        direction = torch.randn_like(values)
+        with torch.no_grad():
+            sides = []
+            for sign in (1, -2):
+                values.add_(sign * 1e-5 * direction)
+                sides.append(q.log_prob(z).sum().item())
+            values.add_(1e-5 * direction)
+        assert (gradient * direction).sum().item() == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-4, abs=1e-6)
+
+
+def test_more_components_than_hidden_units_are_all_seen():
+    step = InverseAutoregressiveFlow(7, 0, 1, n_hidden=3).double().steps[0]
+    with torch.no_grad():
+        for weight in step.parameters():
+            weight.normal_()
+    z = torch.randn(1, 7).double()
+    seen = jacobian(lambda z: step(z, torch.zeros(1, 0).double())[0], z)[0, :, 0]
+    assert (seen[np.tril_indices(7, -1)] != 0).all()
 
 
 def test_planar_starts_as_the_identity():

@@ -125,6 +125,8 @@ def test_a_mixture_that_is_kept_in_a_question_is_forgotten():
     vae.eval()
     with torch.inference_mode():
         assert not torch.equal(vae.prior("z", cells).component_distribution.mean, first.component_distribution.mean)
+    # A loss after a question, without more ado.
+    assert vae.prior("z", cells).component_distribution.mean.requires_grad
     vae.train()
     assert vae.prior("z", cells).component_distribution.mean.requires_grad
 
@@ -151,6 +153,23 @@ def test_what_every_pair_promises(posterior, prior):
         assert p.sample((4,) if p.batch_shape else (4, 1)).shape[-1] == D
         assert q.mean.shape == q.variance.shape == (12, D)
         torch.testing.assert_close(vae.posteriors["z"].means(cells), q.mean)
+
+
+@pytest.mark.parametrize("posterior", ["planar", "iaf"])
+def test_flows_see_the_batch_and_no_context_is_beyond_one(posterior):
+    vae, cells = disturbed(built(posterior), 1.0).eval(), some_cells(12, 20, 2)
+    q = vae.posteriors["z"]
+    with torch.no_grad():
+        for rows in q.base.mlp.layers[0].rows.values():
+            rows.zero_()  # the hidden units do not know of it
+        other = dataclasses.replace(cells, batch=1 - cells.batch)
+        torch.testing.assert_close(q.base.hidden(cells), q.base.hidden(other))
+        one, two = q(cells), q(other)
+    assert not torch.allclose(one.context, two.context)
+    assert (one.context.abs() <= 1).all()
+    assert (one.context.abs() > 0.99).any()
+    blind = built(posterior, encode_covariates=False).posteriors["z"].eval()
+    assert torch.equal(blind(cells).context, blind(other).context)
 
 
 @pytest.mark.parametrize("posterior", POSTERIORS)
