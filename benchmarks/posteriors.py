@@ -108,8 +108,17 @@ def scores(name: str, adata: anndata.AnnData, embedding: np.ndarray) -> dict[str
     from scib_metrics.benchmark import Benchmarker, BioConservation
 
     cells = anndata.AnnData(obs=adata.obs, obsm={"X_emb": embedding})
-    metrics = BioConservation(isolated_labels=False)
-    bench = Benchmarker(cells, "batch", "cell_type", ["X_emb"], metrics, None, n_jobs=1, progress_bar=False)
+    bench = Benchmarker(
+        cells,
+        "batch",
+        "cell_type",
+        ["X_emb"],
+        bio_conservation_metrics=BioConservation(isolated_labels=False),
+        batch_correction_metrics=None,
+        pre_integrated_embedding_obsm_key="X_emb",  # which only the scores of batches would compare with
+        n_jobs=1,
+        progress_bar=False,
+    )
     bench.benchmark()
     table = bench.get_results(min_max_scale=False).drop(index="Metric Type")
     return {"bio": float(table.loc["X_emb"].drop(["Total", "Bio conservation"], errors="ignore").astype(float).mean())}

@@ -231,7 +231,7 @@ class SCVI(Model):
         dispersion: str,
         use_observed_lib_size: bool,
         encode_covariates: bool,
-        seed: int,  # that all of this is made under
+        seed: int,  # of the weights: `Model.assemble` sets it
         library_residual: bool = True,  # models saved before there was a choice
         posterior: str = "normal",
         n_flows: int | None = None,
@@ -292,16 +292,16 @@ class SCVI(Model):
             q = CorrelatedPosterior(q)
         elif posterior in FLOWS:
             flow, n_steps = FLOWS[posterior]
-            flow = flow(n_latent, n_hidden, n_flows or n_steps)
-            q = FlowPosterior(q, flow, CovariateLinear(n_hidden, n_hidden, *encoded))
-        posteriors, n_components = {"z": q}, n_components or N_COMPONENTS.get(prior)
-        if prior == "mog":
-            p = MixturePrior(n_latent, n_components)
-        elif prior == "vamp":
-            p = VampPrior(n_genes, n_components, len(registry.n_categories), n_continuous, counts)
-        else:
-            p = StandardNormalPrior(n_latent) if prior == "normal" else FlowPrior(n_latent)
-        priors = {"z": p}
+            context = CovariateLinear(n_hidden, n_hidden, *encoded)
+            q = FlowPosterior(q, flow(n_latent, n_hidden, n_flows or n_steps), context)
+        n_components = n_components or N_COMPONENTS.get(prior)
+        p = {
+            "normal": lambda: StandardNormalPrior(n_latent),
+            "mog": lambda: MixturePrior(n_latent, n_components),
+            "vamp": lambda: VampPrior(n_genes, n_components, len(registry.n_categories), n_continuous, counts),
+            "flow": lambda: FlowPrior(n_latent),
+        }[prior]()
+        posteriors, priors = {"z": q}, {"z": p}
         if not counts:
             return VAE(posteriors, priors, GaussianDecoder(n_latent, n_hidden, n_layers, n_genes, *seen))
         if use_observed_lib_size or registry.setup.size_factor_key is not None:
