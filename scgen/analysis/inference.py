@@ -95,8 +95,10 @@ def marginal(vae: VAE, loader: CellLoader, n_draws: int, seed: int) -> tuple[np.
     return values, sizes
 
 
-def log_sums(draw: Callable[[tuple[int]], Tensor], n_draws: int) -> Tensor:
+def log_sums(draw: Callable[[tuple[int]], Tensor], n_draws: int, at_once: int = AT_ONCE) -> Tensor:
     """Return log sum w and log sum w^2 over so many draws, (2, n) float64; ``draw((k,))`` returns k log w, (k, n).
+
+    Only ``at_once`` of the draws are in memory together.
 
     Examples
     --------
@@ -104,8 +106,8 @@ def log_sums(draw: Callable[[tuple[int]], Tensor], n_draws: int) -> Tensor:
     [20.0, 20.0]
     """
     total = None
-    for start in range(0, n_draws, AT_ONCE):
-        log_w = draw((min(AT_ONCE, n_draws - start),)).double()
+    for start in range(0, n_draws, at_once):
+        log_w = draw((min(at_once, n_draws - start),)).double()
         some = torch.stack([log_w, 2 * log_w]).logsumexp(1)
         total = some if total is None else torch.logaddexp(total, some)
     return total
