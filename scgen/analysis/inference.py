@@ -89,7 +89,7 @@ def marginal(vae: VAE, loader: CellLoader, n_draws: int, seed: int) -> tuple[np.
         for cells in loader:
             cells = cells.to(vae.device)
             q = vae.infer(cells)
-            log_sum, log_squares = log_sums(partial(vae.log_weights, cells, q), n_draws)
+            log_sum, log_squares = log_sums(partial(vae.log_weights, cells, q), n_draws, AT_ONCE)
             results.append(torch.stack([log_sum - math.log(n_draws), (2 * log_sum - log_squares).exp()]).cpu().numpy())
     values, sizes = np.concatenate(results, axis=1)
     return values, sizes
