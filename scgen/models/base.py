@@ -807,8 +807,8 @@ class Model:
 
         Notes
         -----
-        The default training mixes batches early, at the price of latents that fine differences between types need. A
-        reference that is made to transfer labels from does it better with ``train(kl_start=0)`` (README).
+        The default training mixes batches early; a reference that is made to transfer labels from does it better with
+        ``train(kl_start=0)``, which mixes them less (README).
 
         Raises
         ------

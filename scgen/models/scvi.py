@@ -7,7 +7,6 @@ import pandas as pd
 from anndata import AnnData
 
 from scgen.analysis import inference
-from scgen.data.checks import check_whole
 from scgen.data.registry import Registry
 from scgen.models import loaders, scvi_tools
 from scgen.models.base import Model
@@ -243,6 +242,8 @@ class SCVI(Model):
             ("n_latent", n_latent, 100_000),
             ("n_hidden", n_hidden, 100_000),
             ("n_layers", n_layers, 100),
+            ("n_flows", 1 if n_flows is None else n_flows, 100),
+            ("n_components", 1 if n_components is None else n_components, 100_000),
         ):
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
                 raise ValueError(f"{name}={value!r}; it takes a whole number from 1 to {most}.")
@@ -263,16 +264,12 @@ class SCVI(Model):
         ):
             if choice not in known:
                 raise ValueError(f"{name}={choice!r} is unknown; choose one of {', '.join(known)}.")
-        for name, value, of, choice, takers, most in (
-            ("n_flows", n_flows, "posterior", posterior, FLOWS, 100),
-            ("n_components", n_components, "prior", prior, N_COMPONENTS, 100_000),
+        for name, value, of, choice, takers in (
+            ("n_flows", n_flows, "posterior", posterior, FLOWS),
+            ("n_components", n_components, "prior", prior, N_COMPONENTS),
         ):
-            if value is not None:
-                if choice not in takers:
-                    raise ValueError(f"{name}={value!r} is for {of}={' or '.join(takers)}, not for {of}={choice!r}.")
-                check_whole(name, value, 1)
-                if value > most:
-                    raise ValueError(f"{name}={value!r}; it takes a whole number from 1 to {most}.")
+            if value is not None and choice not in takers:
+                raise ValueError(f"{name}={value!r} is for {of}={' or '.join(takers)}, not for {of}={choice!r}.")
         if gene_likelihood != "normal" and not registry.setup.counts:
             raise ValueError(
                 f'gene_likelihood="{gene_likelihood}" needs counts, but the data were set up with counts=False. Use '

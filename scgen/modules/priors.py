@@ -100,7 +100,7 @@ class VampPrior(nn.Module):
         return found
 
 
-class FlowPrior(nn.Module):
+class FlowPrior(StandardNormalPrior):
     """p(z): a standard normal that a masked autoregressive flow, learned, has bent; at first it has not.
 
     Parameters
@@ -110,13 +110,11 @@ class FlowPrior(nn.Module):
     """
 
     def __init__(self, n_latent: int, n_flows: int = 4):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(n_latent))
-        self.register_buffer("variance", torch.ones(n_latent))
+        super().__init__(n_latent)
         self.flow = MaskedAutoregressiveFlow(n_latent, 0, n_flows)
 
     def forward(self, cells: Cells, posterior: nn.Module) -> Flowed:
-        return Flowed(DiagonalNormal(self.mean, self.variance), self.flow, self.mean.new_zeros(1, 0))
+        return Flowed(super().forward(cells, posterior), self.flow, self.mean.new_zeros(1, 0))
 
 
 class LibraryPrior(nn.Module):
