@@ -39,6 +39,8 @@ CHANGES = {
     "tenfold": ("CD14+ Monocytes", DONORS[:1], 0.1),
 }
 NULLS = ["null split", "null unsplit"]
+#: Methods that learn their prior, with a latent library.
+OF_PRIORS = {f"scgen-latent-{prior}": prior for prior in ("mog", "vamp", "flow")}
 
 
 def cells(guard: str) -> anndata.AnnData:
@@ -62,12 +64,12 @@ def cells(guard: str) -> anndata.AnnData:
 def embedding_of(method: str, adata: anndata.AnnData, seed: int) -> np.ndarray:
     if method == "pca":
         return protocol.pca(adata)
-    package, library = method.rsplit("-", 1)
-    model = model_of(package, adata, library == "observed", seed)
-    if package == "scgen":
-        model.train(seed=seed, progress=False)
-    else:
+    if method == "scvi-tools-observed":
+        model = model_of("scvi-tools", adata, True, seed)
         model.train(enable_progress_bar=False)
+    else:
+        model = model_of("scgen", adata, method == "scgen-observed", seed, OF_PRIORS.get(method, "normal"))
+        model.train(seed=seed, progress=False)
     return model.get_latent_representation()
 
 
@@ -137,7 +139,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     steps = parser.add_subparsers(dest="step", required=True)
     one = steps.add_parser("run")
-    one.add_argument("method", choices=["pca", "scgen-latent", "scgen-observed", "scvi-tools-observed"])
+    one.add_argument("method", choices=["pca", "scgen-latent", "scgen-observed", "scvi-tools-observed", *OF_PRIORS])
     one.add_argument("--seed", type=int, default=0)
     steps.add_parser("score")
     args = parser.parse_args()

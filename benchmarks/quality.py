@@ -57,13 +57,13 @@ def run_scvi_tools(adata, train, test, seed, observed):
     return embedding, {"seconds": seconds, "epochs": epochs, "test_elbo": float(elbo), "marginal": float(marginal)}
 
 
-def run_scgen(adata, train, test, seed, observed, precision="auto"):
+def run_scgen(adata, train, test, seed, observed, precision="auto", prior="normal"):
     import scgen
 
     reference = adata[train].copy()
     scgen.setup_anndata(reference, batch_key="batch")
     started = time.perf_counter()
-    model = scgen.SCVI(reference, use_observed_lib_size=observed, seed=seed)
+    model = scgen.SCVI(reference, use_observed_lib_size=observed, prior=prior, seed=seed)
     model.train(seed=seed, progress=False, precision=precision)
     embedding = np.empty((adata.n_obs, 10), np.float32)
     embedding[train] = model.get_latent_representation()
@@ -82,6 +82,9 @@ METHODS = {
     "scgen-observed": lambda *a: run_scgen(*a, observed=True),
     "scgen-latent": lambda *a: run_scgen(*a, observed=False),
     "scgen-latent-float32": lambda *a: run_scgen(*a, observed=False, precision="32"),
+    "scgen-latent-mog": lambda *a: run_scgen(*a, observed=False, prior="mog"),
+    "scgen-latent-vamp": lambda *a: run_scgen(*a, observed=False, prior="vamp"),
+    "scgen-latent-flow": lambda *a: run_scgen(*a, observed=False, prior="flow"),
 }
 
 

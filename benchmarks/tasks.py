@@ -46,12 +46,12 @@ def cells(data: str):
     return anndata.read_h5ad(path)
 
 
-def model_of(package: str, adata, observed: bool, seed: int = 0):
+def model_of(package: str, adata, observed: bool, seed: int = 0, prior: str = "normal"):
     if package == "scgen":
         import scgen
 
         scgen.setup_anndata(adata, batch_key="batch")
-        return scgen.SCVI(adata, use_observed_lib_size=observed, seed=seed)
+        return scgen.SCVI(adata, use_observed_lib_size=observed, prior=prior, seed=seed)
     import scvi
 
     scvi.settings.seed = seed
