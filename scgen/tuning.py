@@ -36,7 +36,9 @@ PRESETS: dict[str, dict] = {
 
 
 #: A short training has so many steps, in minibatches of so many cells, or more: few passes, and still many steps.
-LEAST_STEPS, LEAST_BATCH = 75, 32
+LEAST_STEPS, LEAST_BATCH = 150, 32
+#: What is so many standard errors below the best is not tried again.
+CLEARLY_BELOW = 2
 #: At most so many validation cells are scored, with so many draws of the latents.
 MAX_SCORED_CELLS, N_SAMPLES = 500, 10
 #: Neighbours are looked for among so many cells at most.
@@ -95,11 +97,11 @@ def tune(
 ) -> Tuning:
     """Choose the settings of `SCVI` for these cells by successive halving, and train the chosen ones in full.
 
-    All candidates are trained shortly, the best two of them anew for twice as long, and the better one in full. A short
-    training is a whole one, its learning rate risen and fallen: the passes over the cells, k, that 75 small minibatches
-    take. From 2,700 cells on k is 1; of fewer cells it is more, up to an eighth of the full training's epochs. So n
-    candidates take k (n + 4) epochs and a full training. They are compared on the cells that validate, a tenth of each
-    batch, the same for all.
+    All candidates are trained shortly; the best two of them, if they are within two standard errors of each other, anew
+    for twice as long; and the better one in full. A short training is a whole one, its learning rate risen and fallen:
+    the passes over the cells, k, that 150 small minibatches take. From 5,300 cells on k is 1; of fewer cells it is
+    more, up to an eighth of the full training's epochs. So n candidates take k n epochs, or k (n + 4), and a full
+    training. They are compared on the cells that validate, a tenth of each batch, the same for all.
 
     Parameters
     ----------
@@ -168,8 +170,8 @@ def tune(
     >>> tuning = scgen.tune(adata, presets=["zinb", "nb", "nb-observed"], max_epochs=3, progress=False)
     >>> tuning.best in scgen.PRESETS, tuning.model.is_trained
     (True, True)
-    >>> tuning.table[["rung", "epochs"]].values.tolist()
-    [[1, 1], [1, 1], [1, 1], [2, 2], [2, 2], [3, 3]]
+    >>> tuning.table.iloc[[0, -1]][["epochs", "kept"]].values.tolist()
+    [[1, True], [3, True]]
     """
     check_whole("seed", seed, 0)
     if max_epochs is not None:
@@ -184,19 +186,19 @@ def tune(
         return models.pop(name, None) or _model(adata, name, candidates[name], seed)
 
     names, n_kept, tables = list(candidates), len(candidates), []
-    n_trainings = sum([n_kept, *(rung.keep for rung in short)][: len(short)])
     options = {"accelerator": accelerator, "seed": seed}
-    with tqdm(total=n_trainings, desc="tuning", unit="training", disable=not progress) as bar:
+    with tqdm(total=0, desc="tuning", unit="training", disable=not progress) as bar:
         for rung in short:
-            if min(len(names), n_kept) <= rung.keep:
+            if n_kept <= rung.keep:
                 break
+            bar.total += n_kept
             trials = []
             for name in names[:n_kept]:
                 bar.set_postfix_str(name)
                 trials.append(_trial(made(name), name, rung, options | {"early_stopping": False, "progress": False}))
                 bar.update()
             tables.append(_ranking(trials, rung.keep).assign(rung=len(tables) + 1))
-            names, n_kept = _sound(tables[-1]), rung.keep
+            names, n_kept = _sound(tables[-1]), int(tables[-1]["kept"].sum())
     trials = []
     for name in names:
         model = made(name)
@@ -361,7 +363,7 @@ def _some(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
 
 
 def _ranking(trials: Sequence[Trial], keep: int) -> pd.DataFrame:
-    """Return a row for each trial, the better first, and whether it is one of those that are kept.
+    """Return a row for each trial, the better first, and whether it is one of those that are kept: not far below.
 
     Those within one standard error of the best likelihood come first, by their mixing; then the others by likelihood.
     """
@@ -372,7 +374,8 @@ def _ranking(trials: Sequence[Trial], keep: int) -> pd.DataFrame:
     rows = pd.DataFrame([_row(trial, sound[0]) for trial in [*sound, *failed]])
     level = rows["difference"] >= -rows["difference_se"]
     table = rows.iloc[np.lexsort([-rows["mixing"].fillna(0) * level, ~level])]  # stable: else by likelihood
-    return table.assign(kept=np.arange(len(table)) < min(keep, len(sound)))
+    near = table["difference"] >= -CLEARLY_BELOW * table["difference_se"]  # not of those that failed: they have none
+    return table.assign(kept=near & (np.arange(len(table)) < keep))
 
 
 def _sound(table: pd.DataFrame) -> list[str]:
