@@ -245,13 +245,19 @@ def fit(
 class Adam:
     """torch's fused Adam, without its class, which loads torch's compiler: 2 s and 60 MB that training has no use for.
 
-    The epsilon of the paper, 0.01, keeps rarely used weights from jumping.
+    The epsilon of the paper, 0.01, keeps rarely used weights from jumping. Gradients, all together, are no longer than
+    `LONGEST` times their usual length, a running mean (Pascanu et al. 2013): one cell that the encoder sends astray
+    would else hold the steps of its weights small for hundreds of others.
     """
+
+    #: Times as long as usual; share of the usual length that each step leaves.
+    LONGEST, KEPT = 3.0, 0.9
 
     def __init__(self, vae: nn.Module):
         self.weights = [weight for weight in vae.parameters() if weight.requires_grad]
         self.means, self.squares = ([torch.zeros_like(weight) for weight in self.weights] for _ in range(2))
         self.n_steps = torch.zeros((), device=self.weights[0].device)
+        self.usual = self.n_steps.clone()  # length of the gradients; 0 stands for none yet
         self._forget_gradients()  # of a training that was interrupted between its backward and its step
 
     def step(self, learning_rate: float) -> None:
@@ -260,6 +266,10 @@ class Adam:
         self.n_steps += 1
         state = self.means, self.squares, [], [self.n_steps] * len(self.weights)
         with torch.no_grad():
+            length = torch.stack(torch._foreach_norm(gradients)).norm()
+            usual = torch.where(self.usual > 0, self.usual, length)
+            shrink = torch.where(length > self.LONGEST * usual, length / (self.LONGEST * usual), 1.0)
+            self.usual = self.KEPT * usual + (1 - self.KEPT) * length / shrink
             torch._fused_adam_(
                 self.weights,
                 gradients,
@@ -271,6 +281,7 @@ class Adam:
                 eps=0.01,
                 amsgrad=False,
                 maximize=False,
+                grad_scale=shrink,  # which they are divided by
             )
         self._forget_gradients()
 

@@ -30,6 +30,27 @@ def test_adam_is_that_of_torch():
     assert all(weight.grad is None for weight in ours.parameters())
 
 
+def test_steps_after_a_spike_are_those_of_clipped_gradients():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 2)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    adam, optimizer = training.Adam(ours), torch.optim.Adam(theirs.parameters(), lr=0.1, eps=0.01, weight_decay=1e-6)
+    usual, clipped = None, []
+    for step in range(30):
+        x = torch.randn(50, 5) * (1000 if step in (10, 11, 20) else 1)
+        ours(x).square().mean().backward()
+        adam.step(0.1)
+        optimizer.zero_grad()
+        theirs(x).square().mean().backward()
+        limit = np.inf if usual is None else 3 * usual
+        length = float(torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit))
+        clipped += [step] if length > limit else []
+        usual = length if usual is None else 0.9 * usual + 0.1 * min(length, limit)
+        optimizer.step()
+    assert clipped == [10, 11, 20]
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
 def simulated(**arguments):
     adata = scgen.simulate_cells(n_cells=120, n_genes=30, n_batches=2, seed=0, **arguments)
     scgen.setup_anndata(adata, batch_key="batch")
