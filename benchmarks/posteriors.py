@@ -21,7 +21,6 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import train_test_split
 
 from benchmarks import pairs, protocol
 
@@ -43,18 +42,6 @@ KINDS = {
 }
 
 
-def read(name: str) -> tuple[anndata.AnnData, np.ndarray, np.ndarray]:
-    """Return a set with a batch in ``obs["batch"]``, and its training and test cells."""
-    if name in protocol.SETS:
-        return protocol.read(name)
-    adata = anndata.read_h5ad(protocol.DATA / f"{name}.h5ad")
-    if "batch" not in adata.obs:
-        adata.obs["batch"] = pd.Categorical(["all"] * adata.n_obs)
-    batch = adata.obs["batch"].to_numpy()
-    train, test = train_test_split(np.arange(adata.n_obs), test_size=0.2, stratify=batch, random_state=0)
-    return adata, np.sort(train), np.sort(test)
-
-
 def path_of(name: str, kind: str, seed: int) -> Path:
     return RESULTS / f"{name}--{kind.replace(' ', '_').replace(',', '')}--{seed}.json"
 
@@ -65,7 +52,7 @@ def run(name: str, kind: str, seed: int, version: str) -> None:
     path = path_of(name, kind, seed)
     if path.exists() and json.loads(path.read_text())["version"] == version:
         return
-    adata, train, test = read(name)
+    adata, train, test = protocol.read(name)
     reference = adata[train].copy()
     scgen.setup_anndata(reference, batch_key="batch")
     of_model, of_training = KINDS[kind]
@@ -90,7 +77,7 @@ def score() -> None:
         result = json.loads(path.read_text())
         cached = CACHE / path.with_suffix(".npz").name
         if "scores" not in result and cached.exists():
-            adata, _, _ = read(result["set"])
+            adata, _, _ = protocol.read(result["set"])
             result["scores"] = scores(result["set"], adata, np.load(cached)["embedding"])
             path.write_text(json.dumps(result, indent=1) + "\n")
             print(path.stem, {key: round(value, 3) for key, value in result["scores"].items()}, flush=True)
@@ -131,7 +118,7 @@ def time_epochs(name: str, n_rounds: int = 5, n_epochs: int = 3) -> None:
 
     pairs.refuse_if_busy()
     version = pairs.commit()
-    adata, train, _ = read(name)
+    adata, train, _ = protocol.read(name)
     reference = adata[train].copy()
     scgen.setup_anndata(reference, batch_key="batch")
     ratios = {kind: [] for kind in KINDS}
@@ -191,7 +178,7 @@ def gap(name: str, n_seeds: int = 3, n_cells: int = 200, n_steps: int = 300, n_r
     from scgen.models import loaders
 
     result = {"version": pairs.commit(), "measured": time.strftime("%Y-%m-%dT%H:%M:%S"), "runs": []}
-    adata, train, test = read(name)
+    adata, train, test = protocol.read(name)
     reference = adata[train].copy()
     scgen.setup_anndata(reference, batch_key="batch")
     for seed in range(n_seeds):

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import anndata
 import numpy as np
+import pandas as pd
 import scanpy as sc
 from sklearn.model_selection import train_test_split
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-#: file -> (batch column, label column)
+#: file -> (batch column, label column); of other files "batch" and "cell_type", where there are any
 SETS = {
     "pbmc_10k_5k_cite": ("batch", "cell_type"),
     "kang_ctrl_8donors": ("batch", "cell_type"),
@@ -28,10 +29,12 @@ SETS = {
 
 
 def read(name: str) -> tuple[anndata.AnnData, np.ndarray, np.ndarray]:
-    """Return the set with its batch in ``obs["batch"]``, and the indices of training and test cells."""
+    """Return the set, with a batch in ``obs["batch"]``, and the indices of its training and its test cells."""
     adata = anndata.read_h5ad(DATA / f"{name}.h5ad")
-    batch_key, _ = SETS[name]
-    adata.obs["batch"] = adata.obs[batch_key].astype("category")
+    batch_key, _ = SETS.get(name, ("batch", "cell_type"))
+    adata.obs["batch"] = (
+        adata.obs[batch_key].astype("category") if batch_key in adata.obs else pd.Categorical(["all"] * adata.n_obs)
+    )
     train, test = train_test_split(
         np.arange(adata.n_obs), test_size=0.2, stratify=adata.obs["batch"].to_numpy(), random_state=0
     )

@@ -20,7 +20,6 @@ import anndata
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
-from sklearn.model_selection import train_test_split
 
 from benchmarks import pairs, protocol
 
@@ -31,12 +30,10 @@ def cells(name: str) -> tuple[anndata.AnnData, anndata.AnnData]:
     """Return training and test cells."""
     import scgen
 
-    adata = anndata.read_h5ad(protocol.DATA / f"{name}.h5ad")
-    batch = adata.obs["batch"].to_numpy()
-    train, test = train_test_split(np.arange(adata.n_obs), test_size=0.2, stratify=batch, random_state=0)
-    training = adata[np.sort(train)].copy()
+    adata, train, test = protocol.read(name)
+    training = adata[train].copy()
     scgen.setup_anndata(training, batch_key="batch")
-    return training, adata[np.sort(test)].copy()
+    return training, adata[test].copy()
 
 
 def timed(task) -> tuple[object, dict[str, float]]:

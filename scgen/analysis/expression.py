@@ -32,7 +32,7 @@ class Settings:
 
     def __post_init__(self):
         size = self.library_size
-        if size != "latent" and not (isinstance(size, Real) and 0 < size < math.inf):
+        if size != "latent" and not (isinstance(size, Real) and size is not True and 0 < size < math.inf):
             raise ValueError(f'library_size={size!r}; it takes a positive number or "latent".')
         check_whole("n_samples", self.n_samples, 1)
         if self.weights not in ("uniform", "importance"):

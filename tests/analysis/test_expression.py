@@ -104,6 +104,12 @@ def test_resampled_draws_are_draws(trained):
     assert (same.sum(0).max(0) > 1).all()
 
 
+@pytest.mark.parametrize("size", [True, False, 0, -1, float("nan"), float("inf"), "observed", None])
+def test_library_sizes_are_positive_numbers(trained, size):
+    with pytest.raises(ValueError, match=rf"library_size={size!r}; it takes a positive number or \"latent\""):
+        trained.get_normalized_expression(library_size=size)
+
+
 def test_weights_are_named(trained):
     with pytest.raises(ValueError, match="weights='Importance' is unknown"):
         trained.get_normalized_expression(weights="Importance", n_samples=10)
