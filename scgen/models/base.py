@@ -106,7 +106,7 @@ class Model:
             ``patience`` epochs; None stands for a quarter of the planned ones. The best weights of the second half are
             kept in any case.
         learning_rate
-            Peak learning rate of Adam.
+            Peak learning rate of Adam, whose gradients are no longer than three times their usual length.
         kl_start
             Weight of z's KL at the first step; it goes to 1 over the first half of the planned steps. Above 1, it
             drives the batches out of z early; below, it is a warm-up.
