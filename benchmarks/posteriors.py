@@ -197,7 +197,8 @@ def gap(name: str, n_seeds: int = 3, n_cells: int = 200, n_steps: int = 300, n_r
             q = {latent: DiagonalNormal(mean, log_variance.exp()) for latent, (mean, log_variance) in of.items()}
             return vae.log_weights(cells, q, (n_draws,))
 
-        row = {"seed": seed, "encoder": float(log_weights(100).mean())}
+        with torch.no_grad():
+            row = {"seed": seed, "encoder": float(log_weights(100).mean())}
         optimizer = torch.optim.Adam([one for both in parameters.values() for one in both], 0.02)
         for _ in range(n_steps):
             optimizer.zero_grad()

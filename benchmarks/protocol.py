@@ -19,7 +19,7 @@ from sklearn.model_selection import train_test_split
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-#: file -> (batch column, label column); of other files "batch" and "cell_type", where there are any
+#: file -> (batch column, label column)
 SETS = {
     "pbmc_10k_5k_cite": ("batch", "cell_type"),
     "kang_ctrl_8donors": ("batch", "cell_type"),
@@ -31,7 +31,7 @@ SETS = {
 def read(name: str) -> tuple[anndata.AnnData, np.ndarray, np.ndarray]:
     """Return the set, with a batch in ``obs["batch"]``, and the indices of its training and its test cells."""
     adata = anndata.read_h5ad(DATA / f"{name}.h5ad")
-    batch_key, _ = SETS.get(name, ("batch", "cell_type"))
+    batch_key = SETS[name][0] if name in SETS else "batch"
     adata.obs["batch"] = (
         adata.obs[batch_key].astype("category") if batch_key in adata.obs else pd.Categorical(["all"] * adata.n_obs)
     )

@@ -246,8 +246,8 @@ class Adam:
     """torch's fused Adam, without its class, which loads torch's compiler: 2 s and 60 MB that training has no use for.
 
     The epsilon of the paper, 0.01, keeps rarely used weights from jumping. Gradients, all together, are no longer than
-    `LONGEST` times their usual length, a running mean (Pascanu et al. 2013): one cell that the encoder sends astray
-    would else hold the steps of its weights small for hundreds of others.
+    `LONGEST` times their usual length, a running mean that starts at the first ones' (Pascanu et al. 2013): one cell
+    that the encoder sends astray would else hold the steps of its weights small for hundreds of others.
     """
 
     #: Times as long as usual; share of the usual length that each step leaves.
@@ -268,8 +268,10 @@ class Adam:
         with torch.no_grad():
             length = torch.stack(torch._foreach_norm(gradients)).norm()
             usual = torch.where(self.usual > 0, self.usual, length)
-            shrink = torch.where(length > self.LONGEST * usual, length / (self.LONGEST * usual), 1.0)
-            self.usual = self.KEPT * usual + (1 - self.KEPT) * length / shrink
+            longest = self.LONGEST * usual
+            shrink = torch.where(length > longest, length / longest, 1.0)
+            mean = self.KEPT * usual + (1 - self.KEPT) * torch.minimum(length, longest)
+            self.usual = torch.where(length > 0, mean, usual)  # 0: nothing of what is learned is in this minibatch
             torch._fused_adam_(
                 self.weights,
                 gradients,
@@ -281,7 +283,8 @@ class Adam:
                 eps=0.01,
                 amsgrad=False,
                 maximize=False,
-                grad_scale=shrink,  # which they are divided by
+                # They are divided by it. To look is free on a CPU, a division by 1 is not; a GPU would be waited for.
+                grad_scale=None if shrink.device.type == "cpu" and shrink == 1 else shrink,
             )
         self._forget_gradients()
 

@@ -39,8 +39,8 @@ PRESETS: dict[str, dict] = {
 LEAST_STEPS, LEAST_BATCH = 150, 32
 #: What is so many standard errors below the best is not tried again.
 CLEARLY_BELOW = 2
-#: At most so many validation cells are scored, with so many draws of the latents.
-MAX_SCORED_CELLS, N_SAMPLES = 500, 10
+#: At most so many validation cells are scored, with so many draws of the latents: more change no standard error.
+MAX_SCORED_CELLS, N_SAMPLES = 500, 5
 #: Neighbours are looked for among so many cells at most.
 MAX_MIXED_CELLS = 5000
 #: With fewer cells, there would be fewer than 30 to compare candidates on, and the choice would follow the seed.
@@ -97,11 +97,12 @@ def tune(
 ) -> Tuning:
     """Choose the settings of `SCVI` for these cells by successive halving, and train the chosen ones in full.
 
-    All candidates are trained shortly; the best two of them, if they are within two standard errors of each other, anew
-    for twice as long; and the better one in full. A short training is a whole one, its learning rate risen and fallen:
-    the passes over the cells, k, that 150 small minibatches take. From 5,300 cells on k is 1; of fewer cells it is
-    more, up to an eighth of the full training's epochs. So n candidates take k n epochs, or k (n + 4), and a full
-    training. They are compared on the cells that validate, a tenth of each batch, the same for all.
+    All candidates are trained shortly; the first two of them, if both are within two standard errors of the best
+    likelihood, anew with twice as many passes over the cells; and the better one in full. A short training is a whole
+    one, its learning rate risen and fallen: k passes, in minibatches so small that they make 150 steps. k is 1 from
+    5,400 cells on; of fewer cells it is more, up to an eighth of the full training's epochs, and the steps may be less.
+    So n candidates, three and more, take k n epochs, or k (n + 4), and a full training. They are compared on the cells
+    that validate, a tenth of each batch, the same for all.
 
     Parameters
     ----------
@@ -144,7 +145,7 @@ def tune(
     Notes
     -----
     Scores are log-likelihoods of a tenth of each cell's counts, given the others, as `SCVI.get_thinned_ll` estimates
-    them with 10 draws on 500 of the validation cells at most: they compare across likelihoods and treatments of the
+    them with 5 draws on 500 of the validation cells at most: they compare across likelihoods and treatments of the
     library, while bounds and marginal likelihoods compare only within one treatment of it. "mixing" is the share of
     other batches among a cell's 15 nearest neighbours, divided by what chance would give. Batches that differ in
     composition cannot, and should not, reach 1; so mixing decides only among candidates whose likelihood is within one
@@ -187,11 +188,11 @@ def tune(
 
     names, n_kept, tables = list(candidates), len(candidates), []
     options = {"accelerator": accelerator, "seed": seed}
-    with tqdm(total=0, desc="tuning", unit="training", disable=not progress) as bar:
+    most = sum([n_kept, *(rung.keep for rung in short)][: len(short)])
+    with tqdm(total=most, desc="tuning", unit="training", disable=not progress) as bar:
         for rung in short:
             if n_kept <= rung.keep:
                 break
-            bar.total += n_kept
             trials = []
             for name in names[:n_kept]:
                 bar.set_postfix_str(name)
@@ -324,11 +325,12 @@ def _rungs(n_cells: int, device: torch.device, max_epochs: int | None) -> list[R
     n_training = round(0.9 * n_cells)
     full = default_batch_size(n_training, device)
     most = max_epochs or default_epochs(math.ceil(n_training / full))
-    batch_size = min(max(n_training // LEAST_STEPS, LEAST_BATCH), full)
-    epochs = max(min(math.ceil(LEAST_STEPS * batch_size / n_training), most // 8), 1)
-    short = [Rung(epochs, batch_size, keep=2), Rung(2 * epochs, batch_size, keep=1)]
-    if 2 * epochs >= most:  # of one or two epochs
-        short = [Rung(epochs, batch_size, keep=1)]
+    epochs = max(min(math.ceil(LEAST_STEPS * min(LEAST_BATCH, full) / n_training), most // 8), 1)
+
+    def rung(epochs: int, keep: int) -> Rung:
+        return Rung(epochs, min(max(epochs * n_training // LEAST_STEPS, LEAST_BATCH), full), keep)
+
+    short = [rung(epochs, keep=2), rung(2 * epochs, keep=1)] if 2 * epochs < most else [rung(epochs, keep=1)]
     return [*short, Rung(max_epochs, full, keep=1)]
 
 
@@ -365,7 +367,8 @@ def _some(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
 def _ranking(trials: Sequence[Trial], keep: int) -> pd.DataFrame:
     """Return a row for each trial, the better first, and whether it is one of those that are kept: not far below.
 
-    Those within one standard error of the best likelihood come first, by their mixing; then the others by likelihood.
+    Those within one standard error of the best likelihood come first, by their mixing; then the others within
+    `CLEARLY_BELOW`, then the rest, both by likelihood.
     """
     sound = sorted((trial for trial in trials if not trial.failure), key=lambda trial: -trial.value)
     if not sound:
@@ -373,9 +376,13 @@ def _ranking(trials: Sequence[Trial], keep: int) -> pd.DataFrame:
     failed = [trial for trial in trials if trial.failure]
     rows = pd.DataFrame([_row(trial, sound[0]) for trial in [*sound, *failed]])
     level = rows["difference"] >= -rows["difference_se"]
-    table = rows.iloc[np.lexsort([-rows["mixing"].fillna(0) * level, ~level])]  # stable: else by likelihood
-    near = table["difference"] >= -CLEARLY_BELOW * table["difference_se"]  # not of those that failed: they have none
-    return table.assign(kept=near & (np.arange(len(table)) < keep))
+    near = rows["difference"] >= -CLEARLY_BELOW * rows["difference_se"]  # not of those that failed: they have none
+    order = np.lexsort(
+        [-rows["mixing"].fillna(0) * level, ~level, ~near]
+    )  # stable: else by likelihood, the failed last
+    table = rows.assign(kept=near).iloc[order]
+    table["kept"] &= np.arange(len(table)) < keep
+    return table
 
 
 def _sound(table: pd.DataFrame) -> list[str]:

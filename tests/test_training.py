@@ -30,14 +30,18 @@ def test_adam_is_that_of_torch():
     assert all(weight.grad is None for weight in ours.parameters())
 
 
-def test_steps_after_a_spike_are_those_of_clipped_gradients():
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_steps_after_a_spike_are_those_of_clipped_gradients(device):
     torch.manual_seed(0)
-    ours, theirs = (torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 2)) for _ in range(2))
+    ours, theirs = (torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 2)).to(device) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     adam, optimizer = training.Adam(ours), torch.optim.Adam(theirs.parameters(), lr=0.1, eps=0.01, weight_decay=1e-6)
     usual, clipped = None, []
     for step in range(30):
-        x = torch.randn(50, 5) * (1000 if step in (10, 11, 20) else 1)
+        x = torch.randn(50, 5).to(device) * (1000 if step in (10, 11, 20) else 1)
         ours(x).square().mean().backward()
         adam.step(0.1)
         optimizer.zero_grad()
@@ -49,6 +53,43 @@ def test_steps_after_a_spike_are_those_of_clipped_gradients():
         optimizer.step()
     assert clipped == [10, 11, 20]
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def moved(gradients, device):
+    """Return how far steps with these gradients, of both of two weights, move them from 0."""
+    layer = torch.nn.Linear(2, 1, bias=False).to(device)
+    torch.nn.init.zeros_(layer.weight)
+    adam = training.Adam(layer)
+    for gradient in gradients:
+        layer.weight.grad = torch.full((1, 2), gradient, device=device)
+        adam.step(0.1)
+    return layer.weight[0, 0].item()
+
+
+def moved_by_torch(gradients):
+    """Return the same, of torch's Adam, which clips nothing."""
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.Adam([weight], lr=0.1, eps=0.01, weight_decay=1e-6)
+    for gradient in gradients:
+        weight.grad = torch.tensor([gradient])
+        optimizer.step()
+    return weight.item()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_steps_without_a_gradient_say_nothing_of_what_is_usual(device):
+    # As of the rows of a new batch whose cells are in one minibatch of ten.
+    gradients = [1.0 if step % 10 == 3 else 0.0 for step in range(200)]
+    assert moved(gradients, device) == pytest.approx(moved_by_torch(gradients), rel=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_length_that_overflows_is_a_spike_like_others(device):
+    # Two gradients of 3e38 are longer than float32 can tell, and count for nothing; the limit then rises from 3 to 3.6,
+    # and with each spike again by a fifth.
+    gradients = [*[1.0] * 10, 3e38, *[1000.0] * 3]
+    clipped = [*[1.0] * 10, 0.0, 3.6, 4.32, 5.184]
+    assert moved(gradients, device) == pytest.approx(moved_by_torch(clipped), rel=1e-5)
 
 
 def simulated(**arguments):

@@ -55,9 +55,12 @@ def held_out_log_likelihood(
             kept = (kept if loader.complete is None else loader.complete(kept)).to(vae.device)
             rest = rest.to(vae.device)
             x = kept.counts + rest
-            log_split = Binomial(x.double(), x.new_tensor(held_out, dtype=torch.float64)).log_prob(rest.double()).sum(1)
+            log_split, seen = torch.zeros_like(x, dtype=torch.float64), x > 0
+            log_split[seen] = Binomial(x[seen].double(), torch.tensor(held_out).to(log_split)).log_prob(
+                rest[seen].double()
+            )
             draw = partial(_log_ratios, vae, kept, x, 1 / (1 - held_out), vae.infer(kept))
-            results.append((log_sums(draw, n_samples)[0] - math.log(n_samples) + log_split).cpu().numpy())
+            results.append((log_sums(draw, n_samples)[0] - math.log(n_samples) + log_split.sum(1)).cpu().numpy())
     return np.concatenate(results)
 
 
