@@ -153,7 +153,7 @@ def test_scores_are_those_asked_by_hand(cells, found):
         assert row["difference"] == pytest.approx(differences.mean(), rel=1e-6)
         assert row["difference_se"] == pytest.approx(stats.sem(differences), rel=1e-6)
     held_out = found.model.validation_indices
-    last = found.model.get_thinned_ll(indices=held_out, n_samples=10, seed=1)
+    last = found.model.get_thinned_ll(indices=held_out, n_samples=5, seed=1)
     assert found.table["log_likelihood"].iloc[-1] == pytest.approx(last, rel=1e-12)
 
 
