@@ -31,7 +31,6 @@ SETS = ("hemato_mouse_bm", "paul15_hematopoiesis", "pbmc_10k_5k_cite")
 #: Arguments of the model, and of its training.
 KINDS = {
     "normal": ({}, {}),
-    "posterior full-rank": ({"posterior": "full-rank"}, {}),
     "posterior planar": ({"posterior": "planar"}, {}),
     "posterior iaf": ({"posterior": "iaf"}, {}),
     "prior mog": ({"prior": "mog"}, {}),

@@ -2,11 +2,10 @@
 
 from scgen.distributions.counts import CellCounts, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from scgen.distributions.flowed import Flowed
-from scgen.distributions.gaussian import CorrelatedNormal, DiagonalNormal, PointMass
+from scgen.distributions.gaussian import DiagonalNormal, PointMass
 
 __all__ = [
     "CellCounts",
-    "CorrelatedNormal",
     "DiagonalNormal",
     "Flowed",
     "NegativeBinomial",

@@ -1,4 +1,4 @@
-"""The distributions of latents: a Gaussian with independent or correlated components, and a value without doubt."""
+"""The distributions of latents: a Gaussian with independent components, and a value without doubt."""
 
 import math
 
@@ -70,68 +70,6 @@ def _kl_of_gaussians(q: DiagonalNormal, p: DiagonalNormal) -> Tensor:
     ratio = q.variance / p.variance
     terms = ratio - ratio.log() + (q.mean - p.mean).square() / p.variance
     return 0.5 * (terms.sum(-1) - terms.shape[-1])
-
-
-class CorrelatedNormal(Distribution):
-    """Gaussian with a full covariance: z = mean + sqrt(variance) (e + lower e), e standard normal.
-
-    Parameters
-    ----------
-    mean, variance
-        (..., d) each; where ``lower`` is 0, those of the components.
-    lower
-        (..., d, d), zero on the diagonal and above.
-
-    Examples
-    --------
-    >>> import torch
-    >>> lower = torch.tensor([[0.0, 0], [2, 0]])
-    >>> CorrelatedNormal(torch.zeros(2), torch.ones(2), lower).variance
-    tensor([1., 5.])
-    """
-
-    arg_constraints = {}
-    support = constraints.real_vector
-    has_rsample = True
-
-    def __init__(self, mean: Tensor, variance: Tensor, lower: Tensor):
-        self._independent, self.lower = DiagonalNormal(torch.zeros_like(mean), variance), lower
-        self._mean = mean
-        super().__init__(mean.shape[:-1], mean.shape[-1:], validate_args=False)
-
-    @property
-    def mean(self) -> Tensor:
-        return self._mean
-
-    @property
-    def variance(self) -> Tensor:
-        return self._independent.variance * (1 + self.lower.square().sum(-1))
-
-    def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        return self.from_noise(self._independent._noise(sample_shape))
-
-    def from_noise(self, noise: Tensor) -> Tensor:
-        """Return the draws that standard normal noise (..., d) makes."""
-        correlated = noise + (self.lower @ noise[..., None])[..., 0]
-        return torch.addcmul(self._mean, self._independent.variance.sqrt(), correlated)
-
-    def rsample_and_log_prob(self, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-        """Return draws (*shape, ..., d) that carry gradients, and their log-density (*shape, ...)."""
-        noise = self._independent._noise(shape)
-        return self.from_noise(noise), self._independent._log_density(noise.square())
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        correlated = (value - self._mean) / self._independent.variance.sqrt()
-        # The diagonal of ones is not read.
-        noise = torch.linalg.solve_triangular(self.lower, correlated[..., None], upper=False, unitriangular=True)
-        return self._independent._log_density(noise[..., 0].square())
-
-
-@register_kl(CorrelatedNormal, DiagonalNormal)
-def _kl_of_a_correlated_gaussian(q: CorrelatedNormal, p: DiagonalNormal) -> Tensor:
-    ratio = q._independent.variance / p.variance
-    squares = (q.mean - p.mean).square() / p.variance + q.variance / p.variance
-    return 0.5 * (squares - ratio.log() - 1).sum(-1)
 
 
 class PointMass(Distribution):

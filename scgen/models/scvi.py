@@ -14,7 +14,6 @@ from scgen.modules.decoders import CountDecoder, Dispersion, GaussianDecoder
 from scgen.modules.flows import InverseAutoregressiveFlow, PlanarFlow
 from scgen.modules.networks import CovariateLinear
 from scgen.modules.posteriors import (
-    CorrelatedPosterior,
     FlowPosterior,
     GaussianPosterior,
     LibraryPosterior,
@@ -28,7 +27,7 @@ DISPERSIONS = ("gene", "gene-batch", "gene-label", "gene-cell")
 #: The flows that bend q(z | x, s), and what n_flows=None and n_components=None stand for.
 FLOWS = {"planar": (PlanarFlow, 8), "iaf": (InverseAutoregressiveFlow, 4)}
 N_COMPONENTS = {"mog": 20, "vamp": 50}
-POSTERIORS, PRIORS = ("normal", "full-rank", *FLOWS), ("normal", *N_COMPONENTS, "flow")
+POSTERIORS, PRIORS = ("normal", *FLOWS), ("normal", *N_COMPONENTS, "flow")
 
 
 class SCVI(Model):
@@ -62,8 +61,8 @@ class SCVI(Model):
     library_residual
         True infers l by correcting the cell's total; False leaves it to the network to find, as in the paper.
     posterior
-        q(z | x, s): "normal", a Gaussian with independent components; "full-rank", one with any covariance; "planar" or
-        "iaf", one that a planar or an inverse autoregressive flow bends.
+        q(z | x, s): "normal", a Gaussian with independent components; "planar" or "iaf", one that a planar or an
+        inverse autoregressive flow bends.
     n_flows
         Steps of that flow; None stands for 8 of "planar" and 4 of "iaf".
     prior
@@ -285,9 +284,7 @@ class SCVI(Model):
         encoded = seen if encode_covariates else ((), 0)
         counts = gene_likelihood != "normal"
         q = GaussianPosterior(n_genes, n_latent, n_hidden, n_layers, dropout_rate, *encoded, counts)
-        if posterior == "full-rank":
-            q = CorrelatedPosterior(q)
-        elif posterior in FLOWS:
+        if posterior in FLOWS:
             flow, n_steps = FLOWS[posterior]
             context = CovariateLinear(n_hidden, n_hidden, *encoded)
             q = FlowPosterior(q, flow(n_latent, n_hidden, n_flows or n_steps), context)

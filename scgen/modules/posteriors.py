@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from scgen.data.cells import Cells
-from scgen.distributions import CorrelatedNormal, DiagonalNormal, Flowed, PointMass
+from scgen.distributions import DiagonalNormal, Flowed, PointMass
 from scgen.modules.networks import MLP, CovariateLinear
 
 
@@ -66,37 +66,6 @@ class GaussianPosterior(nn.Module):
     def means(self, cells: Cells) -> Tensor:
         """Return the means m(x, s), (n, d), alone: an embedding of many cells waits for the variances, too."""
         return self.mean(self.hidden(cells))
-
-
-class CorrelatedPosterior(nn.Module):
-    """q(z | x, s) = N(m, D (I + A) (I + A)^T D), D^2 = diag v, with A below the diagonal: a Gaussian of full rank.
-
-    Parameters
-    ----------
-    base
-        Whose m and v these are; A starts at 0.
-    """
-
-    def __init__(self, base: GaussianPosterior):
-        super().__init__()
-        self.base = base
-        n_latent, n_hidden = base.mean.weight.shape
-        self.lower = nn.Linear(n_hidden, n_latent**2)
-        nn.init.zeros_(self.lower.weight)
-        nn.init.zeros_(self.lower.bias)
-
-    def forward(self, cells: Cells) -> CorrelatedNormal:
-        h = self.base.hidden(cells)
-        q = self.base.gaussian(h)
-        return CorrelatedNormal(q.mean, q.variance, self.lower(h).unflatten(-1, (q.mean.shape[-1], -1)).tril(-1))
-
-    def means(self, cells: Cells) -> Tensor:
-        """Return the means m(x, s), (n, d), alone."""
-        return self.base.means(cells)
-
-    def gaussian_at(self, inputs: Tensor, cells: Cells) -> DiagonalNormal:
-        """Return that of the base."""
-        return self.base.gaussian_at(inputs, cells)
 
 
 class FlowPosterior(nn.Module):

@@ -11,7 +11,7 @@ from scipy.special import logsumexp
 from sklearn.mixture import GaussianMixture
 from torch.autograd.functional import jacobian
 
-from scgen.distributions import CorrelatedNormal, DiagonalNormal, Flowed
+from scgen.distributions import DiagonalNormal, Flowed
 from scgen.models.scvi import POSTERIORS, PRIORS, SCVI
 from scgen.modules.elbo import draw_and_kl
 from scgen.modules.priors import FlowPrior, MixturePrior, StandardNormalPrior
@@ -181,7 +181,7 @@ def test_log_densities_are_changes_of_variable(posterior):
     q = vae.posteriors["z"](cells)
 
     def draw(noise):
-        base = q.base if isinstance(q, Flowed) else q._independent if isinstance(q, CorrelatedNormal) else q
+        base = q.base if isinstance(q, Flowed) else q
         base._noise = lambda shape: noise
         return q.rsample_and_log_prob()
 
@@ -205,23 +205,6 @@ def test_extreme_encoders_give_no_nan(posterior):
         assert elbo.value.isfinite().all()
         elbo.loss().backward()
         assert all(weight.grad.isfinite().all() for weight in vae.parameters() if weight.grad is not None)
-
-
-def test_a_full_covariance_is_scipys():
-    torch.manual_seed(0)
-    mean, variance = torch.randn(5, D).double(), torch.rand(5, D).double() + 0.1
-    q = CorrelatedNormal(mean, variance, torch.randn(5, D, D).double().tril(-1))
-    z, log_q = q.rsample_and_log_prob((3,))
-    _, kl = draw_and_kl(q, StandardNormalPrior(D).double()(None, None), ())
-    for i in range(5):
-        factor = np.sqrt(variance[i].numpy())[:, None] * (np.eye(D) + q.lower[i].numpy())
-        covariance = factor @ factor.T
-        theirs = stats.multivariate_normal(mean[i].numpy(), covariance)
-        np.testing.assert_allclose(log_q[:, i], theirs.logpdf(z[:, i].numpy()), rtol=1e-9)
-        np.testing.assert_allclose(q.log_prob(z)[:, i], log_q[:, i], rtol=1e-9)
-        np.testing.assert_allclose(q.variance[i], np.diag(covariance), rtol=1e-9)
-        exact = 0.5 * (np.trace(covariance) + mean[i].square().sum().item() - D - np.linalg.slogdet(covariance)[1])
-        assert kl[i].item() == pytest.approx(exact, rel=1e-9)
 
 
 def test_importance_weighted_bound_is_log_mean_exp():
