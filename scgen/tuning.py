@@ -37,8 +37,6 @@ PRESETS: dict[str, dict] = {
 
 #: A short training has so many steps, in minibatches of so many cells, or more: few passes, and still many steps.
 LEAST_STEPS, LEAST_BATCH = 150, 32
-#: What is so many standard errors below the best is not tried again.
-CLEARLY_BELOW = 2
 #: At most so many validation cells are scored, with so many draws of the latents: more change no standard error.
 MAX_SCORED_CELLS, N_SAMPLES = 500, 5
 #: Neighbours are looked for among so many cells at most.
@@ -97,12 +95,12 @@ def tune(
 ) -> Tuning:
     """Choose the settings of `SCVI` for these cells by successive halving, and train the chosen ones in full.
 
-    All candidates are trained shortly; the first two of them, if both are within two standard errors of the best
-    likelihood, anew with twice as many passes over the cells; and the better one in full. A short training is a whole
-    one, its learning rate risen and fallen: k passes, in minibatches so small that they make 150 steps. k is 1 from
-    5,400 cells on; of fewer cells it is more, up to an eighth of the full training's epochs, and the steps may be less.
-    So n candidates, three and more, take k n epochs, or k (n + 4), and a full training. They are compared on the cells
-    that validate, a tenth of each batch, the same for all.
+    All candidates are trained shortly; where likelihood does not tell the best from others by one standard error, the
+    first two of these anew, with twice as many passes over the cells; and the better one in full. A short training is a
+    whole one, its learning rate risen and fallen: k passes, in minibatches so small that they make 150 steps. k is 1
+    from 5,400 cells on; of fewer cells it is more, up to an eighth of the full training's epochs, and the steps may be
+    less. So n candidates, three and more, take k n epochs, or k (n + 4), and a full training. They are compared on the
+    cells that validate, a tenth of each batch, the same for all.
 
     Parameters
     ----------
@@ -365,10 +363,10 @@ def _some(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
 
 
 def _ranking(trials: Sequence[Trial], keep: int) -> pd.DataFrame:
-    """Return a row for each trial, the better first, and whether it is one of those that are kept: not far below.
+    """Return a row for each trial, the better first, and whether it is one of those that are kept.
 
-    Those within one standard error of the best likelihood come first, by their mixing; then the others within
-    `CLEARLY_BELOW`, then the rest, both by likelihood.
+    Those within one standard error of the best likelihood come first, by their mixing; then the others by likelihood.
+    Only the former are kept.
     """
     sound = sorted((trial for trial in trials if not trial.failure), key=lambda trial: -trial.value)
     if not sound:
@@ -376,13 +374,8 @@ def _ranking(trials: Sequence[Trial], keep: int) -> pd.DataFrame:
     failed = [trial for trial in trials if trial.failure]
     rows = pd.DataFrame([_row(trial, sound[0]) for trial in [*sound, *failed]])
     level = rows["difference"] >= -rows["difference_se"]
-    near = rows["difference"] >= -CLEARLY_BELOW * rows["difference_se"]  # not of those that failed: they have none
-    order = np.lexsort(
-        [-rows["mixing"].fillna(0) * level, ~level, ~near]
-    )  # stable: else by likelihood, the failed last
-    table = rows.assign(kept=near).iloc[order]
-    table["kept"] &= np.arange(len(table)) < keep
-    return table
+    order = np.lexsort([-rows["mixing"].fillna(0) * level, ~level])  # stable: else by likelihood, and the failed last
+    return rows.iloc[order].assign(kept=np.arange(len(rows)) < min(keep, level.sum()))
 
 
 def _sound(table: pd.DataFrame) -> list[str]:
