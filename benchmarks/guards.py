@@ -24,7 +24,7 @@ import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
 from benchmarks import protocol
-from benchmarks.quality import CACHE, RESULTS, tag
+from benchmarks.quality import CACHE, OF_PRIORS, RESULTS, tag
 from benchmarks.tasks import model_of
 
 DONORS = ["donor_1015", "donor_1256", "donor_1488"]
@@ -39,8 +39,6 @@ CHANGES = {
     "tenfold": ("CD14+ Monocytes", DONORS[:1], 0.1),
 }
 NULLS = ["null split", "null unsplit"]
-#: Methods that learn their prior, with a latent library.
-OF_PRIORS = {f"scgen-latent-{prior}": prior for prior in ("mog", "vamp", "flow")}
 
 
 def cells(guard: str) -> anndata.AnnData:

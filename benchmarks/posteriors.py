@@ -185,7 +185,7 @@ def gap(name: str, n_seeds: int = 3, n_cells: int = 200, n_steps: int = 300, n_r
         model.train(seed=seed, progress=False)
         vae = model.vae.eval().requires_grad_(False)
         some = protocol.few(test, n_cells)
-        (cells,) = loaders.of_question(model, adata, some, n_cells)
+        (cells,) = (one.to(vae.device) for one in loaders.of_question(model, adata, some, n_cells))
         torch.manual_seed(seed)
         parameters = {
             latent: [q.mean.clone().requires_grad_(), q.variance.log().requires_grad_()]

@@ -32,9 +32,8 @@ def read(name: str) -> tuple[anndata.AnnData, np.ndarray, np.ndarray]:
     """Return the set, with a batch in ``obs["batch"]``, and the indices of its training and its test cells."""
     adata = anndata.read_h5ad(DATA / f"{name}.h5ad")
     batch_key = SETS[name][0] if name in SETS else "batch"
-    adata.obs["batch"] = (
-        adata.obs[batch_key].astype("category") if batch_key in adata.obs else pd.Categorical(["all"] * adata.n_obs)
-    )
+    has_batches = name in SETS or batch_key in adata.obs
+    adata.obs["batch"] = pd.Categorical(adata.obs[batch_key] if has_batches else ["all"] * adata.n_obs)
     train, test = train_test_split(
         np.arange(adata.n_obs), test_size=0.2, stratify=adata.obs["batch"].to_numpy(), random_state=0
     )

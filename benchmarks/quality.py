@@ -8,6 +8,7 @@ scib-metrics compiles for a minute. ``python -m benchmarks.table quality`` print
 import argparse
 import json
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -82,10 +83,10 @@ METHODS = {
     "scgen-observed": lambda *a: run_scgen(*a, observed=True),
     "scgen-latent": lambda *a: run_scgen(*a, observed=False),
     "scgen-latent-float32": lambda *a: run_scgen(*a, observed=False, precision="32"),
-    "scgen-latent-mog": lambda *a: run_scgen(*a, observed=False, prior="mog"),
-    "scgen-latent-vamp": lambda *a: run_scgen(*a, observed=False, prior="vamp"),
-    "scgen-latent-flow": lambda *a: run_scgen(*a, observed=False, prior="flow"),
 }
+#: Methods that learn their prior.
+OF_PRIORS = {f"scgen-latent-{prior}": prior for prior in ("mog", "vamp", "flow")}
+METHODS |= {name: partial(run_scgen, observed=False, prior=prior) for name, prior in OF_PRIORS.items()}
 
 
 def tag(method: str) -> str:

@@ -119,7 +119,7 @@ def table() -> pd.DataFrame:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=["run", "table"])
-    parser.add_argument("data", nargs="?", default="hemato_mouse_bm", help="a set with its batches in obs['batch']")
+    parser.add_argument("data", nargs="?", default="hemato_mouse_bm", help="a set of ../shared/data")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     if asked.task == "run":

@@ -271,7 +271,8 @@ class Adam:
             longest = self.LONGEST * usual
             shrink = torch.where(length > longest, length / longest, 1.0)
             mean = self.KEPT * usual + (1 - self.KEPT) * torch.minimum(length, longest)
-            self.usual = torch.where(length > 0, mean, usual)  # 0: nothing of what is learned is in this minibatch
+            # At 0, nothing of what is learned is in this minibatch.
+            self.usual = torch.where((length > 0) & mean.isfinite(), mean, self.usual)
             torch._fused_adam_(
                 self.weights,
                 gradients,

@@ -54,7 +54,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Rung:
-    """A round of trainings: their passes, None for the default, and minibatches, and how many candidates go on."""
+    """A round of trainings: their passes, None for the default; their minibatches; at most so many candidates go on."""
 
     epochs: int | None
     batch_size: int
@@ -96,11 +96,11 @@ def tune(
     """Choose the settings of `SCVI` for these cells by successive halving, and train the chosen ones in full.
 
     All candidates are trained shortly; where likelihood does not tell the best from others by one standard error, the
-    first two of these anew, with twice as many passes over the cells; and the better one in full. A short training is a
-    whole one, its learning rate risen and fallen: k passes, in minibatches so small that they make 150 steps. k is 1
-    from 5,400 cells on; of fewer cells it is more, up to an eighth of the full training's epochs, and the steps may be
-    less. So n candidates, three and more, take k n epochs, or k (n + 4), and a full training. They are compared on the
-    cells that validate, a tenth of each batch, the same for all.
+    first two of these anew, with twice as many passes over the cells; and the best one in full. A short training is a
+    whole one, its learning rate risen and fallen: k passes, in minibatches so small that they make 150 steps and more.
+    k is 1 from 5,400 cells on; of fewer cells it is more, up to an eighth of the full training's epochs, and the steps
+    may be less. So n candidates take k n epochs, or k (n + 4), and a full training. They are compared on the cells that
+    validate, a tenth of each batch, the same for all.
 
     Parameters
     ----------
@@ -177,7 +177,6 @@ def tune(
         check_whole("max_epochs", max_epochs, 1)
     candidates = _candidates(adata, presets)
     *short, full = _rungs(adata.n_obs, choose_device(accelerator), max_epochs)
-    short = [rung for rung in short if rung.keep < len(candidates)]
     # All are made before any is trained, so that a wrong setting is told at once.
     models = {name: _model(adata, name, arguments, seed) for name, arguments in candidates.items()}
 
@@ -186,11 +185,11 @@ def tune(
 
     names, n_kept, tables = list(candidates), len(candidates), []
     options = {"accelerator": accelerator, "seed": seed}
-    most = sum([n_kept, *(rung.keep for rung in short)][: len(short)])
-    with tqdm(total=most, desc="tuning", unit="training", disable=not progress) as bar:
+    with tqdm(total=n_kept, desc="tuning", unit="training", disable=not progress) as bar:
         for rung in short:
-            if n_kept <= rung.keep:
+            if n_kept < 2:
                 break
+            bar.total = bar.n + n_kept
             trials = []
             for name in names[:n_kept]:
                 bar.set_postfix_str(name)
@@ -323,7 +322,7 @@ def _rungs(n_cells: int, device: torch.device, max_epochs: int | None) -> list[R
     n_training = round(0.9 * n_cells)
     full = default_batch_size(n_training, device)
     most = max_epochs or default_epochs(math.ceil(n_training / full))
-    epochs = max(min(math.ceil(LEAST_STEPS * min(LEAST_BATCH, full) / n_training), most // 8), 1)
+    epochs = max(min(math.ceil(LEAST_STEPS * LEAST_BATCH / n_training), most // 8), 1)
 
     def rung(epochs: int, keep: int) -> Rung:
         return Rung(epochs, min(max(epochs * n_training // LEAST_STEPS, LEAST_BATCH), full), keep)

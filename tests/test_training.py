@@ -30,7 +30,8 @@ def test_adam_is_that_of_torch():
     assert all(weight.grad is None for weight in ours.parameters())
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -56,9 +56,7 @@ def held_out_log_likelihood(
             rest = rest.to(vae.device)
             x = kept.counts + rest
             log_split, seen = torch.zeros_like(x, dtype=torch.float64), x > 0
-            log_split[seen] = Binomial(x[seen].double(), torch.tensor(held_out).to(log_split)).log_prob(
-                rest[seen].double()
-            )
+            log_split[seen] = Binomial(x[seen].double(), held_out).log_prob(rest[seen].double())
             draw = partial(_log_ratios, vae, kept, x, 1 / (1 - held_out), vae.infer(kept))
             results.append((log_sums(draw, n_samples)[0] - math.log(n_samples) + log_split.sum(1)).cpu().numpy())
     return np.concatenate(results)
