@@ -13,7 +13,6 @@ from pathlib import Path
 
 import anndata
 import numpy as np
-import pandas as pd
 import scanpy as sc
 from sklearn.model_selection import train_test_split
 
@@ -31,9 +30,11 @@ SETS = {
 def read(name: str) -> tuple[anndata.AnnData, np.ndarray, np.ndarray]:
     """Return the set, with a batch in ``obs["batch"]``, and the indices of its training and its test cells."""
     adata = anndata.read_h5ad(DATA / f"{name}.h5ad")
-    batch_key = SETS[name][0] if name in SETS else "batch"
-    has_batches = name in SETS or batch_key in adata.obs
-    adata.obs["batch"] = pd.Categorical(adata.obs[batch_key] if has_batches else ["all"] * adata.n_obs)
+    if name in SETS:
+        adata.obs["batch"] = adata.obs[SETS[name][0]]
+    elif "batch" not in adata.obs:
+        adata.obs["batch"] = "all"
+    adata.obs["batch"] = adata.obs["batch"].astype("category")
     train, test = train_test_split(
         np.arange(adata.n_obs), test_size=0.2, stratify=adata.obs["batch"].to_numpy(), random_state=0
     )

@@ -185,7 +185,7 @@ def tune(
 
     names, n_kept, tables = list(candidates), len(candidates), []
     options = {"accelerator": accelerator, "seed": seed}
-    with tqdm(total=n_kept, desc="tuning", unit="training", disable=not progress) as bar:
+    with tqdm(total=n_kept, desc="tuning", unit="training", disable=not progress or n_kept < 2) as bar:
         for rung in short:
             if n_kept < 2:
                 break
