@@ -192,7 +192,7 @@ def _read(path: Path):
 
 
 def _check_labels(adata, labels_key: str | None) -> None:
-    from scgen.data.checks import nearest
+    from scgen.arguments import nearest
 
     if labels_key == "leiden_scgen":
         raise ValueError("--labels-key leiden_scgen: this command writes that column; rename the old one first.")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scgen.analysis import sampling
 from scgen.analysis.counterfactual import Condition
-from scgen.data.checks import check_whole
+from scgen.arguments import check_whole
 from scgen.data.loader import CellLoader
 from scgen.models.base import Model
 

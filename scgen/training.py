@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from scgen.data.checks import check_whole
+from scgen.arguments import check_whole
 from scgen.data.loader import CellLoader
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch
 from anndata import AnnData
 from tqdm.auto import tqdm
 
-from scgen.data.checks import check_whole, did_you_mean
+from scgen.arguments import check_whole, did_you_mean
 from scgen.data.registry import Registry
 from scgen.models.scvi import SCVI
 from scgen.training import choose_device, default_batch_size, default_epochs

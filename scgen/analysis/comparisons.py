@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from scgen.data.checks import did_you_mean, some
+from scgen.arguments import did_you_mean
+from scgen.data.checks import some
 from scgen.data.loader import rows_asked_for
 from scgen.data.registry import check_writable
 

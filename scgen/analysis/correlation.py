@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from scgen.analysis.counterfactual import Asked, Condition, as_if
-from scgen.data.checks import check_whole
+from scgen.arguments import check_whole
 from scgen.data.loader import CellLoader
 from scgen.distributions import NegativeBinomial
 from scgen.modules.vae import VAE

@@ -11,8 +11,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from scgen.arguments import did_you_mean
 from scgen.data.cells import Cells
-from scgen.data.checks import did_you_mean, some
+from scgen.data.checks import some
 from scgen.data.registry import Registry, codes_of, value_or_list
 
 #: Combinations of values, at most: each is decoded for every cell and every draw.

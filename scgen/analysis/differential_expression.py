@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scgen.analysis.comparisons import Comparison
 from scgen.analysis.counterfactual import Condition, as_if
-from scgen.data.checks import check_whole
+from scgen.arguments import check_whole
 from scgen.data.loader import CellLoader
 from scgen.data.stores import BackedStore, MemoryStore
 from scgen.modules.vae import VAE

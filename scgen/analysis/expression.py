@@ -12,8 +12,8 @@ from scipy import sparse
 from torch import Tensor
 
 from scgen.analysis.counterfactual import Asked, as_if
+from scgen.arguments import check_whole
 from scgen.data.cells import Cells
-from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader
 from scgen.modules.vae import VAE
 from scgen.training import seeded

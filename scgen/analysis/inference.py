@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from scgen.data.checks import check_whole
+from scgen.arguments import check_whole
 from scgen.data.loader import CellLoader
 from scgen.distributions import DiagonalNormal
 from scgen.modules.vae import VAE

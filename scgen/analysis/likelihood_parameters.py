@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal
 
 from scgen.analysis.counterfactual import Asked, as_if
+from scgen.arguments import check_whole
 from scgen.data.cells import Cells
-from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader
 from scgen.distributions import NegativeBinomial, ZeroInflatedNegativeBinomial
 from scgen.modules.vae import VAE

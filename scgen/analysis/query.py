@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from scgen.data.checks import check_whole
+from scgen.arguments import check_whole
 from scgen.data.loader import CellLoader
 from scgen.modules.elbo import draw_and_kl
 from scgen.modules.vae import VAE

@@ -11,8 +11,8 @@ from scipy import sparse
 from torch import Tensor
 
 from scgen.analysis.counterfactual import Condition, as_if
+from scgen.arguments import check_whole
 from scgen.data.cells import Cells
-from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry
 from scgen.modules.vae import VAE

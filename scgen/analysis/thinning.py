@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributions import Binomial, Distribution
 
 from scgen.analysis.inference import log_sums
+from scgen.arguments import check_whole
 from scgen.data.cells import Cells
-from scgen.data.checks import check_whole
 from scgen.data.loader import CellLoader
 from scgen.modules.vae import VAE
 from scgen.training import seeded

@@ -1,15 +1,14 @@
 """What is wrong with an AnnData, said in words: what was sought, where, what is there, and the corrected call."""
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
+from scgen.arguments import nearest
 from scgen.data.stores import BackedStore, MemoryStore, open_store
 
 #: Fewer cells than this in a batch are warned of.
@@ -126,29 +125,6 @@ def raise_errors(found: list[Finding], call: str) -> None:
         raise ValueError(errors[0])
     if errors:
         raise ValueError(f"{call} found {len(errors)} problems:\n- " + "\n- ".join(errors))
-
-
-def check_whole(name: str, value: int, least: int) -> None:
-    """Raise ValueError for an argument that is no whole number, or one below ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name}={value!r}; it takes a whole number from {least}.")
-
-
-def check_share(name: str, value: float) -> None:
-    """Raise ValueError for an argument that is no number from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
-        raise ValueError(f"{name}={value!r}; it takes a share from 0 to 1.")
-
-
-def nearest(name: str, names: list[str]) -> str | None:
-    """Return the name most like the one given, or None."""
-    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), None)
-
-
-def did_you_mean(name: str, names: list[str]) -> str:
-    """Return the end of a message that names the nearest; empty where none is near."""
-    closest = nearest(name, names)
-    return f' Did you mean "{closest}"?' if closest else ""
 
 
 def _shape(adata: AnnData) -> Iterator[Finding]:

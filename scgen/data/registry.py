@@ -11,8 +11,9 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
+from scgen.arguments import did_you_mean
 from scgen.data.cells import Cells
-from scgen.data.checks import Finding, Setup, check_types, did_you_mean, findings, matrix_of, raise_errors
+from scgen.data.checks import Finding, Setup, check_types, findings, matrix_of, raise_errors
 from scgen.data.genes import identifiers
 from scgen.data.stores import BackedStore, MemoryStore, open_store, totals
 

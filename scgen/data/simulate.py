@@ -6,7 +6,7 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 
-from scgen.data.checks import check_whole
+from scgen.arguments import check_whole
 from scgen.distributions import ZeroInflatedNegativeBinomial
 
 

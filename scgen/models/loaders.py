@@ -6,7 +6,7 @@ import numpy as np
 from anndata import AnnData
 from torch import Tensor
 
-from scgen.data.checks import check_whole
+from scgen.arguments import check_whole
 from scgen.data.loader import CellLoader, rows_asked_for, split
 from scgen.data.stores import BackedStore, MemoryStore, on_device
 from scgen.training import Options, default_batch_size, start_from_data

@@ -9,7 +9,8 @@ from anndata import AnnData
 from torch import Tensor
 
 from scgen.analysis import query as analysis
-from scgen.data.checks import Setup, check_share, check_types, check_whole, did_you_mean, some
+from scgen.arguments import check_share, check_whole, did_you_mean
+from scgen.data.checks import Setup, check_types, some
 from scgen.data.genes import identifiers, matched
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry

@@ -406,5 +406,5 @@ def test_columns_that_are_not_of_groups(simulated, values):
     ],
 )
 def test_bad_input(trained, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         trained.differential_expression(**arguments)

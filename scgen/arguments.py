@@ -1,0 +1,233 @@
+"""What a call may be given: one check for each kind of argument, with errors that name the argument and its value.
+
+A check returns the value as plain Python: NumPy's scalars are taken wherever Python's are. A wrong kind of object is a
+TypeError, a value out of range a ValueError.
+"""
+
+import difflib
+import math
+import os
+import reprlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+#: Draws and epochs at most: more are a slip, and would run for months.
+MOST_DRAWS = MOST_EPOCHS = 1_000_000
+#: The largest seed that torch, NumPy and files all hold.
+MOST_SEED = 2**63 - 1
+#: The largest number that float32 holds, in which the models compute.
+MOST_FLOAT32 = float(np.finfo(np.float32).max)
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def shown(value) -> str:
+    """Return a value as code, on one line and not at length.
+
+    Examples
+    --------
+    >>> shown("a"), shown(list(range(100))), len(shown("a" * 1000))
+    ("'a'", '[0, 1, 2, 3, 4, 5, ...]', 80)
+    """
+    try:
+        return " ".join(_SHORT.repr(value).split())
+    except Exception:  # a number of thousands of digits, or an object that cannot show itself
+        return f"<{type(value).__name__}>"
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """Return a flag; TypeError for anything but True and False.
+
+    Examples
+    --------
+    >>> check_flag("overwrite", "no")
+    Traceback (most recent call last):
+    TypeError: overwrite='no'; it takes True or False.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}={shown(value)}; it takes True or False.")
+    return bool(value)
+
+
+def check_flags(**flags: bool) -> None:
+    """Check several flags, each by its name."""
+    for name, value in flags.items():
+        check_flag(name, value)
+
+
+def check_whole(name: str, value: int, least: int, most: int | None = None) -> int:
+    """Return a whole number; TypeError for anything but a number, ValueError for one out of its range.
+
+    Examples
+    --------
+    >>> check_whole("n_samples", np.int64(5), 1)
+    5
+    >>> check_whole("n_samples", 5.0, 1)
+    Traceback (most recent call last):
+    ValueError: n_samples=5.0; it takes a whole number from 1. Write n_samples=5.
+    """
+    takes = f"{name}={shown(value)}; it takes a whole number from {least}" + (f" to {most}." if most else ".")
+    if isinstance(value, str) and value.strip().isdecimal():
+        takes += f" Write {name}={value.strip()}."
+    _check_number(value, takes)
+    if isinstance(value, float | np.floating) and value.is_integer() and value >= least:
+        takes += f" Write {name}={int(value)}."
+    if not isinstance(value, int | np.integer) or value < least or (most is not None and value > most):
+        raise ValueError(takes)
+    return int(value)
+
+
+def check_number(
+    name: str,
+    value: float,
+    takes: str,
+    *,
+    least: float = -math.inf,
+    most: float = MOST_FLOAT32,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """Return a finite number; TypeError for anything but a number, ValueError for one out of its range.
+
+    Parameters
+    ----------
+    name, value
+        The argument.
+    takes
+        What it takes, in words.
+    least, most, above, below
+        Its range: from ``least`` to ``most``, and above and below these.
+
+    Examples
+    --------
+    >>> check_number("delta", float("nan"), "a log2 fold change from 0", least=0)
+    Traceback (most recent call last):
+    ValueError: delta=nan; it takes a log2 fold change from 0.
+    """
+    message = f"{name}={shown(value)}; it takes {takes}."
+    _check_number(value, message)
+    if not (least <= value <= most and above < value < below):
+        raise ValueError(message)
+    return float(value)
+
+
+def check_share(name: str, value: float) -> float:
+    """Return a share from 0 to 1."""
+    return check_number(name, value, "a share from 0 to 1", least=0, most=1)
+
+
+def check_seed(value: int) -> int:
+    """Return a seed, a whole number that all generators take."""
+    return check_whole("seed", value, 0, MOST_SEED)
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> str:
+    """Return one of some names; TypeError for anything but a string, ValueError for an unknown one.
+
+    Examples
+    --------
+    >>> check_choice("mode", "Change", ("change", "vanilla"))
+    Traceback (most recent call last):
+    ValueError: mode='Change' is unknown; choose "change" or "vanilla". Did you mean "change"?
+    """
+    *first, last = (f'"{one}"' for one in known)
+    message = f"{name}={shown(value)} is unknown; choose {', '.join(first)}{' or ' if first else ''}{last}."
+    if not isinstance(value, str):
+        raise TypeError(message)
+    if value not in known:
+        raise ValueError(message + did_you_mean(value, known))
+    return str(value)
+
+
+def check_key(name: str, value: str, example: str) -> str:
+    """Return the key that something is written under, in ``adata.obsm`` or ``uns`` and in a file of these."""
+    if not isinstance(value, str) or not value or "/" in value or "\0" in value:
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f'{name}={shown(value)}; it takes a name, such as "{example}", without "/".')
+    return str(value)
+
+
+def check_names(name: str, value: Iterable[str]) -> list[str]:
+    """Return a list of names; TypeError for a single string, and for anything but strings in it.
+
+    Examples
+    --------
+    >>> check_names("gene_list", "CD3E")
+    Traceback (most recent call last):
+    TypeError: gene_list='CD3E' is a str where a list belongs: gene_list=['CD3E'].
+    """
+    if isinstance(value, str):
+        raise TypeError(f"{name}={shown(value)} is a str where a list belongs: {name}=[{shown(value)}].")
+    if not isinstance(value, Iterable) or isinstance(value, bytes) or getattr(value, "ndim", 1) != 1:
+        raise TypeError(f"{name}={shown(value)}; it takes a list of names.")
+    names = list(value)
+    wrong = next((one for one in names if not isinstance(one, str)), None)
+    if wrong is not None or None in names:
+        raise TypeError(f"{name}={shown(value)} holds {shown(wrong)}; it takes a list of names.")
+    return [str(one) for one in names]
+
+
+def check_path(name: str, value: str | Path) -> Path:
+    """Return a path; TypeError for anything but a string or path, ValueError for one that can name no file.
+
+    Examples
+    --------
+    >>> check_path("folder", None)
+    Traceback (most recent call last):
+    TypeError: folder=None; it takes a path, a string or pathlib.Path.
+    """
+    path = value
+    if isinstance(value, os.PathLike) and not isinstance(value, str):
+        path = os.fspath(value)
+    if not isinstance(path, str):
+        raise TypeError(f"{name}={shown(value)}; it takes a path, a string or pathlib.Path.")
+    if not path or "\0" in path:
+        raise ValueError(f"{name}={shown(value)}; it takes a path that is not empty and has no null character.")
+    return Path(path)
+
+
+def check_memory(name: str, value, n_bytes: float, instead: str) -> None:
+    """Raise MemoryError where an argument asks for more memory than there is; ``instead`` says what to do.
+
+    Examples
+    --------
+    >>> check_memory("n_samples", 10, 1e30, "Ask for fewer draws.")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    MemoryError: n_samples=10 takes about 1e+21 GB of memory, and this machine has ... GB. Ask for fewer draws.
+    """
+    there = _memory()
+    if n_bytes > there:
+        raise MemoryError(
+            f"{name}={shown(value)} takes about {n_bytes / 1e9:.3g} GB of memory, and this machine has "
+            f"{there / 1e9:.3g} GB. {instead}"
+        )
+
+
+def nearest(name: str, names: Sequence[str]) -> str | None:
+    """Return the name most like the one given, or None."""
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), None)
+
+
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    """Return the end of a message that names the nearest; empty where none is near."""
+    closest = nearest(name, names)
+    return f' Did you mean "{closest}"?' if closest else ""
+
+
+def _check_number(value, message: str) -> None:
+    """Raise TypeError for anything but a real number, of Python's or NumPy's."""
+    # NumPy counts times among its integers.
+    is_other = isinstance(value, bool | np.timedelta64)
+    if is_other or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(message)
+
+
+def _memory() -> float:
+    """Return the bytes of memory that the machine has; infinite where it does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not a POSIX system
+        return math.inf
