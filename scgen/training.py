@@ -3,9 +3,8 @@
 import copy
 import logging
 import math
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 
 from scgen.arguments import check_whole
 from scgen.data.loader import CellLoader
+from scgen.seeding import seeded
 
 logger = logging.getLogger(__name__)
 
@@ -113,19 +113,6 @@ def start_from_data(vae: nn.Module, loader: CellLoader) -> None:
         vae.priors["z"].start_at(next(iter(loader.over(few, n))))
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch within the block; the global generators are, after it, as they were before.
-
-    ValueError for a seed that is no whole number from 0.
-    """
-    check_whole("seed", seed, 0)
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(int(seed))
-        yield
-
-
 def choose_device(accelerator: str) -> torch.device:
     """Return the device for "auto", "cpu" or "gpu" ("cuda"); ValueError for others, or for no GPU."""
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
@@ -199,7 +186,7 @@ def fit(
     step, n_before, interrupted = 0, len(rows), False
     with (
         seeded(options.seed),
-        tqdm(total=max_epochs, desc="training", unit="epoch", disable=not options.progress) as bar,
+        progress_bar(max_epochs, "training", "epoch", options.progress) as bar,
     ):
         try:
             for epoch in range(max_epochs):
@@ -242,6 +229,11 @@ def fit(
     return not interrupted
 
 
+def progress_bar(total: int, description: str, unit: str, shown: bool) -> tqdm:
+    """Return a progress line, which is not shown where there is no console: ``sys.stderr`` is then None."""
+    return tqdm(total=total, desc=description, unit=unit, disable=not shown or sys.stderr is None)
+
+
 class Adam:
     """torch's fused Adam, without its class, which loads torch's compiler: 2 s and 60 MB that training has no use for.
 
@@ -256,7 +248,7 @@ class Adam:
     def __init__(self, vae: nn.Module):
         self.weights = [weight for weight in vae.parameters() if weight.requires_grad]
         self.means, self.squares = ([torch.zeros_like(weight) for weight in self.weights] for _ in range(2))
-        self.n_steps = torch.zeros((), device=self.weights[0].device)
+        self.n_steps = torch.zeros((), dtype=torch.float32, device=self.weights[0].device)
         self.usual = self.n_steps.clone()  # length of the gradients; 0 stands for none yet
         self._forget_gradients()  # of a training that was interrupted between its backward and its step
 

@@ -10,12 +10,11 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from tqdm.auto import tqdm
 
 from scgen.arguments import check_whole, did_you_mean
 from scgen.data.registry import Registry
 from scgen.models.scvi import SCVI
-from scgen.training import choose_device, default_batch_size, default_epochs
+from scgen.training import choose_device, default_batch_size, default_epochs, progress_bar
 
 #: Named arguments of `SCVI`, for ``SCVI(adata, **PRESETS["nb"])``.
 PRESETS: dict[str, dict] = {
@@ -185,7 +184,7 @@ def tune(
 
     names, n_kept, tables = list(candidates), len(candidates), []
     options = {"accelerator": accelerator, "seed": seed}
-    with tqdm(total=n_kept, desc="tuning", unit="training", disable=not progress or n_kept < 2) as bar:
+    with progress_bar(n_kept, "tuning", "training", progress and n_kept > 1) as bar:
         for rung in short:
             if n_kept < 2:
                 break

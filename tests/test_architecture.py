@@ -18,6 +18,8 @@ ALLOWED = {
     "reporting": ("models", "analysis", "data", "plots"),
     "plots": (),
     "storage": (),
+    "threads": (),
+    "seeding": (),
     "training": ("modules.elbo", "data", "storage"),
     "models": (
         "__version__",
@@ -26,7 +28,7 @@ ALLOWED = {
         "modules",
         "data",
         "storage",
-        *(f"models.{name}" for name in ("base", "files", "loaders", "pickles", "queries", "scvi_tools")),
+        *(f"models.{name}" for name in ("base", "files", "loaders", "pickles", "queries", "scvi_tools", "trainings")),
     ),
     "analysis": ("training", "modules", "distributions", "data", "analysis"),
     "modules": ("distributions", "data.cells", "modules.networks", "modules.flows", "modules.elbo"),
@@ -41,8 +43,8 @@ ALLOWED = {
     "kernels.cuda": ("kernels.cuda_functions",),
     "kernels.functions": ("kernels.rows",),
 }
-#: Imports nothing of scgen's, and may be imported everywhere.
-FOR_ALL = "scgen.arguments."
+#: Import nothing else of scgen's, and may be imported everywhere.
+FOR_ALL = ("scgen.arguments.", "scgen.seeding.", "scgen.threads")
 MAY_NAME_ANNDATA = ("data", "models", "analysis", "integration", "criticism", "tuning", "reporting", "cli")
 FILES = sorted(ROOT.rglob("*.py"))
 

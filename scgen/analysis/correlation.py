@@ -11,8 +11,8 @@ from scgen.analysis.counterfactual import Asked, Condition, as_if
 from scgen.arguments import check_whole
 from scgen.data.loader import CellLoader
 from scgen.distributions import NegativeBinomial
-from scgen.modules.vae import VAE
-from scgen.training import seeded
+from scgen.modules.vae import VAE, question
+from scgen.seeding import seeded
 
 #: Rows of ranks that are made float64 at a time.
 RANKED_AT_ONCE = 8192
@@ -52,7 +52,7 @@ class Moments:
         return np.clip(self.products / deviation[:, None] / deviation, -1, 1)
 
 
-@torch.inference_mode()
+@question
 def correlation_matrix(
     vae: VAE,
     loader: CellLoader,
@@ -78,7 +78,6 @@ def correlation_matrix(
     n_genes, n_rows, total = len(asked.genes), n_samples * len(loader.index), 0.0
     if n_rows < 2:
         raise ValueError("a correlation needs two values of each gene: more cells, or n_samples=10.")
-    vae.eval()
     for condition in asked.conditions:
         with seeded(seed):
             values = _denoised(vae, loader, condition, asked, n_samples)

@@ -19,8 +19,8 @@ from scgen.analysis.counterfactual import Condition, as_if
 from scgen.arguments import check_whole
 from scgen.data.loader import CellLoader
 from scgen.data.stores import BackedStore, MemoryStore
-from scgen.modules.vae import VAE
-from scgen.training import seeded
+from scgen.modules.vae import VAE, question
+from scgen.seeding import seeded
 
 #: Times that each sampled cell is decoded, at least; as often as there are batches to average over, if these are more.
 DECODED = 4
@@ -86,7 +86,7 @@ def counts_of(store: MemoryStore | BackedStore, group: np.ndarray, n_groups: int
     return Counts(np.bincount(group[group >= 0], minlength=n_groups), *sums)
 
 
-@torch.inference_mode()
+@question
 def _scales(
     vae: VAE, loader: CellLoader, batches: Sequence[int] | None, seed: int
 ) -> Iterator[tuple[int, int, Tensor]]:
@@ -94,17 +94,16 @@ def _scales(
 
     For each draw all cells are decoded in each of the batches in turn, so that whatever is compared shares its batch.
     """
-    vae.eval()
-    start = 0
-    with seeded(seed):
-        for cells in loader:
-            cells = cells.to(vae.device)
-            q = vae.posteriors["z"](cells)
-            for draw in range(n_draws(batches)):
+    start, noise = 0, seeded(seed)
+    for cells in loader:
+        cells = cells.to(vae.device)
+        q = vae.posteriors["z"](cells)
+        for draw in range(n_draws(batches)):
+            with noise:
                 z = {"z": q.rsample()}
-                for batch in batches or [None]:
-                    yield start, draw, vae.decoder.expression(z, as_if(cells, Condition(batch))).cpu()
-            start += len(cells)
+            for batch in batches or [None]:
+                yield start, draw, vae.decoder.expression(z, as_if(cells, Condition(batch))).cpu()
+        start += len(cells)
 
 
 def n_draws(batches: Sequence[int] | None) -> int:
@@ -133,10 +132,10 @@ def group_means(
     """
     rng = np.random.default_rng(seed)
     n_groups, last = group.max() + 1, None
-    sums, totals = None, torch.zeros(n_groups, n_samples)
+    sums, totals = None, torch.zeros(n_groups, n_samples, dtype=torch.float32)
     for start, draw, rho in _scales(vae, loader, batches, seed):
         if sums is None:
-            sums = torch.zeros(n_groups, n_samples, rho.shape[1])
+            sums = torch.zeros(n_groups, n_samples, rho.shape[1], dtype=rho.dtype)
         if start != last:
             weights = torch.from_numpy(rng.standard_exponential((n_samples, len(rho)), dtype=np.float32))
             chosen, last = torch.from_numpy(rng.integers(n_draws(batches), size=weights.shape)), start

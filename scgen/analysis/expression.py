@@ -15,8 +15,8 @@ from scgen.analysis.counterfactual import Asked, as_if
 from scgen.arguments import check_whole
 from scgen.data.cells import Cells
 from scgen.data.loader import CellLoader
-from scgen.modules.vae import VAE
-from scgen.training import seeded
+from scgen.modules.vae import VAE, question
+from scgen.seeding import generator, seeded
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Settings:
         return self.return_mean or self.n_samples == 1
 
 
-@torch.inference_mode()
+@question
 def answer(
     vae: VAE,
     loader: CellLoader,
@@ -132,7 +132,6 @@ def _sparse(blocks: Iterator[tuple[int, slice, Tensor]], below: float) -> sparse
 
 def _blocks(vae: VAE, loader: CellLoader, settings: Settings) -> Iterator[tuple[int, slice, Tensor]]:
     """Iterate over (draw, rows, values (n, genes)) of minibatches; averaged over the draws, the draw is 0."""
-    vae.eval()
     factor = 1 / len(settings.asked.conditions)
     if settings.library_size != "latent":
         factor *= settings.library_size
@@ -186,5 +185,6 @@ def _draws(vae: VAE, cells: Cells, settings: Settings) -> Iterator[tuple[dict[st
             yield {name: values[i] for name, values in latents.items()}, weight[:, None]
         return
     each = torch.arange(len(cells), device=vae.device)
-    for chosen in torch.multinomial(weights.T, settings.n_samples, replacement=True).T:
+    noise = generator(weights.device)
+    for chosen in torch.multinomial(weights.T, settings.n_samples, replacement=True, generator=noise).T:
         yield {name: values[chosen, each] for name, values in latents.items()}, 1.0

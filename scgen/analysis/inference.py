@@ -14,24 +14,22 @@ from torch.distributions import Distribution, kl_divergence
 from scgen.arguments import check_whole
 from scgen.data.loader import CellLoader
 from scgen.distributions import DiagonalNormal
-from scgen.modules.vae import VAE
-from scgen.training import seeded
+from scgen.modules.vae import VAE, question
+from scgen.seeding import seeded
 
 #: Of many draws of the latents, so many are in memory together.
 AT_ONCE = 16
 
 
-@torch.inference_mode()
+@question
 def embedding(vae: VAE, loader: CellLoader) -> np.ndarray:
     """Return the mean of q(z) of each cell, (n, d), in the loader's order."""
-    vae.eval()
     return np.concatenate([vae.posteriors["z"].means(cells.to(vae.device)).cpu().numpy() for cells in loader])
 
 
-@torch.inference_mode()
+@question
 def latent(vae: VAE, loader: CellLoader, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and variance of q of one latent, (n, d) each, in the loader's order."""
-    vae.eval()
     means, variances = [], []
     for cells in loader:
         q = vae.posteriors[name](cells.to(vae.device))
@@ -40,11 +38,10 @@ def latent(vae: VAE, loader: CellLoader, name: str) -> tuple[np.ndarray, np.ndar
     return np.concatenate(means), np.concatenate(variances)
 
 
-@torch.inference_mode()
+@question
 def draw(vae: VAE, loader: CellLoader, name: str, seed: int) -> np.ndarray:
     """Return a draw from q of one latent for each cell, (n, d), in the loader's order, whatever its minibatches."""
     check_whole("seed", seed, 0)
-    vae.eval()
     rng, draws = np.random.default_rng(seed), []
     for cells in loader:
         q = vae.posteriors[name](cells.to(vae.device))
@@ -63,10 +60,9 @@ def library_size(vae: VAE, loader: CellLoader, give_mean: bool, seed: int) -> np
     return np.exp(mean + variance / 2)
 
 
-@torch.inference_mode()
+@question
 def bound(vae: VAE, loader: CellLoader, seed: int) -> dict[str, np.ndarray]:
     """Return log_likelihood and the KL of each latent, (n,) each, at one draw from q."""
-    vae.eval()
     parts: dict[str, list[np.ndarray]] = {}
     with seeded(seed):
         for cells in loader:
@@ -76,14 +72,13 @@ def bound(vae: VAE, loader: CellLoader, seed: int) -> dict[str, np.ndarray]:
     return {part: np.concatenate(values) for part, values in parts.items()}
 
 
-@torch.inference_mode()
+@question
 def marginal(vae: VAE, loader: CellLoader, n_draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the log-mean-exp of so many importance weights for each cell, and their effective number, (n,) each.
 
     The weights are w = p(x, latents) / q(latents | x), their effective number (sum w)^2 / sum w^2.
     """
     check_whole("n_mc_samples", n_draws, 1)
-    vae.eval()
     results = []
     with seeded(seed):
         for cells in loader:
@@ -113,12 +108,11 @@ def log_sums(draw: Callable[[tuple[int]], Tensor], n_draws: int, at_once: int = 
     return total
 
 
-@torch.inference_mode()
+@question
 def active_units(vae: VAE, loader: CellLoader, threshold: float) -> pd.DataFrame:
     """Return variance, KL and activity of each latent of z; see `Model.active_units`."""
     if not (isinstance(threshold, Real) and 0 <= threshold < math.inf):
         raise ValueError(f"threshold={threshold!r}; it takes a variance, a number from 0.")
-    vae.eval()
     means, divergence = [], 0.0
     for cells in loader:
         cells = cells.to(vae.device)
@@ -130,11 +124,10 @@ def active_units(vae: VAE, loader: CellLoader, threshold: float) -> pd.DataFrame
     return pd.DataFrame(table, index=pd.RangeIndex(len(variance), name="latent"))
 
 
-@torch.inference_mode()
+@question
 def cluster_probs(vae: VAE, loader: CellLoader, n_samples: int, seed: int) -> np.ndarray:
     """Return the mean over draws of z of its probabilities under each component of the prior's mixture, (n, K)."""
     check_whole("n_samples", n_samples, 1)
-    vae.eval()
     probs = []
     with seeded(seed):
         for cells in loader:

@@ -1,7 +1,6 @@
 """The parameters of p(x | z, l, s), from which it can be computed elsewhere."""
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
@@ -10,11 +9,11 @@ from scgen.arguments import check_whole
 from scgen.data.cells import Cells
 from scgen.data.loader import CellLoader
 from scgen.distributions import NegativeBinomial, ZeroInflatedNegativeBinomial
-from scgen.modules.vae import VAE
-from scgen.training import seeded
+from scgen.modules.vae import VAE, question
+from scgen.seeding import seeded
 
 
-@torch.inference_mode()
+@question
 def likelihood_parameters(
     vae: VAE,
     loader: CellLoader,
@@ -43,7 +42,6 @@ def likelihood_parameters(
     shape = keep, len(loader.index), len(asked.genes)
     found: dict[str, np.ndarray] = {}
     start = 0
-    vae.eval()
     with seeded(seed):
         for cells in loader:
             cells = cells.to(vae.device)

@@ -9,8 +9,8 @@ import torch
 from scgen.arguments import check_whole
 from scgen.data.loader import CellLoader
 from scgen.modules.elbo import draw_and_kl
-from scgen.modules.vae import VAE
-from scgen.training import seeded
+from scgen.modules.vae import VAE, question
+from scgen.seeding import seeded
 
 #: Query cells that directions are found in, directions, and the largest residual that counts, in standard deviations.
 MAX_CELLS, N_DIRECTIONS, MAX_RESIDUAL = 5000, 10, 10.0
@@ -38,10 +38,9 @@ class Described:
     residuals: np.ndarray
 
 
-@torch.inference_mode()
+@question
 def described(vae: VAE, loader: CellLoader, directions: np.ndarray | None = None) -> Described:
     """Describe cells; ``directions``, (G, k), keep only as much of their residuals."""
-    vae.eval()
     parts = []
     basis = None if directions is None else torch.from_numpy(directions).to(vae.device)
     for cells in loader:

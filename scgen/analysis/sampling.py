@@ -5,7 +5,6 @@ from dataclasses import MISSING, fields, replace
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 from scipy import sparse
 from torch import Tensor
@@ -15,8 +14,8 @@ from scgen.arguments import check_whole
 from scgen.data.cells import Cells
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry
-from scgen.modules.vae import VAE
-from scgen.training import seeded
+from scgen.modules.vae import VAE, question
+from scgen.seeding import seeded
 
 #: Of `Cells`, those that all cells have.
 FIELDS = [field.name for field in fields(Cells) if field.default is MISSING]
@@ -34,13 +33,12 @@ def posterior_predictive(
     return matrices[0] if n_samples == 1 else matrices
 
 
-@torch.inference_mode()
+@question
 def replicates(
     vae: VAE, loader: CellLoader, condition: Condition, n_samples: int, seed: int
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Iterate over (first cell, number of the replicate, x (n, G)) of minibatches, each with all of its replicates."""
     check_whole("seed", seed, 0)
-    vae.eval()
     rng, start = np.random.default_rng(seed), 0
     for cells in loader:
         cells = cells.to(vae.device)
@@ -76,13 +74,12 @@ def prior_sample(vae: VAE, registry: Registry, n: int, condition: Condition, see
     )
 
 
-@torch.inference_mode()
+@question
 def prior_predictive(vae: VAE, cells: Cells, seed: int, n_at_once: int = 1024) -> tuple[sparse.csr_matrix, dict]:
     """Return x (n, G), and the latents that it came from, for z ~ p(z), log l ~ p(log l | s).
 
     Of ``cells``, (n,), only batch, labels and covariates are read.
     """
-    vae.eval()
     blocks, latents = [], {name: [] for name in vae.priors}
     with seeded(seed):
         for start in range(0, len(cells), n_at_once):

@@ -15,11 +15,11 @@ from scgen.analysis.inference import log_sums
 from scgen.arguments import check_whole
 from scgen.data.cells import Cells
 from scgen.data.loader import CellLoader
-from scgen.modules.vae import VAE
-from scgen.training import seeded
+from scgen.modules.vae import VAE, question
+from scgen.seeding import seeded
 
 
-@torch.inference_mode()
+@question
 def held_out_log_likelihood(
     vae: VAE, loader: CellLoader, size_factors: bool, held_out: float, n_samples: int, seed: int
 ) -> np.ndarray:
@@ -43,7 +43,6 @@ def held_out_log_likelihood(
     if not (isinstance(held_out, Real) and 0 < held_out < 1):
         raise ValueError(f"held_out={held_out!r}; it takes a share above 0 and below 1.")
     check_whole("n_samples", n_samples, 1)
-    vae.eval()
     results = []
     as_measured = copy(loader)
     as_measured.complete = None  # genes that were not measured are expected of the kept counts alone

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scgen import threads
 from scgen.data.cells import Cells
 from scgen.data.stores import BackedStore, DeviceStore, MemoryStore
 
@@ -67,6 +68,7 @@ class CellLoader:
         rows = index if isinstance(self.store, DeviceStore) else order
         edges = np.arange(len(self) + 1) * len(order) // max(len(self), 1)
         for start, stop in itertools.pairwise(edges.tolist()):
+            threads.watch.look()
             counts = self._moved(self.store.rows(rows[start:stop], self.as_sparse))
             some = {name: column[start:stop] for name, column in columns.items()}
             cells = Cells(counts=counts, index=index[start:stop], **some)

@@ -310,12 +310,12 @@ class Registry:
 
         others = [codes(n_values) for n_values in self.n_categories[1:]]
         return Cells(
-            counts=torch.zeros(n, 0),
-            library=torch.zeros(n, 1),
+            counts=torch.zeros(n, 0, dtype=torch.float32),
+            library=torch.zeros(n, 1, dtype=torch.float32),
             batch=codes(len(self.batches)),
             labels=codes(len(self.labels)),
             categorical=torch.stack(others, 1) if others else torch.zeros(n, 0, dtype=torch.int64),
-            continuous=torch.zeros(n, len(self.scaling)),
+            continuous=torch.zeros(n, len(self.scaling), dtype=torch.float32),
             index=torch.arange(n),
         )
 

@@ -8,6 +8,7 @@ from scipy import sparse
 
 from scgen.arguments import check_whole
 from scgen.distributions import ZeroInflatedNegativeBinomial
+from scgen.seeding import seeded
 
 
 def simulate_cells(
@@ -87,8 +88,7 @@ def simulate_cells(
     counts = ZeroInflatedNegativeBinomial(
         torch.from_numpy(log_rho + log_library[:, None]), torch.from_numpy(log_theta), torch.from_numpy(zi_logit)
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(seed))
+    with seeded(seed):
         x = counts.sample().numpy().astype(np.float32)
     empty = np.flatnonzero(x.sum(1) == 0)
     x[empty, log_rho[empty].argmax(1)] = 1

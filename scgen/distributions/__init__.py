@@ -2,12 +2,13 @@
 
 from scgen.distributions.counts import CellCounts, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from scgen.distributions.flowed import Flowed
-from scgen.distributions.gaussian import DiagonalNormal, PointMass
+from scgen.distributions.gaussian import DiagonalNormal, GaussianMixture, PointMass
 
 __all__ = [
     "CellCounts",
     "DiagonalNormal",
     "Flowed",
+    "GaussianMixture",
     "NegativeBinomial",
     "PointMass",
     "Poisson",

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from scgen.kernels import dispatch, reference
+from scgen.seeding import generator
 
 # A Gamma draw above this makes torch's Poisson sampler return negative numbers or hang.
 _MAX_RATE = 1e8
@@ -30,6 +31,10 @@ class _Counts(Distribution):
     @property
     def mean(self) -> Tensor:
         return self.mu
+
+
+def _poisson_draws(rate: Tensor) -> Tensor:
+    return torch.poisson(rate.clamp(max=_MAX_RATE), generator=generator(rate.device))
 
 
 class Poisson(_Counts):
@@ -56,7 +61,7 @@ class Poisson(_Counts):
 
     @torch.no_grad()
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        return torch.poisson(self.mu.expand(self._extended_shape(sample_shape)).clamp(max=_MAX_RATE))
+        return _poisson_draws(self.mu.expand(self._extended_shape(sample_shape)))
 
 
 class NegativeBinomial(_Counts):
@@ -100,14 +105,15 @@ class NegativeBinomial(_Counts):
 
         What is below the smallest normal number is 0.
         """
-        gamma = torch._standard_gamma(self.theta.expand(self._extended_shape(sample_shape)))
+        theta = self.theta.expand(self._extended_shape(sample_shape))
+        gamma = torch._standard_gamma(theta, generator=generator(theta.device))
         # torch raises smaller draws to that number: multiplied by mu / theta, they would rank by it.
         gamma = gamma.masked_fill(gamma <= torch.finfo(gamma.dtype).tiny, 0)
         return gamma * (self.log_mu - self.log_theta).exp()
 
     @torch.no_grad()
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        return torch.poisson(self.sample_rate(sample_shape).clamp(max=_MAX_RATE))
+        return _poisson_draws(self.sample_rate(sample_shape))
 
 
 class ZeroInflatedNegativeBinomial(NegativeBinomial):
@@ -150,7 +156,8 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
     @torch.no_grad()
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         counts = super().sample(sample_shape)
-        kept = torch.bernoulli(torch.sigmoid(-self.zi_logits).expand(counts.shape))
+        shares = torch.sigmoid(-self.zi_logits).expand(counts.shape)
+        kept = torch.bernoulli(shares, generator=generator(shares.device))
         return counts * kept
 
 

@@ -78,7 +78,8 @@ class Flowed(Distribution):
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         mean = self.base.mean
-        noise = torch.randn(N_DRAWS // 2, *self.event_shape, generator=torch.Generator().manual_seed(0))
+        shape, same = (N_DRAWS // 2, *self.event_shape), torch.Generator().manual_seed(0)
+        noise = torch.randn(shape, generator=same, dtype=torch.float32)
         noise = torch.cat([noise, -noise]).to(mean)[(slice(None), *[None] * len(self.batch_shape))]
         total = squares = 0.0
         for some in noise.split(AT_ONCE):

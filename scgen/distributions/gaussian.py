@@ -1,10 +1,12 @@
-"""The distributions of latents: a Gaussian with independent components, and a value without doubt."""
+"""The distributions of latents: a Gaussian with independent components, a mixture of these, and an observed value."""
 
 import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints, register_kl
+from torch.distributions import Categorical, Distribution, MixtureSameFamily, constraints, register_kl
+
+from scgen.seeding import generator
 
 
 class DiagonalNormal(Distribution):
@@ -58,7 +60,8 @@ class DiagonalNormal(Distribution):
 
     def _noise(self, sample_shape: tuple[int, ...]) -> Tensor:
         shape = torch.Size(sample_shape) + self._batch_shape + self._event_shape
-        return torch.randn(shape, dtype=self._mean.dtype, device=self._mean.device)
+        mean = self._mean
+        return torch.randn(shape, dtype=mean.dtype, device=mean.device, generator=generator(mean.device))
 
     def _log_density(self, squares: Tensor) -> Tensor:
         """Return the log-density at so many squared standard deviations from the mean."""
@@ -70,6 +73,37 @@ def _kl_of_gaussians(q: DiagonalNormal, p: DiagonalNormal) -> Tensor:
     ratio = q.variance / p.variance
     terms = ratio - ratio.log() + (q.mean - p.mean).square() / p.variance
     return 0.5 * (terms.sum(-1) - terms.shape[-1])
+
+
+class GaussianMixture(MixtureSameFamily):
+    """Mixture of K Gaussians with weights softmax(logits).
+
+    Parameters
+    ----------
+    logits
+        (K,) unnormalised logarithms of the weights.
+    components
+        The Gaussians, with a mean and a variance of (K, d) each.
+
+    Examples
+    --------
+    >>> import torch
+    >>> p = GaussianMixture(torch.zeros(2), DiagonalNormal(torch.zeros(2, 3), torch.ones(2, 3)))
+    >>> p.sample((5,)).shape, p.log_prob(torch.zeros(5, 3)).shape
+    (torch.Size([5, 3]), torch.Size([5]))
+    """
+
+    def __init__(self, logits: Tensor, components: DiagonalNormal):
+        super().__init__(Categorical(logits=logits, validate_args=False), components, validate_args=False)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        weights = self.mixture_distribution.probs
+        n = math.prod(sample_shape)
+        chosen = torch.multinomial(weights, n, replacement=True, generator=generator(weights.device))
+        draws = self.component_distribution.rsample(sample_shape)  # (*sample_shape, K, d)
+        index = chosen.reshape(*sample_shape, 1, 1).expand(*sample_shape, 1, draws.shape[-1])
+        return draws.gather(-2, index).squeeze(-2)
 
 
 class PointMass(Distribution):

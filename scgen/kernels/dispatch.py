@@ -1,7 +1,8 @@
 """Picks a kernel: fused for CPUs and for CUDA GPUs, or plain torch and scipy, which run everywhere.
 
 Those for CUDA need Triton, which torch's own CUDA builds bring along. ``SCGEN_KERNELS=reference`` in the environment
-takes the plain ones for everything, and neither numba nor Triton is then imported.
+takes the plain ones for everything, and neither numba nor Triton is then imported. So does a process that was forked
+from one that had used its threads, and ``NUMBA_DISABLE_JIT=1``.
 """
 
 import importlib
@@ -15,6 +16,7 @@ from scipy import sparse
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from scgen import threads
 from scgen.kernels import reference
 
 #: Fewer entries than this are done before a compiled kernel is loaded.
@@ -171,8 +173,14 @@ def _compiled(name: str, n_entries: int) -> ModuleType | None:
 
 
 def _plain() -> bool:
-    """Say whether the user wants no compiled kernels."""
-    return os.environ.get("SCGEN_KERNELS") == "reference"
+    """Say whether the user wants no compiled kernels, or they cannot run here."""
+    wanted = os.environ.get("SCGEN_KERNELS", "")
+    if wanted not in ("", "reference"):
+        raise ValueError(
+            f'the environment has SCGEN_KERNELS={wanted!r}, which is unknown: "reference" takes the plain kernels; '
+            "unset it for the fast ones."
+        )
+    return wanted == "reference" or threads.forked or os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
 
 
 def _known(matrix: sparse.csr_matrix | sparse.csr_array) -> bool:

@@ -1,11 +1,12 @@
 """How numba compiles here and on how many threads it runs; and, first of its uses, rows of sparse matrices."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from numba import config, get_num_threads, njit, prange, set_num_threads
+from numba import config, get_num_threads, njit, prange, set_num_threads, threading_layer
 from scipy import sparse
 from torch import Tensor
 
@@ -27,9 +28,34 @@ COMPILED = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}, "no
 ADDING = COMPILED | {"fastmath": {"reassoc", "nsz", "contract"}}
 
 
+#: Held by the thread that runs a kernel where numba's threads can serve only one at a time.
+_one_at_a_time = threading.RLock()
+
+
+def _serves_several() -> bool:
+    """Say whether several threads may run kernels at once: not in numba's own pool, and not while it picks one."""
+    try:
+        return threading_layer() != "workqueue"
+    except ValueError:  # none was needed yet
+        return False
+
+
 @contextmanager
 def threads() -> Iterator[int]:
-    """Within the block, let numba use as many threads as torch does; neither's setting is changed by it."""
+    """Within the block, let numba use as many threads as torch does; neither's setting is changed by it.
+
+    Where numba's threads can serve only one thread at a time, others wait: the process would be killed.
+    """
+    if _serves_several():
+        with _sized() as n_threads:
+            yield n_threads
+    else:
+        with _one_at_a_time, _sized() as n_threads:
+            yield n_threads
+
+
+@contextmanager
+def _sized() -> Iterator[int]:
     n_torch, n_numba = torch.get_num_threads(), get_num_threads()
     n_threads = min(n_torch, config.NUMBA_NUM_THREADS)
     set_num_threads(n_threads)

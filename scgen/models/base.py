@@ -1,11 +1,11 @@
 """What every model does with an AnnData: train, answer, save, load."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from scipy import sparse
 
@@ -15,9 +15,10 @@ from scgen.analysis.counterfactual import Asked, batch_asked, one_condition
 from scgen.analysis.likelihood_parameters import likelihood_parameters
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry, setup_anndata
-from scgen.models import files, loaders, queries
+from scgen.models import files, loaders, queries, trainings
 from scgen.modules.vae import VAE
-from scgen.training import NonFiniteLoss, Options, choose_device, fit, seeded
+from scgen.seeding import seeded
+from scgen.training import Options, choose_device
 
 
 class Model:
@@ -56,7 +57,8 @@ class Model:
         self.trainings: list[dict] = []
         self.train_indices: np.ndarray | None = None
         self.validation_indices: np.ndarray | None = None
-        with seeded(arguments["seed"]):
+        # Weights that can be trained, whatever mode of torch the caller is in.
+        with seeded(arguments["seed"]), torch.inference_mode(False):
             self.vae = self.build(registry, **self.arguments).eval()
 
     def __repr__(self) -> str:
@@ -157,21 +159,7 @@ class Model:
             progress,
         )
         options.check(batch_size, train_size, devices)
-        training, validation = loaders.of_training(self, options, batch_size, train_size)
-        rows: list[dict] = self.history.to_dict(orient="records")
-        started = {"device": str(device), "batch_size": training.batch_size, "finished": False}
-        self.trainings.append(files.plain(asdict(options) | started))
-        try:
-            with self.vae.to(device).learning_rows(self.registry.learned_rows(self.arguments["dispersion"])):
-                self.trainings[-1]["finished"] = fit(self.vae, training, validation, options, rows)
-        except NonFiniteLoss as error:
-            raise FloatingPointError(error.names(self.adata.obs_names, self.registry.genes, learning_rate)) from error
-        finally:
-            if len(rows) == len(self.history):  # not one epoch: as if nothing had been asked
-                self.trainings.pop()
-                if not rows:
-                    self.train_indices = self.validation_indices = None
-            self.history = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="epoch"))
+        trainings.run(self, options, batch_size, train_size)
 
     def get_latent_representation(
         self,
@@ -817,7 +805,8 @@ class Model:
         ValueError
             If too few genes are there, or ``adata`` is not what `setup_anndata` would take.
         """
-        return queries.mapped(self, adata, layer, batch_key, min_overlap)
+        with self.vae.occupied():
+            return queries.mapped(self, adata, layer, batch_key, min_overlap)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the model, without the cells, into ``folder``: ``model.json`` and a safetensors file.
@@ -829,7 +818,8 @@ class Model:
         FileExistsError
             If a model is there and ``overwrite`` is false.
         """
-        files.save(self, folder, overwrite)
+        with self.vae.occupied():
+            files.save(self, folder, overwrite)
 
     @classmethod
     def load(cls, folder: str | Path, adata: AnnData | None = None) -> "Model":

@@ -280,7 +280,7 @@ def _weights(theirs: dict[str, Tensor], wanted: dict[str, Tensor], order: Tensor
     found = {}
     for name, shape in ((name, weight.shape) for name, weight in wanted.items()):
         if name not in theirs:  # with the first batch that differs from the only one, which had no row
-            found[name] = torch.zeros(shape)
+            found[name] = torch.zeros(shape, dtype=wanted[name].dtype)
             continue
         weight, dimension = theirs[name].cpu(), _dimension_of_genes(name, len(shape))
         if len(shape) and shape[0] > len(weight):

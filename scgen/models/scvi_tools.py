@@ -136,8 +136,8 @@ def _weights(theirs: dict[str, Tensor], registry: Registry, arguments: dict) -> 
     """Return our weights by name."""
     seen = (registry.n_categories, len(registry.scaling))
     encoded = seen if arguments["encode_covariates"] else ((), 0)
-    n_batches, n_latent = len(registry.batches), theirs["z_encoder.mean_encoder.bias"].shape
-    found = {"priors.z.mean": torch.zeros(n_latent), "priors.z.variance": torch.ones(n_latent)}
+    bias = theirs["z_encoder.mean_encoder.bias"]
+    found = {"priors.z.mean": torch.zeros_like(bias), "priors.z.variance": torch.ones_like(bias)}
     found |= _encoder("posteriors.z", "z_encoder", theirs, encoded)
     found |= _layers("decoder.mlp", "decoder.px_decoder", theirs, *seen)
     found |= _linear("decoder.scale", "decoder.px_scale_decoder.0", theirs)
@@ -153,7 +153,7 @@ def _weights(theirs: dict[str, Tensor], registry: Registry, arguments: dict) -> 
         found["priors.library.mean"] = theirs["library_log_means"][0]
         found["priors.library.variance"] = theirs["library_log_vars"][0]
     else:  # where the library is observed, it has no prior there; `LibraryPrior.fit` makes one of cells
-        found |= {"priors.library.mean": torch.zeros(n_batches), "priors.library.variance": torch.zeros(n_batches)}
+        found |= {f"priors.library.{name}": bias.new_zeros(len(registry.batches)) for name in ("mean", "variance")}
     return found
 
 
@@ -190,6 +190,6 @@ def _layers(
         found[f"{ours}.linear.bias"] = theirs[f"{block}.0.bias"]
         found |= {f"{ours}.rows.{i}": table.T for i, table in zip(used, tables, strict=True)}
         if n_continuous:
-            found[f"{ours}.slopes"] = slopes.T if layer == 0 else torch.zeros(n_continuous, len(weight))
+            found[f"{ours}.slopes"] = slopes.T if layer == 0 else weight.new_zeros(n_continuous, len(weight))
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             found[f"{to}.norms.{layer}.{name}"] = theirs[f"{block}.1.{name}"]

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
-from torch.nn.functional import softmax, softplus
+from torch.nn.functional import embedding, softmax, softplus
 
 from scgen.data.cells import Cells
 from scgen.distributions import CellCounts
 from scgen.modules.networks import MLP, WideLinear
+from scgen.seeding import generator
 
 #: Libraries are kept within exp(0) = 1 and exp(18.4) = 1e8 counts, theta within exp(+-18.4).
 MAX_LOG = 18.4
@@ -33,7 +34,8 @@ class Dispersion(nn.Module):
         if kind == "gene-cell":
             self.head = WideLinear(n_hidden, n_genes)
         else:
-            self.log_theta = nn.Parameter(torch.randn(*rows[kind], n_genes))
+            log_theta = torch.empty(*rows[kind], n_genes, dtype=torch.float32)
+            self.log_theta = nn.Parameter(log_theta.normal_(generator=generator(log_theta.device)))
 
     def forward(self, h: Tensor, cells: Cells) -> Tensor:
         if self.kind == "gene-cell":
@@ -41,7 +43,8 @@ class Dispersion(nn.Module):
         elif self.kind == "gene":
             log_theta = self.log_theta
         else:
-            log_theta = self.log_theta[cells.batch if self.kind == "gene-batch" else cells.labels]
+            # Gradients of an index are added up in any order, and differ from run to run; those of rows are not.
+            log_theta = embedding(cells.batch if self.kind == "gene-batch" else cells.labels, self.log_theta)
         return log_theta.clamp(-MAX_LOG, MAX_LOG)
 
 
@@ -159,7 +162,7 @@ class GaussianDecoder(nn.Module):
         super().__init__()
         self.mlp = MLP(n_latent, n_hidden, n_layers, n_categories, n_continuous) if n_layers else None
         self.mean = WideLinear(n_hidden if n_layers else n_latent, n_genes)
-        self.log_scale = nn.Parameter(torch.zeros(n_genes))
+        self.log_scale = nn.Parameter(torch.zeros(n_genes, dtype=torch.float32))
 
     def start_at(self, mean: Tensor, variance: Tensor) -> None:
         """Start f at the genes' means and sigma at their standard deviations, from (G,) each."""

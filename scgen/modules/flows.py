@@ -1,11 +1,13 @@
 """Normalising flows: invertible maps of a latent that a context bends, with the logarithms of their determinants."""
 
 import math
-import warnings
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import elu, linear, logsigmoid, softplus
+
+from scgen.modules.networks import Linear
+from scgen.seeding import generator
 
 #: Its softplus is 1.
 INVERSE_SOFTPLUS_OF_1 = math.log(math.expm1(1))
@@ -43,7 +45,8 @@ class PlanarFlow(nn.Module):
         self.directions = head(n_context, n_steps * n_latent, 0.01)
         self.offsets = head(n_context, n_steps, 0.01)
         self.bends = head(n_context, n_steps * n_latent, 0.0)
-        nn.init.normal_(self.directions.bias, std=n_latent**-0.5)
+        bias = self.directions.bias
+        nn.init.normal_(bias, std=n_latent**-0.5, generator=generator(bias.device))
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Return z' (..., n, d) and log |det dz'/dz| (..., n), for z (..., n, d) and the context (n, C)."""
@@ -110,7 +113,7 @@ class Autoregressive(nn.Module):
         degrees, of_z = torch.arange(n_hidden) % n_latent, torch.arange(n_latent)
         self.register_buffer("sees", (degrees[:, None] > of_z).float())
         self.register_buffer("seen_by", (of_z[:, None] >= degrees).float().repeat(2, 1))
-        self.of_z = nn.Linear(n_latent, n_hidden, bias=False)
+        self.of_z = Linear(n_latent, n_hidden, bias=False)
         self.of_context = head(n_context, n_hidden, None)
         self.outputs = head(n_hidden, 2 * n_latent, 0.0)
         nn.init.constant_(self.outputs.bias[n_latent:], gate_bias)
@@ -210,15 +213,13 @@ class MaskedAutoregressiveFlow(InverseAutoregressiveFlow):
         return gate, -gate * m, log_gate.sum(-1)
 
 
-def head(n_in: int, n_out: int, std: float | None) -> nn.Linear:
+def head(n_in: int, n_out: int, std: float | None) -> Linear:
     """Return a linear layer, of a context that may be empty, with weights of the given spread and zero bias.
 
     None leaves torch's initial values.
     """
-    with warnings.catch_warnings():  # of weights that are none
-        warnings.simplefilter("ignore", UserWarning)
-        layer = nn.Linear(n_in, n_out)
+    layer = Linear(n_in, n_out)
     if std is not None:
-        nn.init.normal_(layer.weight, std=std)
+        nn.init.normal_(layer.weight, std=std, generator=generator(layer.weight.device))
         nn.init.zeros_(layer.bias)
     return layer

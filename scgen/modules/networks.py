@@ -7,9 +7,24 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from scgen.data.cells import Cells
+from scgen.seeding import generator
 
 
-class WideLinear(nn.Linear):
+class Linear(nn.Linear):
+    """torch's linear layer in float32, whose initial weights follow from scgen's seed."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = True):
+        super().__init__(n_in, n_out, bias, dtype=torch.float32)
+
+    def reset_parameters(self) -> None:
+        """Draw weights and bias as torch does: evenly, within 1 / sqrt(n_in) of 0."""
+        own = generator(self.weight.device)
+        bound = self.in_features**-0.5 if self.in_features else 0.0
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound, generator=own)
+
+
+class WideLinear(Linear):
     """A linear layer that may be from or to all genes, where nearly all of the arithmetic is.
 
     Attributes
@@ -34,10 +49,11 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        draws.random_(-(2**63), None, generator=generator(x.device))
         dropped = min(round(self.p * 2**16), 2**16 - 1)
         kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-        return x * (kept / (1 - dropped / 2**16))
+        return x * (kept.to(x.dtype) / (1 - dropped / 2**16))
 
 
 class CovariateLinear(nn.Module):
@@ -61,8 +77,13 @@ class CovariateLinear(nn.Module):
         used = {i: n for i, n in enumerate(n_categories) if n > 1}
         bound = (n_in + sum(used.values()) + n_continuous) ** -0.5
         self.linear = WideLinear(n_in, n_out)
-        self.rows = nn.ParameterDict({str(i): torch.empty(n, n_out).uniform_(-bound, bound) for i, n in used.items()})
-        self.slopes = nn.Parameter(torch.empty(n_continuous, n_out).uniform_(-bound, bound)) if n_continuous else None
+        self.rows = nn.ParameterDict({str(i): self._evenly(n, n_out, bound) for i, n in used.items()})
+        self.slopes = nn.Parameter(self._evenly(n_continuous, n_out, bound)) if n_continuous else None
+
+    @staticmethod
+    def _evenly(n_rows: int, n_columns: int, bound: float) -> Tensor:
+        weight = torch.empty(n_rows, n_columns, dtype=torch.float32)
+        return weight.uniform_(-bound, bound, generator=generator(weight.device))
 
     def forward(self, x: Tensor, cells: Cells) -> Tensor:
         return self._with_covariates(self.linear(x), cells, None)
@@ -126,7 +147,9 @@ class MLP(nn.Module):
         widths = [n_in] + [n_hidden] * (n_layers - 1)
         self.layers = nn.ModuleList(CovariateLinear(n, n_hidden, n_categories, n_continuous) for n in widths)
         # Momentum and epsilon of the paper's code, in torch's convention.
-        self.norms = nn.ModuleList(SliceBatchNorm(n_hidden, momentum=0.01, eps=1e-3) for _ in widths)
+        self.norms = nn.ModuleList(
+            SliceBatchNorm(n_hidden, momentum=0.01, eps=1e-3, dtype=torch.float32) for _ in widths
+        )
         self.dropout = Dropout(dropout_rate)
         self._folded: tuple[Tensor, Tensor, Tensor] | None = None
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from scgen.data.cells import Cells
 from scgen.distributions import DiagonalNormal, Flowed, PointMass
-from scgen.modules.networks import MLP, CovariateLinear
+from scgen.modules.networks import MLP, CovariateLinear, Linear
 
 
 def positive_variance(a: Tensor) -> Tensor:
@@ -41,8 +41,8 @@ class GaussianPosterior(nn.Module):
         super().__init__()
         self.log_input = log_input
         self.mlp = MLP(n_genes, n_hidden, n_layers, n_categories, n_continuous, dropout_rate)
-        self.mean = nn.Linear(n_hidden, n_latent)
-        self.log_variance = nn.Linear(n_hidden, n_latent)
+        self.mean = Linear(n_hidden, n_latent)
+        self.log_variance = Linear(n_hidden, n_latent)
 
     def forward(self, cells: Cells) -> DiagonalNormal:
         return self.gaussian(self.hidden(cells))

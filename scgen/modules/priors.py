@@ -2,12 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, MixtureSameFamily
 from torch.nn.functional import softplus
 
 from scgen.data.cells import Cells
-from scgen.distributions import DiagonalNormal, Flowed
+from scgen.distributions import DiagonalNormal, Flowed, GaussianMixture
 from scgen.modules.flows import MaskedAutoregressiveFlow
+from scgen.seeding import generator
 
 #: Number of cells that the pooled library weighs in a batch's prior: small batches lean on it.
 SHRINKAGE = 10.0
@@ -18,8 +18,8 @@ class StandardNormalPrior(nn.Module):
 
     def __init__(self, n_latent: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(n_latent))
-        self.register_buffer("variance", torch.ones(n_latent))
+        self.register_buffer("mean", torch.zeros(n_latent, dtype=torch.float32))
+        self.register_buffer("variance", torch.ones(n_latent, dtype=torch.float32))
 
     def forward(self, cells: Cells, posterior: nn.Module) -> DiagonalNormal:
         return DiagonalNormal(self.mean, self.variance)
@@ -36,13 +36,14 @@ class MixturePrior(nn.Module):
 
     def __init__(self, n_latent: int, n_components: int):
         super().__init__()
-        self.means = nn.Parameter(0.1 * torch.randn(n_components, n_latent))
-        self.log_scales = nn.Parameter(torch.full((n_components, n_latent), -1.0))
-        self.logits = nn.Parameter(torch.zeros(n_components))
+        means = torch.empty(n_components, n_latent, dtype=torch.float32)
+        self.means = nn.Parameter(0.1 * means.normal_(generator=generator(means.device)))
+        self.log_scales = nn.Parameter(torch.full_like(means, -1.0))
+        self.logits = nn.Parameter(torch.zeros(n_components, dtype=torch.float32))
 
-    def forward(self, cells: Cells, posterior: nn.Module) -> MixtureSameFamily:
+    def forward(self, cells: Cells, posterior: nn.Module) -> GaussianMixture:
         variance = (2 * self.log_scales).exp().clamp(min=1e-8)
-        return mixture(self.logits, DiagonalNormal(self.means, variance))
+        return GaussianMixture(self.logits, DiagonalNormal(self.means, variance))
 
 
 class VampPrior(nn.Module):
@@ -65,11 +66,11 @@ class VampPrior(nn.Module):
         super().__init__()
         self.log_input, self.n_components = log_input, n_components
         # log u; or u itself. softplus(log u) = log(1 + u).
-        self.pseudo_inputs = nn.Parameter(torch.zeros(n_components, n_genes))
-        self.logits = nn.Parameter(torch.zeros(n_components))
+        self.pseudo_inputs = nn.Parameter(torch.zeros(n_components, n_genes, dtype=torch.float32))
+        self.logits = nn.Parameter(torch.zeros(n_components, dtype=torch.float32))
         self.register_buffer("categories", torch.zeros(n_components, n_categories, dtype=torch.int64))
-        self.register_buffer("continuous", torch.zeros(n_components, n_continuous))
-        self._kept: MixtureSameFamily | None = None
+        self.register_buffer("continuous", torch.zeros(n_components, n_continuous, dtype=torch.float32))
+        self._kept: GaussianMixture | None = None
 
     def start_at(self, cells: Cells) -> None:
         """Start the pseudo-inputs at K cells, whose covariates they keep."""
@@ -85,7 +86,7 @@ class VampPrior(nn.Module):
         self._kept = None
         return super().train(mode)
 
-    def forward(self, cells: Cells, posterior: nn.Module) -> MixtureSameFamily:
+    def forward(self, cells: Cells, posterior: nn.Module) -> GaussianMixture:
         kept = torch.is_inference_mode_enabled()  # in a question, once for all cells
         if kept and self._kept is not None:
             return self._kept
@@ -94,7 +95,7 @@ class VampPrior(nn.Module):
         pseudo = Cells(inputs, inputs[:, :1], batch, batch, categorical, self.continuous, batch)
         training = posterior.training
         posterior.eval()
-        found = mixture(self.logits, posterior.gaussian_at(inputs, pseudo))
+        found = GaussianMixture(self.logits, posterior.gaussian_at(inputs, pseudo))
         posterior.train(training)
         self._kept = found if kept else None
         return found
@@ -128,8 +129,8 @@ class LibraryPrior(nn.Module):
 
     def __init__(self, n_batches: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(n_batches))
-        self.register_buffer("variance", torch.ones(n_batches))
+        self.register_buffer("mean", torch.zeros(n_batches, dtype=torch.float32))
+        self.register_buffer("variance", torch.ones(n_batches, dtype=torch.float32))
 
     def fit(self, library: Tensor, batch: Tensor) -> None:
         """Set mean and variance, each (n m_b + 10 m) / (n + 10): shrunk towards the pool of all cells.
@@ -158,8 +159,3 @@ class LibraryPrior(nn.Module):
 
     def forward(self, cells: Cells, posterior: nn.Module) -> DiagonalNormal:
         return DiagonalNormal(self.mean[cells.batch, None], self.variance[cells.batch, None])
-
-
-def mixture(logits: Tensor, components: DiagonalNormal) -> MixtureSameFamily:
-    """Return the mixture of K Gaussians with weights softmax(logits)."""
-    return MixtureSameFamily(Categorical(logits=logits, validate_args=False), components, validate_args=False)

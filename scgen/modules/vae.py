@@ -1,6 +1,9 @@
 """The variational auto-encoder: cells to evidence lower bound in one forward."""
 
-from collections.abc import Iterator
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from scgen import threads
 from scgen.data.cells import Cells
 from scgen.distributions import PointMass
 from scgen.modules.elbo import Elbo, draw_and_kl
@@ -33,6 +37,37 @@ class VAE(nn.Module):
         self.priors = nn.ModuleDict(priors)
         self.decoder = decoder
         self.frozen = False
+        self._lock, self._in_training = threading.RLock(), False
+
+    def __getstate__(self) -> dict:
+        """Leave the lock out of copies and pickles: each process and each copy has its own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_in_training")}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._lock, self._in_training = threading.RLock(), False
+
+    @contextmanager
+    def occupied(self, training: bool = False) -> Iterator[None]:
+        """Within the block, no other thread trains this module or asks it.
+
+        Another thread's question is waited for. RuntimeError if another thread trains it.
+        """
+        if not self._lock.acquire(blocking=False):
+            if self._in_training:
+                raise RuntimeError(
+                    "the model is being trained in another thread: its weights change. Ask it, train it or save it "
+                    "when that training is done."
+                )
+            self._lock.acquire()
+        before = self._in_training
+        self._in_training = before or training
+        try:
+            with threads.adapted():
+                yield
+        finally:
+            self._in_training = before
+            self._lock.release()
 
     @property
     def device(self) -> torch.device:
@@ -144,3 +179,25 @@ class VAE(nn.Module):
             if not isinstance(q[name], PointMass):
                 log_w = log_w + self.prior(name, cells).log_prob(draw) - log_q
         return log_w
+
+
+def question(ask: Callable) -> Callable:
+    """Decorate a function of a `VAE`, its first argument, that asks it something.
+
+    The module answers as it does outside of training, without gradients, and one thread at a time.
+    """
+    if inspect.isgeneratorfunction(ask):
+
+        def asked(vae, *args, **kwargs):
+            with vae.occupied():
+                vae.eval()
+                yield from ask(vae, *args, **kwargs)
+
+    else:
+
+        def asked(vae, *args, **kwargs):
+            with vae.occupied():
+                vae.eval()
+                return ask(vae, *args, **kwargs)
+
+    return torch.inference_mode()(functools.wraps(ask)(asked))

@@ -1,0 +1,36 @@
+"""A training of a model: its cells, the loop, and what the model remembers of it."""
+
+from dataclasses import asdict
+
+import pandas as pd
+import torch
+
+from scgen.models import files, loaders
+from scgen.training import NonFiniteLoss, Options, fit
+
+
+def run(model, options: Options, batch_size: int | None, train_size: float) -> None:
+    """Train a model, whose history, trainings and split of the cells are then up to date; see `Model.train`."""
+    # Gradients are needed, whatever mode of torch the caller is in.
+    with model.vae.occupied(training=True), torch.inference_mode(False), torch.enable_grad():
+        _run(model, options, batch_size, train_size)
+
+
+def _run(model, options: Options, batch_size: int | None, train_size: float) -> None:
+    training, validation = loaders.of_training(model, options, batch_size, train_size)
+    rows: list[dict] = model.history.to_dict(orient="records")
+    started = {"device": str(options.device), "batch_size": training.batch_size, "finished": False}
+    model.trainings.append(files.plain(asdict(options) | started))
+    new_rows = model.registry.learned_rows(model.arguments["dispersion"])
+    try:
+        with model.vae.to(options.device).learning_rows(new_rows):
+            model.trainings[-1]["finished"] = fit(model.vae, training, validation, options, rows)
+    except NonFiniteLoss as error:
+        message = error.names(model.adata.obs_names, model.registry.genes, options.learning_rate)
+        raise FloatingPointError(message) from error
+    finally:
+        if len(rows) == len(model.history):  # not one epoch: as if nothing had been asked
+            model.trainings.pop()
+            if not rows:
+                model.train_indices = model.validation_indices = None
+        model.history = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="epoch"))
