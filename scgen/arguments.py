@@ -52,12 +52,6 @@ def check_flag(name: str, value: bool) -> bool:
     return bool(value)
 
 
-def check_flags(**flags: bool) -> None:
-    """Check several flags, each by its name."""
-    for name, value in flags.items():
-        check_flag(name, value)
-
-
 def check_whole(name: str, value: int, least: int, most: int | None = None) -> int:
     """Return a whole number; TypeError for anything but a number, ValueError for one out of its range.
 
@@ -78,6 +72,11 @@ def check_whole(name: str, value: int, least: int, most: int | None = None) -> i
     if not isinstance(value, int | np.integer) or value < least or (most is not None and value > most):
         raise ValueError(takes)
     return int(value)
+
+
+def check_draws(name: str, value: int, least: int = 1) -> int:
+    """Return a number of draws, each of which takes its time."""
+    return check_whole(name, value, least, MOST_DRAWS)
 
 
 def check_number(

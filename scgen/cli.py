@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from scgen import __version__
@@ -44,48 +44,83 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("integrate", help="train on a file, embed, cluster, draw and score its cells")
     _add_data_arguments(command)
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.h5ad", help="IN with the results")
+    command.add_argument("-o", "--output", type=_path, required=True, metavar="OUT.h5ad", help="IN with the results")
     command.add_argument(
-        "--n-top-genes", type=int, metavar="N", help="model so many highly variable genes (default all)"
+        "--n-top-genes", type=_whole(1), metavar="N", help="model so many highly variable genes (default all)"
     )
-    command.add_argument("--report", type=Path, metavar="DIR", help="pictures, scores and model (default OUT_report)")
-    command.add_argument("--max-epochs", type=int, metavar="N", help="passes over the cells (default by their number)")
+    command.add_argument("--report", type=_path, metavar="DIR", help="pictures, scores and model (default OUT_report)")
+    command.add_argument(
+        "--max-epochs", type=_whole(1, 1_000_000), metavar="N", help="passes over the cells (default by their number)"
+    )
     command.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0)
     command.add_argument("--overwrite", action="store_true", help="replace OUT, and the model in DIR, if they exist")
     command.add_argument("--quiet", action="store_true", help="no progress line")
     command.set_defaults(run=_integrate)
 
     command = commands.add_parser("check", help="say what is wrong or doubtful about a file")
     _add_data_arguments(command)
-    command.add_argument("--covariate", action="append", default=[], metavar="COLUMN", help="may be repeated")
+    command.add_argument(
+        "--covariate", type=_name, action="append", default=[], metavar="COLUMN", help="may be repeated"
+    )
     command.set_defaults(run=_check)
 
     command = commands.add_parser("simulate", help="write simulated cells with their truth")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.h5ad")
-    command.add_argument("--n-cells", type=int, default=2000, metavar="N")
-    command.add_argument("--n-genes", type=int, default=500, metavar="N")
-    command.add_argument("--n-batches", type=int, default=3, metavar="N")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("-o", "--output", type=_path, required=True, metavar="OUT.h5ad")
+    command.add_argument("--n-cells", type=_whole(1), default=2000, metavar="N")
+    command.add_argument("--n-genes", type=_whole(1), default=500, metavar="N")
+    command.add_argument("--n-batches", type=_whole(1), default=3, metavar="N")
+    command.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0)
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     command.set_defaults(run=_simulate)
 
     command = commands.add_parser("convert", help="make a model that scvi-tools saved a model of scgen's")
-    command.add_argument("input", type=Path, metavar="SCVI_DIR", help="folder with model.pt; nothing in it is run")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="for SCVI.load")
+    command.add_argument("input", type=_path, metavar="SCVI_DIR", help="folder with model.pt; nothing in it is run")
+    command.add_argument("-o", "--output", type=_path, required=True, metavar="DIR", help="for SCVI.load")
     command.add_argument("--prefix", default="", help="the prefix that the model was saved with")
-    command.add_argument("--data", type=Path, metavar="IN.h5ad", help="cells it was trained on, for its library sizes")
+    command.add_argument("--data", type=_path, metavar="IN.h5ad", help="cells it was trained on, for its library sizes")
     command.add_argument("--overwrite", action="store_true", help="replace the model in DIR if there is one")
     command.set_defaults(run=_convert)
     return parser
 
 
 def _add_data_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("input", type=Path, metavar="IN.h5ad")
+    command.add_argument("input", type=_path, metavar="IN.h5ad")
     required = command.prog.endswith("integrate")
-    command.add_argument("--batch-key", required=required, metavar="COLUMN", help="column of obs with the batches")
-    command.add_argument("--labels-key", metavar="COLUMN", help="column of obs with cell types, to draw and to score")
-    command.add_argument("--layer", metavar="LAYER", help="layer with the counts (default X)")
+    command.add_argument(
+        "--batch-key", type=_name, required=required, metavar="COLUMN", help="column of obs with the batches"
+    )
+    command.add_argument(
+        "--labels-key", type=_name, metavar="COLUMN", help="column of obs with cell types, to draw and to score"
+    )
+    command.add_argument("--layer", type=_name, metavar="LAYER", help="layer with the counts (default X)")
+
+
+def _path(text: str) -> Path:
+    """Return a path; an empty one would be the folder that the shell is in."""
+    return Path(_name(text))
+
+
+def _name(text: str) -> str:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("it is empty" if not text else f"{text!r} has a null character")
+    return text
+
+
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return what reads a whole number from a flag. Seeds are scanpy's too, whose generators take 32 bits."""
+
+    def number(text: str) -> int:
+        takes = f"{text!r}; it takes a whole number from {least}" + (f" to {most}" if most else "")
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(takes) from None
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(takes)
+        return value
+
+    return number
 
 
 def _integrate(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scgen.analysis import sampling
 from scgen.analysis.counterfactual import Condition
-from scgen.arguments import check_whole
+from scgen.arguments import check_draws, check_memory, shown
 from scgen.data.loader import CellLoader
 from scgen.models.base import Model
 
@@ -109,11 +109,15 @@ def posterior_predictive_check(
     (['zero_share', 'mean', 'variance', 'cv', 'library'], ['bias', 'absolute_error', 'correlation', 'within'])
     """
     if not isinstance(model, Model):
-        raise TypeError(f"model is a {type(model).__name__}, not a trained model: posterior_predictive_check(model).")
+        raise TypeError(
+            f"model={shown(model)} is a {type(model).__name__}, not a trained model: posterior_predictive_check(model)."
+        )
     if "library" not in model.vae.posteriors:
         raise ValueError('gene_likelihood="normal" makes no counts that could be compared with counts.')
-    check_whole("n_samples", n_samples, 2)
-    loader = model._loader(adata, indices, 256)
+    n_samples = check_draws("n_samples", n_samples, 2)
+    loader = model._loader(adata, indices, 256, seed)
+    n_bytes = (1 + n_samples) * (24 * loader.store.shape[1] + 8 * len(loader.index))
+    check_memory("n_samples", n_samples, n_bytes, "Ask for fewer, or about fewer cells.")
     sums, library = _summed(model, loader, n_samples, seed)
     statistics = _statistics(sums / len(loader.index))
     genes = pd.concat([_compared(name, of, model.registry.genes) for name, of in statistics.items()], axis=1)

@@ -1,17 +1,19 @@
 """Integration in one call, shaped like scanpy's own, and the clustering that follows it."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
+from scgen.arguments import MOST_EPOCHS, check_choice, check_flag, check_key, check_names, check_number, check_whole
 from scgen.data.checks import Setup, check_types, findings, matrix_of, raise_errors
 from scgen.data.registry import check_writable, setup_anndata
 from scgen.data.stores import open_store, totals
 from scgen.models.scvi import SCVI
+from scgen.training import choose_device
 
 
 def integrate(
@@ -68,13 +70,18 @@ def integrate(
     >>> adata.obsm["X_scgen"].shape
     (100, 10)
     """
-    if not isinstance(key, Iterable):
-        raise TypeError(f"key={key!r}; it takes a column of adata.obs, or a list of columns.")
-    keys = [key] if isinstance(key, str) else list(key)
+    keys = [key] if isinstance(key, str) else check_names("key", key)
     if not keys:
         raise ValueError('key is empty; name the column of the batches: integrate(adata, "batch").')
-    if n_top_genes is not None and (not isinstance(n_top_genes, int | np.integer) or n_top_genes < 1):
-        raise ValueError(f"n_top_genes={n_top_genes}; it takes a whole number from 1, or None for all genes.")
+    adjusted_basis = check_key("adjusted_basis", adjusted_basis, "X_scgen")
+    settings = SCVI.checked({"n_latent": n_latent, "gene_likelihood": gene_likelihood, "seed": seed})
+    n_latent, gene_likelihood, seed = settings.values()
+    choose_device(accelerator)
+    check_flag("progress", progress)
+    if n_top_genes is not None:
+        n_top_genes = check_whole("n_top_genes", n_top_genes, 1)
+    if max_epochs is not None:
+        max_epochs = check_whole("max_epochs", max_epochs, 1, MOST_EPOCHS)
     setup = Setup(layer=layer, batch_key=keys[0], categorical_covariate_keys=tuple(keys[1:]))
     check_types(adata, setup)
     check_writable(adata)
@@ -161,6 +168,13 @@ def cluster(
     """
     import scanpy as sc
 
+    check_whole("seed", seed, 0, 2**32 - 1)  # of NumPy's older generators, which are scanpy's
+    resolution = check_number("resolution", resolution, "a number from 0", least=0)
+    suffix = check_key("suffix", suffix, "scgen")
+    check_types(adata, Setup())
+    check_choice("basis", basis, list(adata.obsm) or ["X_scgen"])
+    if basis not in adata.obsm:
+        raise ValueError(f'basis={basis!r} is not in adata.obsm: integrate(adata, "batch") writes it.')
     kept = np.flatnonzero(np.isfinite(adata.obsm[basis]).all(axis=1))
     part = AnnData(obs=pd.DataFrame(index=adata.obs_names[kept]), obsm={basis: np.asarray(adata.obsm[basis])[kept]})
     key = f"neighbors_{suffix}"

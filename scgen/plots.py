@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from scgen.arguments import check_path, check_whole, shown
+
 
 def scatters(
     path: Path, maps: Mapping[str, np.ndarray], colours: Mapping[str, pd.Series], max_categories: int = 40
@@ -17,6 +19,20 @@ def scatters(
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    path = _picture(path)
+    max_categories = check_whole("max_categories", max_categories, 0)
+    for name, value in (("maps", maps), ("colours", colours)):
+        if not isinstance(value, Mapping) or not len(value):
+            raise TypeError(f"{name}={shown(value)}; it takes a mapping of titles to what is drawn, and one at least.")
+    for name, xy in maps.items():
+        if np.ndim(xy) != 2 or np.shape(xy)[1] != 2 or np.asarray(xy).dtype.kind not in "iuf":
+            raise ValueError(f"maps[{name!r}]={shown(xy)}; it takes numbers of shape (n, 2).")
+    n_cells = {len(xy) for xy in maps.values()}
+    for name, values in colours.items():
+        if not isinstance(values, pd.Series) or n_cells != {len(values)}:
+            raise ValueError(
+                f"colours[{name!r}]={shown(values)}; it takes a Series of as many values as maps have rows."
+            )
     figure = Figure(figsize=(5.2 * len(maps) + 2.5, 4.6 * len(colours)), layout="constrained")
     grid = figure.subplots(len(colours), len(maps), squeeze=False)
     order = np.random.default_rng(0).permutation(len(next(iter(maps.values()))))
@@ -45,6 +61,9 @@ def training_curve(path: Path, history: pd.DataFrame) -> None:
     """Draw the evidence lower bound of training and validation cells, by epoch."""
     from matplotlib.figure import Figure
 
+    path = _picture(path)
+    if not isinstance(history, pd.DataFrame) or not len(history) or "elbo_train" not in history:
+        raise TypeError(f"history={shown(history)}; it takes the table model.history of a trained model.")
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     for column, label in (("elbo_train", "training cells, with dropout"), ("elbo_validation", "validation cells")):
@@ -78,7 +97,11 @@ def volcano(path: Path, table: pd.DataFrame, n_labels: int = 8) -> None:
     """
     from matplotlib.figure import Figure
 
-    called = next((name for name in table if name.startswith("is_de_fdr_")), None)
+    path = _picture(path)
+    n_labels = check_whole("n_labels", n_labels, 0)
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"table={shown(table)}; it takes a table of model.differential_expression(...).")
+    called = next((name for name in table if str(name).startswith("is_de_fdr_")), None)
     if called is None:
         raise ValueError('the table has no fold changes: it takes one of differential_expression(mode="change").')
     comparisons = list(table.groupby("comparison", sort=False))
@@ -114,6 +137,9 @@ def posterior_predictive(path: Path, check) -> None:
     """
     from matplotlib.figure import Figure
 
+    path = _picture(path)
+    if not all(isinstance(getattr(check, name, None), pd.DataFrame) for name in ("genes", "cells")):
+        raise TypeError(f"check={shown(check)}; it takes what scgen.posterior_predictive_check(model) returns.")
     figure = Figure(figsize=(13, 4.3), layout="constrained")
     zeros, variances, libraries = figure.subplots(1, 3)
     _against_observed(zeros, check.genes, "zero_share")
@@ -135,6 +161,19 @@ def posterior_predictive(path: Path, check) -> None:
     variances.set(title="Mean and variance of each gene", xlabel="mean", ylabel="variance")
     variances.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def _picture(path: str | Path) -> Path:
+    """Return where a picture goes; raise before it is drawn where it could not be written."""
+    from matplotlib.figure import Figure
+
+    path = check_path("path", path)
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(f"path={shown(str(path))}; it takes a file that ends in .{', .'.join(sorted(formats))}.")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"path={shown(str(path))}: " + ("that is a folder." if path.is_dir() else "no such folder."))
+    return path
 
 
 def _against_observed(axes, table: pd.DataFrame, name: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from scgen.arguments import check_whole
+from scgen.arguments import MOST_EPOCHS, check_choice, check_flag, check_number, check_seed, check_whole
 from scgen.data.loader import CellLoader
 from scgen.seeding import seeded
 
@@ -36,29 +36,29 @@ class Options:
     progress: bool
 
     def __post_init__(self):
+        plain = {
+            "learning_rate": check_number("learning_rate", self.learning_rate, "a positive number", above=0),
+            "kl_start": check_number("kl_start", self.kl_start, "a weight from 0", least=0),
+            "n_importance_samples": check_whole("n_importance_samples", self.n_importance_samples, 1),
+            "seed": check_seed(self.seed),
+        }
+        for name, most in (("max_epochs", MOST_EPOCHS), ("patience", None)):
+            if getattr(self, name) is not None:
+                plain[name] = check_whole(name, getattr(self, name), 1, most)
+        for name in ("early_stopping", "progress"):
+            plain[name] = check_flag(name, getattr(self, name))
+        plain["precision"] = check_choice("precision", self.precision, ("auto", "32", "bf16"))
         if self.precision == "auto":
-            object.__setattr__(self, "precision", "bf16" if has_fast_bfloat16(self.device) else "32")
+            plain["precision"] = "bf16" if has_fast_bfloat16(self.device) else "32"
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     def check(self, batch_size: int | None, train_size: float, devices: int) -> None:
-        """Raise ValueError where these, or the other arguments of `Model.train`, are out of their range."""
-        for name, value, least in (
-            ("max_epochs", self.max_epochs, 1),
-            ("batch_size", batch_size, 3),
-            ("patience", self.patience, 1),
-            ("n_importance_samples", self.n_importance_samples, 1),
-        ):
-            if value is not None:
-                check_whole(name, value, least)
-        check_whole("seed", self.seed, 0)
-        if not 0 < train_size <= 1:
-            raise ValueError(f"train_size={train_size!r}; it takes a share above 0 and up to 1.")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate={self.learning_rate!r}; it takes a positive number.")
-        if not 0 <= self.kl_start < math.inf:
-            raise ValueError(f"kl_start={self.kl_start!r}; it takes a weight from 0.")
-        if self.precision not in ("32", "bf16"):
-            raise ValueError(f'precision={self.precision!r} is unknown; choose "auto", "32" or "bf16".')
-        if devices != 1:
+        """Raise where the other arguments of `Model.train` are of a wrong kind, or out of their range."""
+        if batch_size is not None:
+            check_whole("batch_size", batch_size, 3)
+        check_number("train_size", train_size, "a share above 0 and up to 1", above=0, most=1)
+        if check_whole("devices", devices, 1) != 1:
             raise ValueError(f"devices={devices!r}: this version trains on one device; use devices=1.")
 
 
@@ -115,6 +115,8 @@ def start_from_data(vae: nn.Module, loader: CellLoader) -> None:
 
 def choose_device(accelerator: str) -> torch.device:
     """Return the device for "auto", "cpu" or "gpu" ("cuda"); ValueError for others, or for no GPU."""
+    if not isinstance(accelerator, str) or accelerator not in ("cuda", "mps"):
+        check_choice("accelerator", accelerator, ("auto", "cpu", "gpu"))
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(f'accelerator="{accelerator}", but torch sees no GPU here. Use accelerator="cpu" or "auto".')
     if accelerator == "mps":
@@ -122,8 +124,6 @@ def choose_device(accelerator: str) -> torch.device:
             'accelerator="mps" is not supported: the likelihoods need float64, which Apple\'s MPS lacks. Use '
             'accelerator="cpu".'
         )
-    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
-        raise ValueError(f'accelerator={accelerator!r} is unknown; choose "auto", "cpu" or "gpu".')
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 

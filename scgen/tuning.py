@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from scgen.arguments import check_whole, did_you_mean
+from scgen.arguments import MOST_EPOCHS, check_flag, check_seed, check_whole, did_you_mean, shown
 from scgen.data.registry import Registry
 from scgen.models.scvi import SCVI
 from scgen.training import choose_device, default_batch_size, default_epochs, progress_bar
@@ -171,11 +171,13 @@ def tune(
     >>> tuning.table.iloc[[0, -1]][["epochs", "kept"]].values.tolist()
     [[1, True], [3, True]]
     """
-    check_whole("seed", seed, 0)
+    seed, device = check_seed(seed), choose_device(accelerator)
+    check_flag("progress", progress)
     if max_epochs is not None:
-        check_whole("max_epochs", max_epochs, 1)
+        max_epochs = check_whole("max_epochs", max_epochs, 1, MOST_EPOCHS)
+    _check_presets(presets)
     candidates = _candidates(adata, presets)
-    *short, full = _rungs(adata.n_obs, choose_device(accelerator), max_epochs)
+    *short, full = _rungs(adata.n_obs, device, max_epochs)
     # All are made before any is trained, so that a wrong setting is told at once.
     models = {name: _model(adata, name, arguments, seed) for name, arguments in candidates.items()}
 
@@ -276,32 +278,46 @@ def _candidates(adata: AnnData, presets: Sequence[str] | Mapping[str, Mapping] |
     if presets is None:
         is_nb = {"nb-batch": len(registry.batches) < 2, "nb-observed": registry.setup.size_factor_key is not None}
         return {name: arguments for name, arguments in PRESETS.items() if not is_nb.get(name)}
+    if not isinstance(presets, Mapping):
+        return {name: PRESETS[name] for name in presets}
+    return {name: dict(arguments) for name, arguments in presets.items()}
+
+
+def _check_presets(presets: Sequence[str] | Mapping[str, Mapping] | None) -> None:
+    """Raise where a candidate is unknown, or no setting of `SCVI` for counts."""
+    if presets is None:
+        return
     listed = isinstance(presets, Sequence) and not isinstance(presets, str)
     if not (isinstance(presets, Mapping) or (listed and all(isinstance(name, str) for name in presets))):
-        raise TypeError(f"presets={presets!r}; it takes a list of names, or a mapping of names to arguments of SCVI.")
+        raise TypeError(
+            f"presets={shown(presets)}; it takes a list of names, or a mapping of names to arguments of SCVI."
+        )
     if not presets:
         raise ValueError(f"presets is empty; choose among {', '.join(PRESETS)}, or None for all.")
-    if not isinstance(presets, Mapping):
-        for name in presets:
-            if name not in PRESETS:
-                hint = did_you_mean(name, list(PRESETS))
-                raise ValueError(f"presets: {name!r} is unknown; there are {', '.join(PRESETS)}.{hint}")
-        return {name: PRESETS[name] for name in presets}
-    for name, arguments in presets.items():
-        _check_arguments(name, arguments)
-    return {name: dict(arguments) for name, arguments in presets.items()}
+    if isinstance(presets, Mapping):
+        for name, arguments in presets.items():
+            _check_arguments(name, arguments)
+        return
+    for name in presets:
+        if name not in PRESETS:
+            hint = did_you_mean(name, list(PRESETS))
+            raise ValueError(f"presets: {name!r} is unknown; there are {', '.join(PRESETS)}.{hint}")
 
 
 def _check_arguments(name: str, arguments: Mapping) -> None:
     """Raise where a candidate has other arguments than those of `SCVI` for counts."""
     if not isinstance(name, str) or not isinstance(arguments, Mapping):
-        raise TypeError(f'presets: {name!r}: {arguments!r}; write it {{"name": {{"n_latent": 20}}}}.')
+        raise TypeError(f'presets: {shown(name)}: {shown(arguments)}; write it {{"name": {{"n_latent": 20}}}}.')
     known = [key for key in inspect.signature(SCVI).parameters if key not in ("adata", "seed")]
     for key in arguments:
         if key not in known:
             hint = did_you_mean(str(key), known)
             raise ValueError(f'presets["{name}"]: {key!r} is no setting of SCVI; these are {", ".join(known)}.{hint}')
-    if arguments.get("gene_likelihood") == "normal":
+    try:
+        checked = SCVI.checked(dict(arguments))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f'presets: candidate "{name}": {error}') from error
+    if checked.get("gene_likelihood") == "normal":
         raise ValueError(
             f'presets["{name}"]: gene_likelihood="normal" is not one of counts, and cannot be compared with those that '
             "are. Leave it out."

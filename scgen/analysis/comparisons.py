@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from scgen.arguments import did_you_mean
+from scgen.arguments import check_key, did_you_mean, shown
 from scgen.data.checks import some
 from scgen.data.loader import rows_asked_for
 from scgen.data.registry import check_writable
@@ -70,30 +70,38 @@ def by_column(
     >>> codes.tolist(), found[0]
     ([1, 0, 1, -1], Comparison(name1='a', name2='rest', groups1=[0], groups2=[1]))
     """
-    if not isinstance(groupby, str) or groupby not in obs:
-        columns = [str(name) for name in obs.columns]
+    columns = [str(name) for name in obs.columns]
+    if not isinstance(groupby, str):
+        raise TypeError(f"groupby={shown(groupby)} is no column of adata.obs (it has: {', '.join(columns)}).")
+    if groupby not in obs:
         raise ValueError(
             f"groupby={groupby!r} is no column of adata.obs (it has: {', '.join(columns)})."
-            + did_you_mean(str(groupby), columns)
+            + did_you_mean(groupby, columns)
         )
     column = obs[groupby].astype("category").cat.remove_unused_categories()
     names = [str(name) for name in column.cat.categories]
-    shown = some(names, 20)
+    there = some(names, 20)
     if len(names) > MOST_GROUPS or len(set(names)) < len(names):
         why = "more than can be compared" if len(names) > MOST_GROUPS else "of which some are written alike"
-        raise ValueError(f"adata.obs[{groupby!r}] has {len(names)} values, {why} ({shown}): it takes names of groups.")
+        raise ValueError(f"adata.obs[{groupby!r}] has {len(names)} values, {why} ({there}): it takes names of groups.")
     several = isinstance(group1, list | tuple | set | np.ndarray | pd.Index | pd.Series)
-    asked = names if group1 is None else list(dict.fromkeys(map(str, group1 if several else [group1])))
+    first = names if group1 is None else list(group1 if several else [group1])
+    second = [] if group2 is None else [group2]
+    for what, groups in (("group1", first), ("group2", second)):
+        for one in groups:
+            if one is None or isinstance(one, bytes) or not pd.api.types.is_scalar(one):
+                raise TypeError(f"{what}={shown(one)}; it takes the name of a group of adata.obs[{groupby!r}].")
+            if str(one) not in names:
+                raise ValueError(
+                    f"{what}={str(one)!r} is no group of adata.obs[{groupby!r}] (it has: {there})."
+                    + did_you_mean(str(one), names)
+                )
+    asked = list(dict.fromkeys(map(str, first)))
     other = None if group2 is None else str(group2)
-    for name in [*asked, *([] if other is None else [other])]:
-        if name not in names:
-            raise ValueError(
-                f"{name!r} is no group of adata.obs[{groupby!r}] (it has: {shown})." + did_you_mean(name, names)
-            )
     asked = [name for name in asked if name != other]
     if len(names) < 2 or not asked:
         raise ValueError(
-            f"nothing to compare: adata.obs[{groupby!r}] has the groups {shown}; name two different ones, or leave out "
+            f"nothing to compare: adata.obs[{groupby!r}] has the groups {there}; name two different ones, or leave out "
             "group2 to compare with all other cells."
         )
     comparisons = []
@@ -149,10 +157,9 @@ def check_copy(adata: AnnData, groupby: str | None, key_added: str | None) -> No
     """Raise ValueError where a copy for Scanpy cannot be written to ``adata.uns[key_added]``, or would overwrite."""
     if key_added is None:
         return
+    check_key("key_added", key_added, "rank_genes_groups")
     if groupby is None:
         raise ValueError(f"key_added={key_added!r}: Scanpy's form has groups of a column: use groupby=, not idx1=.")
-    if not isinstance(key_added, str) or not key_added or "/" in key_added:
-        raise ValueError(f'key_added={key_added!r}; it takes a name, such as "rank_genes_groups", without "/".')
     there = adata.uns.get(key_added)
     if there is not None and not (isinstance(there, Mapping) and "names" in there):
         raise ValueError(f"adata.uns[{key_added!r}] holds something else than a ranking of genes: choose another name.")

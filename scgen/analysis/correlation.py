@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from scgen.analysis.counterfactual import Asked, Condition, as_if
-from scgen.arguments import check_whole
+from scgen.arguments import check_memory
 from scgen.data.loader import CellLoader
 from scgen.distributions import NegativeBinomial
 from scgen.modules.vae import VAE, question
@@ -72,12 +72,11 @@ def correlation_matrix(
     correlation_type, n_samples, seed
         As in `Model.get_feature_correlation_matrix`.
     """
-    if correlation_type not in ("pearson", "spearman"):
-        raise ValueError(f'correlation_type={correlation_type!r} is unknown; choose "spearman" or "pearson".')
-    check_whole("n_samples", n_samples, 1)
     n_genes, n_rows, total = len(asked.genes), n_samples * len(loader.index), 0.0
     if n_rows < 2:
         raise ValueError("a correlation needs two values of each gene: more cells, or n_samples=10.")
+    n_bytes = n_genes * (8 * n_genes + 4 * n_rows * (correlation_type == "spearman"))
+    check_memory("n_samples", n_samples, n_bytes, 'Ask for fewer, or about fewer cells or genes, or for "pearson".')
     for condition in asked.conditions:
         with seeded(seed):
             values = _denoised(vae, loader, condition, asked, n_samples)

@@ -4,14 +4,13 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Real
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from scgen.arguments import did_you_mean
+from scgen.arguments import MOST_FLOAT32, check_names, check_number, did_you_mean, shown
 from scgen.data.cells import Cells
 from scgen.data.checks import some
 from scgen.data.registry import Registry, codes_of, value_or_list
@@ -75,7 +74,7 @@ def conditions(
     for name, asked in _named(registry, covariates).items():
         what = f"covariates={{{name!r}: ...}}"
         if columns[name][0] == "continuous":
-            chosen[name] = _standardised(what, registry.scaling[name], asked)
+            chosen[name] = _standardised(f"covariates[{name!r}]", registry.scaling[name], asked)
         else:
             chosen[name] = codes_of(what, registry.categories[name], asked)
     sizes = {name or "batch": len(values) for name, values in chosen.items() if len(values) > 1}
@@ -122,9 +121,7 @@ class Asked:
         found, known = conditions(registry, batch, covariates), pd.Index(registry.genes)
         if gene_list is None:
             return cls(found, known, None)
-        genes = value_or_list(gene_list)
-        if not isinstance(genes, list):
-            raise TypeError(f"gene_list={gene_list!r} stands where a list belongs: gene_list=[{genes!r}].")
+        genes = check_names("gene_list", gene_list)
         has = f"the model has {', '.join(known[:5])}, ..."
         if not genes:
             raise ValueError(f"gene_list is an empty list; {has}; None stands for all.")
@@ -177,7 +174,7 @@ def _named(registry: Registry, covariates: Mapping | None) -> Mapping:
     if covariates is None:
         return {}
     if not isinstance(covariates, Mapping):
-        raise TypeError(f'covariates={covariates!r} maps no names to values: covariates={{"donor": "average"}}.')
+        raise TypeError(f'covariates={shown(covariates)} maps no names to values: covariates={{"donor": "average"}}.')
     known = list(_columns(registry))
     for name in covariates:
         if name == registry.setup.batch_key:
@@ -193,14 +190,17 @@ def _named(registry: Registry, covariates: Mapping | None) -> Mapping:
 def _standardised(what: str, scaling: tuple[float, float], asked: float | str | Sequence[float]) -> list[float | None]:
     """Return the standardised values of a continuous covariate; None, for each cell's own, of "observed" and None."""
     asked = value_or_list(asked)
-    if asked is None or asked == "observed":
+    if asked is None or (isinstance(asked, str) and asked == "observed"):
         return [None]
-    if asked == "average":
+    if isinstance(asked, str) and asked == "average":
         return [0.0]
-    values = asked if isinstance(asked, list) else [asked]
-    if not values or not all(
-        isinstance(one, Real) and not isinstance(one, bool) and math.isfinite(one) for one in values
-    ):
-        raise ValueError(f'{what} is {asked!r}; it takes a number, a list of numbers, "observed" or "average".')
+    takes = 'a number, a list of numbers, "observed" or "average"'
+    values = [check_number(what, one, takes) for one in (asked if isinstance(asked, list) else [asked])]
+    if not values:
+        raise ValueError(f"{what} is an empty list; it takes {takes}.")
     mean, deviation = scaling
-    return [(float(one) - mean) / deviation for one in values]
+    standardised = [(one - mean) / deviation for one in values]
+    for one, value in zip(values, standardised, strict=True):
+        if not abs(value) <= MOST_FLOAT32:
+            raise ValueError(f"{what}={one:g} is too far from the cells' values, of mean {mean:g}, to compute with.")
+    return standardised

@@ -6,7 +6,6 @@ rho, the decoder's share of each gene, of which there are draws (`group_means`),
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from scgen.analysis.comparisons import Comparison
 from scgen.analysis.counterfactual import Condition, as_if
-from scgen.arguments import check_whole
+from scgen.arguments import check_choice, check_draws, check_memory, check_number, check_seed, check_whole
 from scgen.data.loader import CellLoader
 from scgen.data.stores import BackedStore, MemoryStore
 from scgen.modules.vae import VAE, question
@@ -311,14 +310,16 @@ class Settings:
     seed: int
 
     def __post_init__(self):
-        if self.mode not in ("change", "vanilla"):
-            raise ValueError(f'mode={self.mode!r} is unknown; choose "change" or "vanilla".')
-        if not isinstance(self.delta, Real) or not 0 <= self.delta < np.inf:
-            raise ValueError(f"delta={self.delta!r}; it takes a log2 fold change from 0.")
-        if not isinstance(self.fdr_target, Real) or not 0 < self.fdr_target < 1:
-            raise ValueError(f"fdr_target={self.fdr_target!r}; it takes a share between 0 and 1.")
-        for name, least in (("n_samples", 10), ("n_cells", 10), ("seed", 0)):
-            check_whole(name, getattr(self, name), least)
+        plain = {
+            "mode": check_choice("mode", self.mode, ("change", "vanilla")),
+            "delta": check_number("delta", self.delta, "a log2 fold change from 0", least=0),
+            "fdr_target": check_number("fdr_target", self.fdr_target, "a share between 0 and 1", above=0, below=1),
+            "n_samples": check_draws("n_samples", self.n_samples, 10),
+            "n_cells": check_whole("n_cells", self.n_cells, 10),
+            "seed": check_seed(self.seed),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
 
 def compare(
@@ -348,6 +349,8 @@ def compare(
     """
     if "library" not in vae.posteriors:
         raise ValueError('gene_likelihood="normal" has no shares of counts that could be compared.')
+    n_bytes = 8 * settings.n_samples * (group.max() + 1) * len(genes)
+    check_memory("n_samples", settings.n_samples, n_bytes, "Ask for fewer, or compare fewer groups.")
     counts, seed = counts_of(loader.store, group, group.max() + 1), settings.seed
     rows = sample(group, settings.n_cells, seed)
     codes, by_change = group[rows], settings.mode == "change"

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ from scipy import sparse
 from torch import Tensor
 
 from scgen.analysis.counterfactual import Asked, as_if
-from scgen.arguments import check_whole
+from scgen.arguments import check_choice, check_draws, check_flag, check_memory, check_number, check_seed, shown
 from scgen.data.cells import Cells
 from scgen.data.loader import CellLoader
 from scgen.modules.vae import VAE, question
@@ -29,14 +28,24 @@ class Settings:
     return_mean: bool
     weights: str
     seed: int
+    return_numpy: bool = False
+    sparse_below: float | None = None
 
     def __post_init__(self):
-        size = self.library_size
-        if size != "latent" and not (isinstance(size, Real) and size is not True and 0 < size < math.inf):
-            raise ValueError(f'library_size={size!r}; it takes a positive number or "latent".')
-        check_whole("n_samples", self.n_samples, 1)
-        if self.weights not in ("uniform", "importance"):
-            raise ValueError(f'weights={self.weights!r} is unknown; choose "uniform" or "importance".')
+        plain = {"n_samples": check_draws("n_samples", self.n_samples), "seed": check_seed(self.seed)}
+        if not isinstance(self.library_size, str):
+            takes = 'a positive number or "latent"'
+            plain["library_size"] = check_number("library_size", self.library_size, takes, above=0)
+        elif self.library_size != "latent":
+            raise ValueError(f'library_size={shown(self.library_size)}; it takes a positive number or "latent".')
+        for name in ("return_mean", "return_numpy"):
+            plain[name] = check_flag(name, getattr(self, name))
+        check_choice("weights", self.weights, ("uniform", "importance"))
+        if self.sparse_below is not None:
+            takes = "a positive number, in the unit of the result"
+            plain["sparse_below"] = check_number("sparse_below", self.sparse_below, takes, above=0)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
         if self.weights == "importance" and self.n_samples < 2:
             raise ValueError('weights="importance" weighs draws against each other: ask for more, n_samples=100.')
 
@@ -52,9 +61,7 @@ def answer(
     loader: CellLoader,
     settings: Settings,
     names: pd.Index,
-    return_numpy: bool,
     out=None,
-    sparse_below: float | None = None,
 ) -> pd.DataFrame | np.ndarray | sparse.csr_matrix | list[sparse.csr_matrix]:
     """Return E_q[l rho(z, s)], averaged over conditions, in the form that `Model.get_normalized_expression` describes.
 
@@ -66,19 +73,23 @@ def answer(
         What is asked.
     names
         Of all cells in the loader's store.
-    return_numpy, out, sparse_below
-        The form.
+    out
+        What is filled.
     """
     if settings.library_size != 1 and "library" not in vae.posteriors:
         raise ValueError(
             f'gene_likelihood="normal" has no library: library_size={settings.library_size!r} is for counts.'
         )
+    sparse_below = settings.sparse_below
     if sparse_below is not None:
-        _check_sparse(vae, sparse_below, out)
+        _check_sparse(vae, out)
     shape = (len(loader.index), len(settings.asked.genes))
     shape = shape if settings.averaged else (settings.n_samples, *shape)
     if out is not None:
         _check_out(out, shape)
+    elif sparse_below is None:
+        fewer = "Ask for their mean, about fewer cells or genes, or pass out=numpy.memmap(...)."
+        check_memory("n_samples", settings.n_samples, 4 * math.prod(shape), fewer)
     with seeded(settings.seed):
         blocks = _blocks(vae, loader, settings)
         if sparse_below is not None:
@@ -90,7 +101,7 @@ def answer(
             target[rows if settings.averaged else (draw, rows)] = values if out is None else values.numpy()
     if out is not None:
         return out
-    if return_numpy or not settings.averaged:
+    if settings.return_numpy or not settings.averaged:
         return target.numpy()
     return pd.DataFrame(target.numpy(), index=names[loader.index], columns=settings.asked.genes, copy=False)
 
@@ -111,10 +122,8 @@ def _check_out(out, shape: tuple[int, ...]) -> None:
         raise ValueError(f"out cannot be written to ({error}); {takes}, opened for writing.") from error
 
 
-def _check_sparse(vae: VAE, sparse_below: float, out) -> None:
+def _check_sparse(vae: VAE, out) -> None:
     """Raise where the result cannot be made sparse."""
-    if isinstance(sparse_below, bool) or not isinstance(sparse_below, Real) or not 0 < sparse_below < math.inf:
-        raise ValueError(f"sparse_below={sparse_below!r}; it takes a positive number, in the unit of the result.")
     if out is not None:
         raise ValueError("out= is dense, sparse_below= makes a new sparse matrix: give one of them.")
     if "library" not in vae.posteriors:

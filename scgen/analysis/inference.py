@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from scgen.arguments import check_whole
 from scgen.data.loader import CellLoader
 from scgen.distributions import DiagonalNormal
 from scgen.modules.vae import VAE, question
@@ -41,7 +39,6 @@ def latent(vae: VAE, loader: CellLoader, name: str) -> tuple[np.ndarray, np.ndar
 @question
 def draw(vae: VAE, loader: CellLoader, name: str, seed: int) -> np.ndarray:
     """Return a draw from q of one latent for each cell, (n, d), in the loader's order, whatever its minibatches."""
-    check_whole("seed", seed, 0)
     rng, draws = np.random.default_rng(seed), []
     for cells in loader:
         q = vae.posteriors[name](cells.to(vae.device))
@@ -78,7 +75,6 @@ def marginal(vae: VAE, loader: CellLoader, n_draws: int, seed: int) -> tuple[np.
 
     The weights are w = p(x, latents) / q(latents | x), their effective number (sum w)^2 / sum w^2.
     """
-    check_whole("n_mc_samples", n_draws, 1)
     results = []
     with seeded(seed):
         for cells in loader:
@@ -111,8 +107,6 @@ def log_sums(draw: Callable[[tuple[int]], Tensor], n_draws: int, at_once: int = 
 @question
 def active_units(vae: VAE, loader: CellLoader, threshold: float) -> pd.DataFrame:
     """Return variance, KL and activity of each latent of z; see `Model.active_units`."""
-    if not (isinstance(threshold, Real) and 0 <= threshold < math.inf):
-        raise ValueError(f"threshold={threshold!r}; it takes a variance, a number from 0.")
     means, divergence = [], 0.0
     for cells in loader:
         cells = cells.to(vae.device)
@@ -127,7 +121,6 @@ def active_units(vae: VAE, loader: CellLoader, threshold: float) -> pd.DataFrame
 @question
 def cluster_probs(vae: VAE, loader: CellLoader, n_samples: int, seed: int) -> np.ndarray:
     """Return the mean over draws of z of its probabilities under each component of the prior's mixture, (n, K)."""
-    check_whole("n_samples", n_samples, 1)
     probs = []
     with seeded(seed):
         for cells in loader:

@@ -1,11 +1,13 @@
 """The parameters of p(x | z, l, s), from which it can be computed elsewhere."""
 
+import math
+
 import numpy as np
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
 from scgen.analysis.counterfactual import Asked, as_if
-from scgen.arguments import check_whole
+from scgen.arguments import check_memory
 from scgen.data.cells import Cells
 from scgen.data.loader import CellLoader
 from scgen.distributions import NegativeBinomial, ZeroInflatedNegativeBinomial
@@ -35,11 +37,11 @@ def likelihood_parameters(
     give_mean, seed
         Whether to average over the draws; their seed.
     """
-    if n_samples is not None:
-        check_whole("n_samples", n_samples, 1)
     n_draws = n_samples or 1
     keep = 1 if give_mean else n_draws
     shape = keep, len(loader.index), len(asked.genes)
+    fewer = "Ask for fewer, for their mean (give_mean=True), or about fewer cells or genes."
+    check_memory("n_samples", n_samples, 4 * math.prod(shape), fewer)
     found: dict[str, np.ndarray] = {}
     start = 0
     with seeded(seed):

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from scgen.arguments import check_whole
 from scgen.data.loader import CellLoader
 from scgen.modules.elbo import draw_and_kl
 from scgen.modules.vae import VAE, question
@@ -80,7 +79,6 @@ def typicality(
     seed
         Of the halves.
     """
-    check_whole("seed", seed, 0)
     rng = np.random.default_rng(seed)
     halves = rng.permutation(len(query_cells.index)) % 2
     shift = _shift(vae, query_cells, new_batch)

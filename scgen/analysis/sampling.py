@@ -10,7 +10,7 @@ from scipy import sparse
 from torch import Tensor
 
 from scgen.analysis.counterfactual import Condition, as_if
-from scgen.arguments import check_whole
+from scgen.arguments import check_memory, check_seed, check_whole
 from scgen.data.cells import Cells
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry
@@ -25,7 +25,10 @@ def posterior_predictive(
     vae: VAE, loader: CellLoader, condition: Condition, n_samples: int, seed: int
 ) -> sparse.csr_matrix | list[sparse.csr_matrix]:
     """Return ``n_samples`` matrices (n, G) of x ~ p(x | z, l, s), with z, l ~ q; each sparse, as counts are."""
-    check_whole("n_samples", n_samples, 1)
+    _, some = next(iter(loader.store.blocks(1000)))
+    n_counts = (some.nnz if sparse.issparse(some) else np.count_nonzero(some)) / some.shape[0]
+    n_bytes = n_samples * len(loader.index) * 8 * n_counts  # a float32 and its column; replicates have as many
+    check_memory("n_samples", n_samples, n_bytes, "Ask for fewer, or about fewer cells.")
     blocks: list[list[sparse.csr_matrix]] = [[] for _ in range(n_samples)]
     for _, number, x in replicates(vae, loader, condition, n_samples, seed):
         blocks[number].append(sparse.csr_matrix(x.cpu().numpy()))
@@ -38,7 +41,6 @@ def replicates(
     vae: VAE, loader: CellLoader, condition: Condition, n_samples: int, seed: int
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Iterate over (first cell, number of the replicate, x (n, G)) of minibatches, each with all of its replicates."""
-    check_whole("seed", seed, 0)
     rng, start = np.random.default_rng(seed), 0
     for cells in loader:
         cells = cells.to(vae.device)
@@ -53,8 +55,9 @@ def replicates(
 
 def prior_sample(vae: VAE, registry: Registry, n: int, condition: Condition, seed: int) -> AnnData:
     """Return new cells with their latents; see `Model.sample_prior`."""
-    check_whole("n", n, 1)
-    check_whole("seed", seed, 0)
+    n, seed = check_whole("n", n, 1), check_seed(seed)
+    n_bytes = n * (len(registry.genes) + 100)  # where a tenth of the counts are not zero; names and latents
+    check_memory("n", n, n_bytes, "Ask for fewer cells at a time.")
     if "library" in vae.priors and not (vae.priors["library"].variance > 0).all():
         raise ValueError(
             "the model knows no library sizes to draw from: it came from scvi-tools without cells. Pass them: "

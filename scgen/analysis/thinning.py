@@ -4,7 +4,6 @@ import math
 from copy import copy
 from dataclasses import replace
 from functools import partial
-from numbers import Real
 
 import numpy as np
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 from torch.distributions import Binomial, Distribution
 
 from scgen.analysis.inference import log_sums
-from scgen.arguments import check_whole
 from scgen.data.cells import Cells
 from scgen.data.loader import CellLoader
 from scgen.modules.vae import VAE, question
@@ -40,9 +38,6 @@ def held_out_log_likelihood(
     """
     if "library" not in vae.posteriors:
         raise ValueError('gene_likelihood="normal" is not one of counts, and only counts can be thinned.')
-    if not (isinstance(held_out, Real) and 0 < held_out < 1):
-        raise ValueError(f"held_out={held_out!r}; it takes a share above 0 and below 1.")
-    check_whole("n_samples", n_samples, 1)
     results = []
     as_measured = copy(loader)
     as_measured.complete = None  # genes that were not measured are expected of the kept counts alone

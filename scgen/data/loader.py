@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scgen import threads
+from scgen.arguments import shown
 from scgen.data.cells import Cells
 from scgen.data.stores import BackedStore, DeviceStore, MemoryStore
 
@@ -117,8 +118,10 @@ def rows_asked_for(indices: Sequence[int] | Sequence[bool] | None, n_cells: int,
 
     Raises
     ------
+    TypeError
+        If they are neither.
     ValueError
-        If they are neither, out of range, or none.
+        If they are out of range, or none.
 
     Examples
     --------
@@ -127,15 +130,22 @@ def rows_asked_for(indices: Sequence[int] | Sequence[bool] | None, n_cells: int,
     """
     index = np.arange(n_cells)
     if indices is not None:
-        indices = np.atleast_1d(np.asarray(indices))
-        if indices.ndim > 1 or (indices.size and indices.dtype.kind not in "iub"):
-            raise ValueError(f"{name} takes row numbers, or one True or False for each cell.")
-        if indices.dtype == bool and len(indices) != n_cells:
-            raise ValueError(f"{name} is a mask of {len(indices)} for {n_cells} cells.")
+        takes = f"{name}={shown(indices)}; it takes row numbers, or one True or False for each cell."
         try:
-            index = index[indices] if len(indices) else index[:0]
-        except IndexError as error:
-            raise ValueError(f"{name}: {error}; adata has {n_cells} cells.") from None
+            asked = np.atleast_1d(np.asarray(indices))
+        except Exception as error:  # whatever cannot be an array, as lists of several lengths
+            raise TypeError(takes) from error
+        if asked.size and asked.dtype.kind not in "iub":
+            raise TypeError(takes)
+        if asked.ndim > 1:
+            raise ValueError(takes)
+        if asked.dtype == bool and len(asked) != n_cells:
+            raise ValueError(f"{name} is a mask of {len(asked)} for {n_cells} cells.")
+        # Said before NumPy looks: what is beyond int64, it would take for a row from the end.
+        outside = asked[(asked < -n_cells) | (asked >= n_cells)] if asked.dtype != bool else asked[:0]
+        if len(outside):
+            raise ValueError(f"{name}: row {outside[0]} is out of bounds; adata has {n_cells} cells.")
+        index = index[asked] if len(asked) else index[:0]
     if not len(index):
         raise ValueError(f"no cells are asked about: {name} is empty.")
     return index

@@ -11,7 +11,7 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
-from scgen.arguments import did_you_mean
+from scgen.arguments import did_you_mean, shown
 from scgen.data.cells import Cells
 from scgen.data.checks import Finding, Setup, check_types, findings, matrix_of, raise_errors
 from scgen.data.genes import identifiers
@@ -321,8 +321,6 @@ class Registry:
 
     def batches_to_average(self, groupby: str | None, batch_correction: bool) -> list[int] | None:
         """Return the codes of all batches, or None for each cell's own; ValueError where that hides what is asked."""
-        if not isinstance(batch_correction, bool):
-            raise ValueError(f"batch_correction={batch_correction!r}; it takes True or False.")
         if batch_correction and groupby is not None and groupby == self.setup.batch_key:
             raise ValueError(
                 f"groupby={groupby!r} is the batch_key: averaged over all batches, batches do not differ. Use "
@@ -374,19 +372,21 @@ def codes_of(what: str, names: list[str], asked: str | Sequence[str] | None) -> 
     >>> [codes_of("batch", names, asked) for asked in ("observed", "average", "c", ["c", "a"])]
     [[None], [0, 1, 2], [2], [2, 0]]
     """
+    if isinstance(asked, bytes):
+        raise TypeError(f"{what}: {shown(asked)} is no name of one, nor a list of names.")
     asked = value_or_list(asked)
-    if asked is None or asked == "observed":
+    if asked is None or (isinstance(asked, str) and asked == "observed"):
         return [None]
-    if asked == "average":
+    if isinstance(asked, str) and asked == "average":
         return list(range(len(names)))
     several = asked if isinstance(asked, list) else [asked]
-    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     if not several:
-        raise ValueError(f"{what} is an empty list; the model knows: {shown}.")
+        raise ValueError(f"{what} is an empty list; the model knows: {known}.")
     for name in several:
         if str(name) not in names:
-            hint = did_you_mean(str(name), names)
-            raise ValueError(f"{what}: {name!r} is unknown to the model (it knows: {shown}).{hint}")
+            hint = did_you_mean(str(name), names) if isinstance(name, str) else ""
+            raise ValueError(f"{what}: {shown(name)} is unknown to the model (it knows: {known}).{hint}")
     return [names.index(str(name)) for name in several]
 
 

@@ -6,7 +6,7 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 
-from scgen.arguments import check_whole
+from scgen.arguments import check_memory, check_number, check_seed, check_whole
 from scgen.distributions import ZeroInflatedNegativeBinomial
 from scgen.seeding import seeded
 
@@ -54,6 +54,10 @@ def simulate_cells(
     ------
     ValueError
         If a size is no whole number from 1, a seed none from 0, or an effect or share is out of its range.
+    TypeError
+        If an argument is no number.
+    MemoryError
+        If there is no memory for so many cells and genes.
 
     Examples
     --------
@@ -63,12 +67,17 @@ def simulate_cells(
     ((100, 50), ['batch_1', 'batch_2'])
     """
     sizes = {"n_cells": n_cells, "n_genes": n_genes, "n_batches": n_batches, "n_types": n_types, "n_latent": n_latent}
-    for name, value, least in (*((name, size, 1) for name, size in sizes.items()), ("seed", seed, 0)):
-        check_whole(name, value, least)
-    if not 0 <= zero_inflation < 1 or mean_library <= 0 or batch_effect < 0 or type_effect < 0:
-        raise ValueError(
-            "zero_inflation takes a share from 0 to below 1, mean_library a positive number, effects 0 or more."
-        )
+    sizes = {name: check_whole(name, size, 1) for name, size in sizes.items()}
+    n_cells, n_genes, n_batches, n_types, n_latent = sizes.values()
+    seed, effect = check_seed(seed), "a standard deviation from 0 to 100"
+    batch_effect = check_number("batch_effect", batch_effect, effect, least=0, most=100)
+    type_effect = check_number("type_effect", type_effect, effect, least=0, most=100)
+    zero_inflation = check_number("zero_inflation", zero_inflation, "a share from 0 to below 1", least=0, below=1)
+    takes = "a positive number of counts, up to a billion"
+    mean_library = check_number("mean_library", mean_library, takes, above=0, most=1e9)
+    n_numbers = 8 * n_cells * n_genes + (n_cells + n_batches) * n_types + (n_types + n_genes) * n_latent
+    largest = max(sizes, key=sizes.get)
+    check_memory(largest, sizes[largest], 8 * n_numbers, "Simulate fewer cells, or in several parts.")
     rng = np.random.default_rng(seed)
     batch = rng.integers(n_batches, size=n_cells)
     shares = rng.dirichlet(np.full(n_types, 50.0), size=n_batches)

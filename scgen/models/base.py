@@ -9,13 +9,13 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 
-from scgen.analysis import comparisons, differential_expression, expression, inference, sampling, thinning
-from scgen.analysis.correlation import correlation_matrix
+from scgen.analysis import correlation, differential_expression, expression, inference, sampling, thinning
 from scgen.analysis.counterfactual import Asked, batch_asked, one_condition
 from scgen.analysis.likelihood_parameters import likelihood_parameters
+from scgen.arguments import check_choice, check_draws, check_number
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry, setup_anndata
-from scgen.models import files, loaders, queries, trainings
+from scgen.models import differences, files, loaders, queries, trainings
 from scgen.modules.vae import VAE
 from scgen.seeding import seeded
 from scgen.training import Options, choose_device
@@ -43,6 +43,7 @@ class Model:
 
     setup_anndata = staticmethod(setup_anndata)
     build: Callable[..., VAE]  # each model says how: build(registry, **arguments)
+    checked: Callable[[dict], dict]  # the arguments as plain Python; raises where one is wrong by itself
 
     def __init__(self, adata: AnnData, registry: Registry, arguments: dict):
         self.assemble(registry, arguments)
@@ -50,7 +51,7 @@ class Model:
 
     def assemble(self, registry: Registry, arguments: dict) -> None:
         """Make the module, without cells."""
-        self.registry, self.arguments = registry, files.plain(arguments)
+        self.registry, self.arguments = registry, self.checked(arguments)
         self.adata: AnnData | None = None
         self.fingerprint: dict | None = None
         self.history = pd.DataFrame()
@@ -146,18 +147,8 @@ class Model:
         [1, 2, 3]
         """
         device = choose_device(accelerator)
-        options = Options(
-            max_epochs,
-            learning_rate,
-            kl_start,
-            n_importance_samples,
-            early_stopping,
-            patience,
-            device,
-            precision,
-            seed,
-            progress,
-        )
+        plan = max_epochs, learning_rate, kl_start, n_importance_samples, early_stopping, patience
+        options = Options(*plan, device, precision, seed, progress)
         options.check(batch_size, train_size, devices)
         trainings.run(self, options, batch_size, train_size)
 
@@ -204,7 +195,8 @@ class Model:
         --------
         >>> adata.obsm["X_scgen"] = model.get_latent_representation()  # doctest: +SKIP
         """
-        loader = self._loader(adata, indices, batch_size)
+        flags = {"give_mean": give_mean, "return_dist": return_dist}
+        loader = self._loader(adata, indices, batch_size, seed, flags)
         if give_mean and not return_dist:
             return inference.embedding(self.vae, loader)
         return inference.latent(self.vae, loader, "z") if return_dist else inference.draw(self.vae, loader, "z", seed)
@@ -223,7 +215,8 @@ class Model:
         Where the library is observed, that is the cell's total, or its size factor. Parameters and errors are those of
         `get_latent_representation`; a model with ``gene_likelihood="normal"`` has no library and raises ValueError.
         """
-        return inference.library_size(self.vae, self._loader(adata, indices, batch_size), give_mean, seed)
+        loader = self._loader(adata, indices, batch_size, seed, {"give_mean": give_mean})
+        return inference.library_size(self.vae, loader, give_mean, seed)
 
     def get_elbo(
         self,
@@ -239,7 +232,8 @@ class Model:
         Higher is better. ``return_mean=False`` returns one value per cell, (n,). Other parameters and errors are those
         of `get_latent_representation`.
         """
-        parts = inference.bound(self.vae, self._loader(adata, indices, batch_size), seed)
+        loader = self._loader(adata, indices, batch_size, seed, {"return_mean": return_mean})
+        parts = inference.bound(self.vae, loader, seed)
         elbo = parts.pop("log_likelihood") - sum(parts.values())
         return float(elbo.mean(dtype=np.float64)) if return_mean else elbo
 
@@ -256,7 +250,8 @@ class Model:
 
         Lower is better. Parameters and errors are those of `get_elbo`.
         """
-        error = -inference.bound(self.vae, self._loader(adata, indices, batch_size), seed)["log_likelihood"]
+        loader = self._loader(adata, indices, batch_size, seed, {"return_mean": return_mean})
+        error = -inference.bound(self.vae, loader, seed)["log_likelihood"]
         return float(error.mean(dtype=np.float64)) if return_mean else error
 
     def get_marginal_ll(
@@ -286,7 +281,10 @@ class Model:
         --------
         >>> values, ess = model.get_marginal_ll(n_mc_samples=100, return_ess=True)  # doctest: +SKIP
         """
-        values, ess = inference.marginal(self.vae, self._loader(adata, indices, batch_size), n_mc_samples, seed)
+        n_draws = check_draws("n_mc_samples", n_mc_samples)
+        flags = {"return_mean": return_mean, "return_ess": return_ess}
+        loader = self._loader(adata, indices, batch_size, seed, flags)
+        values, ess = inference.marginal(self.vae, loader, n_draws, seed)
         if return_ess:
             return values, ess
         return float(values.mean()) if return_mean else values
@@ -355,7 +353,10 @@ class Model:
         --------
         >>> model.get_thinned_ll(indices=model.validation_indices)  # doctest: +SKIP
         """
-        loader, factors = self._loader(adata, indices, batch_size), self.registry.setup.size_factor_key is not None
+        held_out = check_number("held_out", held_out, "a share above 0 and below 1", above=0, below=1)
+        n_samples = check_draws("n_samples", n_samples)
+        loader = self._loader(adata, indices, batch_size, seed, {"return_mean": return_mean})
+        factors = self.registry.setup.size_factor_key is not None
         values = thinning.held_out_log_likelihood(self.vae, loader, factors, held_out, n_samples, seed)
         return float(values.mean()) if return_mean else values
 
@@ -393,6 +394,7 @@ class Model:
         >>> model.active_units().columns.tolist(), len(model.active_units())
         (['variance', 'kl', 'active'], 4)
         """
+        threshold = check_number("threshold", threshold, "a variance, a number from 0", least=0)
         return inference.active_units(self.vae, self._loader(adata, indices, 1024), threshold)
 
     def get_normalized_expression(
@@ -479,10 +481,12 @@ class Model:
         'csr'
         """
         asked = Asked.of(self.registry, batch_asked(batch, transform_batch), covariates, gene_list)
-        settings = expression.Settings(asked, library_size, n_samples, return_mean, weights, seed)
+        settings = expression.Settings(
+            asked, library_size, n_samples, return_mean, weights, seed, return_numpy, sparse_below
+        )
         loader = self._loader(adata, indices, batch_size)
         names = (self.adata if adata is None else adata).obs_names
-        return expression.answer(self.vae, loader, settings, names, return_numpy, out, sparse_below)
+        return expression.answer(self.vae, loader, settings, names, out)
 
     def get_feature_correlation_matrix(
         self,
@@ -540,9 +544,11 @@ class Model:
         >>> model.get_feature_correlation_matrix(gene_list=["gene_1", "gene_5"]).shape
         (2, 2)
         """
+        check_choice("correlation_type", correlation_type, ("spearman", "pearson"))
+        n_samples = check_draws("n_samples", n_samples)
         asked = Asked.of(self.registry, batch, covariates, gene_list)
-        loader = self._loader(adata, indices, batch_size)
-        return correlation_matrix(self.vae, loader, asked, correlation_type, n_samples, seed)
+        loader = self._loader(adata, indices, batch_size, seed)
+        return correlation.correlation_matrix(self.vae, loader, asked, correlation_type, n_samples, seed)
 
     def get_likelihood_parameters(
         self,
@@ -596,8 +602,9 @@ class Model:
         >>> {name: values.shape for name, values in model.get_likelihood_parameters().items()}
         {'mean': (100, 30), 'dispersions': (100, 30)}
         """
+        n_samples = None if n_samples is None else check_draws("n_samples", n_samples)
         asked = Asked.of(self.registry, batch, covariates, gene_list)
-        loader = self._loader(adata, indices, batch_size)
+        loader = self._loader(adata, indices, batch_size, seed, {"give_mean": give_mean})
         return likelihood_parameters(self.vae, loader, asked, n_samples, give_mean, seed)
 
     def differential_expression(
@@ -684,15 +691,8 @@ class Model:
         ((30, 22), ['type_1 vs type_2'])
         """
         settings = differential_expression.Settings(mode, delta, fdr_target, n_samples, n_cells, seed)
-        cells = loaders.cells_of(self, None) if adata is None else adata
-        group, asked = comparisons.asked_for(cells.obs, groupby, group1, group2, idx1, idx2)
-        comparisons.check_copy(cells, groupby, key_added)
-        batches = self.registry.batches_to_average(groupby, batch_correction)
-        loader = self._loader(adata, None, 1024)
-        table = differential_expression.compare(self.vae, loader, self.registry.genes, group, asked, batches, settings)
-        if key_added is not None:
-            cells.uns[key_added] = differential_expression.as_scanpy(table, groupby)
-        return table
+        asked = groupby, group1, group2, idx1, idx2
+        return differences.compared(self, settings, asked, adata, batch_correction, key_added)
 
     def posterior_predictive_sample(
         self,
@@ -722,8 +722,9 @@ class Model:
         -------
         (n, G) in CSR form, or ``n_samples`` of them.
         """
+        n_samples = check_draws("n_samples", n_samples)
         condition = one_condition(self.registry, batch, covariates)
-        loader = self._loader(adata, indices, batch_size)
+        loader = self._loader(adata, indices, batch_size, seed)
         return sampling.posterior_predictive(self.vae, loader, condition, n_samples, seed)
 
     def sample_prior(
@@ -847,5 +848,5 @@ class Model:
         if not self.is_trained:
             raise RuntimeError("the model is untrained: call model.train() first.")
 
-    def _loader(self, adata: AnnData | None, indices: Sequence[int] | None, batch_size: int) -> CellLoader:
-        return loaders.of_question(self, adata, indices, batch_size)
+    def _loader(self, adata, indices, batch_size: int, seed: int = 0, flags: Mapping | None = None) -> CellLoader:
+        return loaders.of_question(self, adata, indices, batch_size, seed, flags)

@@ -11,13 +11,16 @@ from anndata import AnnData
 
 from scgen import __version__ as scgen_version
 from scgen import storage
-from scgen.data.checks import Setup, check_setup
+from scgen.arguments import check_flag, check_path
+from scgen.data.checks import Setup, check_setup, check_types
 from scgen.data.registry import Registry
 from scgen.storage import ModelFileError
 
 
 def save(model, folder: str | Path, overwrite: bool) -> None:
     """Write ``model`` into ``folder``; see `Model.save`."""
+    folder = check_path("folder", folder)
+    overwrite = check_flag("overwrite", overwrite)
     description = {
         "class": type(model).__name__,
         "arguments": model.arguments,
@@ -37,6 +40,9 @@ def save(model, folder: str | Path, overwrite: bool) -> None:
 
 def load(cls: type, folder: str | Path, adata: AnnData | None):
     """Return the model in ``folder``; see `Model.load`."""
+    folder = check_path("folder", folder)
+    if adata is not None:
+        check_types(adata, Setup())
     description, tensors = storage.read(folder)
     if description.get("class") != cls.__name__:
         raise ModelFileError(f"{folder} holds a {description.get('class')!r}, not a {cls.__name__}.")

@@ -1,12 +1,12 @@
 """From a model's AnnData, or another, to minibatches: to train on, and to ask about."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from anndata import AnnData
 from torch import Tensor
 
-from scgen.arguments import check_whole
+from scgen.arguments import check_flag, check_memory, check_seed, check_whole
 from scgen.data.loader import CellLoader, rows_asked_for, split
 from scgen.data.stores import BackedStore, MemoryStore, on_device
 from scgen.training import Options, default_batch_size, start_from_data
@@ -21,6 +21,10 @@ def of_training(
     """Return the cells to train on and to validate on; the first time, split them and start the module from them."""
     device = options.device
     adata = cells_of(model, None)
+    n_at_once = min(batch_size or default_batch_size(adata.n_obs, device), adata.n_obs)
+    n_bytes = 8 * options.n_importance_samples * n_at_once * len(model.registry.genes)  # rates, and their gradients
+    fewer = "Train with fewer, or a smaller batch_size."
+    check_memory("n_importance_samples", options.n_importance_samples, n_bytes, fewer)
     store, columns = _read(model, adata)
     store = on_device(store, device)
     rng = np.random.default_rng(options.seed)
@@ -31,7 +35,7 @@ def of_training(
         if not model.is_trained:  # a loaded model goes on from its weights
             start_from_data(model.vae.to(device), CellLoader(store, columns, training, 256, device=device))
         model.train_indices, model.validation_indices = training, validation
-    batch_size = batch_size or default_batch_size(len(model.train_indices), device)
+    batch_size = int(batch_size or default_batch_size(len(model.train_indices), device))
     held_out = np.sort(rng.permutation(model.validation_indices)[:MAX_VALIDATION_CELLS])
     form = {"as_sparse": model.vae.reads_sparse(device), "device": device, "complete": _complete(model)}
     return (
@@ -40,10 +44,23 @@ def of_training(
     )
 
 
-def of_question(model, adata: AnnData | None, indices: Sequence[int] | None, batch_size: int) -> CellLoader:
-    """Return the cells asked about, in their order."""
+def of_question(
+    model,
+    adata: AnnData | None,
+    indices: Sequence[int] | None,
+    batch_size: int,
+    seed: int = 0,
+    flags: Mapping[str, bool] | None = None,
+) -> CellLoader:
+    """Return the cells asked about, in their order.
+
+    Seed and flags, by name, are those of the question: they are checked before anything is read.
+    """
     model.require_training()
-    check_whole("batch_size", batch_size, 1)
+    for name, flag in (flags or {}).items():
+        check_flag(name, flag)
+    check_seed(seed)
+    batch_size = check_whole("batch_size", batch_size, 1)
     adata = cells_of(model, adata)
     store, columns = _read(model, adata)
     as_sparse = model.vae.reads_sparse(model.vae.device)

@@ -9,7 +9,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from scgen.analysis import query as analysis
-from scgen.arguments import check_share, check_whole, did_you_mean
+from scgen.arguments import check_memory, check_seed, check_share, check_whole, did_you_mean, shown
 from scgen.data.checks import Setup, check_types, some
 from scgen.data.genes import identifiers, matched
 from scgen.data.loader import CellLoader
@@ -125,15 +125,19 @@ class Query:
             If the column is not there, holds no label or numbers, an argument is out of its range, or the reference was
             loaded without its cells or trained again since.
         """
-        adata = self._reference_adata()
-        check_whole("n_neighbors", n_neighbors, 1)
+        n_neighbors = check_whole("n_neighbors", n_neighbors, 1)
         check_share("unknown_below", unknown_below)
-        if labels_key not in adata.obs:
-            names = [str(name) for name in adata.obs.columns]
-            raise ValueError(
-                f'labels_key="{labels_key}" is no column of the reference\'s adata.obs (it has: {some(names, 12)}).'
-                + did_you_mean(str(labels_key), names)
+        adata = self._reference_adata()
+        names = [str(name) for name in adata.obs.columns]
+        if not isinstance(labels_key, str) or labels_key not in adata.obs:
+            kind = ValueError if isinstance(labels_key, str) else TypeError
+            raise kind(
+                f"labels_key={shown(labels_key)} is no column of the reference's adata.obs (it has: {some(names, 12)})."
+                + (did_you_mean(labels_key, names) if kind is ValueError else "")
             )
+        n_voters = min(n_neighbors, adata.n_obs)
+        fewer = "Ask for fewer, such as n_neighbors=15."
+        check_memory("n_neighbors", n_neighbors, 24 * n_voters * self.model.adata.n_obs, fewer)
         labels = adata.obs[labels_key]
         if not labels.notna().any() or pd.api.types.is_float_dtype(labels):
             raise ValueError(f'the reference\'s adata.obs["{labels_key}"] holds no labels (dtype {labels.dtype}).')
@@ -174,6 +178,7 @@ class Query:
         ValueError
             If the reference was loaded without its cells, or has fewer than 50.
         """
+        seed = check_seed(seed)
         adata = self._reference_adata()
         if adata.n_obs < 50:
             raise ValueError(f"the reference has {adata.n_obs} cells: too few to say what is typical of it.")
@@ -221,7 +226,8 @@ def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, 
     reference.require_training()
     check_share("min_overlap", min_overlap)
     setup = reference.registry.setup
-    setup = replace(setup, layer=layer or setup.layer, batch_key=batch_key or setup.batch_key)
+    asked = {"layer": layer, "batch_key": batch_key}
+    setup = replace(setup, **{name: value for name, value in asked.items() if value is not None})
     check_types(adata, setup)
     if setup.batch_key is not None and list(adata.obs.columns).count(setup.batch_key) != 1:
         names = [str(name) for name in adata.obs.columns]

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+import torch
 from anndata import AnnData
 
 from scgen.analysis import inference
+from scgen.arguments import check_choice, check_draws, check_flag, check_memory, check_number, check_seed, check_whole
 from scgen.data.registry import Registry
 from scgen.models import loaders, scvi_tools
 from scgen.models.base import Model
@@ -28,6 +30,12 @@ DISPERSIONS = ("gene", "gene-batch", "gene-label", "gene-cell")
 FLOWS = {"planar": (PlanarFlow, 8), "iaf": (InverseAutoregressiveFlow, 4)}
 N_COMPONENTS = {"mog": 20, "vamp": 50}
 POSTERIORS, PRIORS = ("normal", *FLOWS), ("normal", *N_COMPONENTS, "flow")
+
+#: What each argument takes: numbers from 1 to this, flags, names; and numbers that only some choices of another take.
+SIZES = {"n_latent": 100_000, "n_hidden": 100_000, "n_layers": 100, "n_flows": 100, "n_components": 100_000}
+FLAGS = ("use_observed_lib_size", "encode_covariates", "library_residual")
+CHOICES = {"gene_likelihood": LIKELIHOODS, "dispersion": DISPERSIONS, "posterior": POSTERIORS, "prior": PRIORS}
+TAKERS = {"n_flows": ("posterior", FLOWS), "n_components": ("prior", N_COMPONENTS)}
 
 
 class SCVI(Model):
@@ -114,9 +122,7 @@ class SCVI(Model):
         n_components: int | None = None,
         seed: int = 0,
     ):
-        super().__init__(
-            adata,
-            Registry.of(adata, labels=dispersion == "gene-label"),
+        arguments = self.checked(
             {
                 "n_latent": n_latent,
                 "n_hidden": n_hidden,
@@ -132,8 +138,11 @@ class SCVI(Model):
                 "prior": prior,
                 "n_components": n_components,
                 "seed": seed,
-            },
+            }
         )
+        registry = Registry.of(adata, labels=dispersion == "gene-label")
+        self._check_memory(registry, arguments)
+        super().__init__(adata, registry, arguments)
 
     @classmethod
     def from_scvi_tools(cls, folder: str | Path, adata: AnnData | None = None, *, prefix: str = "") -> "SCVI":
@@ -212,10 +221,45 @@ class SCVI(Model):
         prior = self.arguments.get("prior", "normal")  # models saved before there was a choice
         if prior not in N_COMPONENTS:
             raise ValueError(f'prior="{prior}" has no components. Train SCVI(adata, prior="mog") for clusters.')
-        loader = loaders.of_question(self, adata, indices, batch_size)
+        n_samples = check_draws("n_samples", n_samples)
+        loader = loaders.of_question(self, adata, indices, batch_size, seed)
         probs = inference.cluster_probs(self.vae, loader, n_samples, seed)
         names = (self.adata if adata is None else adata).obs_names[loader.index]
         return pd.DataFrame(probs, index=names, columns=[str(k) for k in range(probs.shape[1])])
+
+    @staticmethod
+    def checked(arguments: dict) -> dict:
+        """Return the constructor's arguments as plain Python; raise where one is wrong, whatever the data are.
+
+        Those that are not among them are of models saved before there was a choice.
+        """
+        found = dict(arguments)
+        for name, value in arguments.items():
+            if name in SIZES and (value is not None or name not in TAKERS):
+                found[name] = check_whole(name, value, 1, SIZES[name])
+            elif name in FLAGS:
+                found[name] = check_flag(name, value)
+            elif name in CHOICES:
+                found[name] = check_choice(name, value, CHOICES[name])
+            elif name == "dropout_rate":
+                found[name] = check_number(name, value, "a number from 0 to below 1", least=0, below=1)
+            elif name == "seed":
+                found[name] = check_seed(value)
+        for name, (of, takers) in TAKERS.items():
+            value, choice = found.get(name), found.get(of)
+            if value is not None and choice not in takers:
+                raise ValueError(f"{name}={value!r} is for {of}={' or '.join(takers)}, not for {of}={choice!r}.")
+        return found
+
+    @classmethod
+    def _check_memory(cls, registry: Registry, arguments: dict) -> None:
+        """Raise MemoryError where the weights, their gradients and the moments of these have no room."""
+        largest = max((name for name in SIZES if arguments[name] is not None), key=arguments.get)
+        if arguments[largest] < 2000:  # no matter on any machine, and to look takes a third of the constructor's time
+            return
+        with torch.device("meta"):
+            n_bytes = 4 * sum(weight.nbytes for weight in cls.build(registry, **arguments).parameters())
+        check_memory(largest, arguments[largest], n_bytes, "Choose fewer, or model fewer genes.")
 
     @staticmethod
     def build(
@@ -237,38 +281,6 @@ class SCVI(Model):
         n_components: int | None = None,
     ) -> VAE:
         """Return the module for these arguments: here, and only here, names become parts."""
-        for name, value, most in (
-            ("n_latent", n_latent, 100_000),
-            ("n_hidden", n_hidden, 100_000),
-            ("n_layers", n_layers, 100),
-            ("n_flows", 1 if n_flows is None else n_flows, 100),
-            ("n_components", 1 if n_components is None else n_components, 100_000),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-                raise ValueError(f"{name}={value!r}; it takes a whole number from 1 to {most}.")
-        if not isinstance(dropout_rate, int | float) or not 0 <= dropout_rate < 1:
-            raise ValueError(f"dropout_rate={dropout_rate!r}; it takes a number from 0 to below 1.")
-        for name, flag in {
-            "use_observed_lib_size": use_observed_lib_size,
-            "encode_covariates": encode_covariates,
-            "library_residual": library_residual,
-        }.items():
-            if not isinstance(flag, bool):
-                raise ValueError(f"{name}={flag!r}; it takes True or False.")
-        for name, choice, known in (
-            ("gene_likelihood", gene_likelihood, LIKELIHOODS),
-            ("dispersion", dispersion, DISPERSIONS),
-            ("posterior", posterior, POSTERIORS),
-            ("prior", prior, PRIORS),
-        ):
-            if choice not in known:
-                raise ValueError(f"{name}={choice!r} is unknown; choose one of {', '.join(known)}.")
-        for name, value, of, choice, takers in (
-            ("n_flows", n_flows, "posterior", posterior, FLOWS),
-            ("n_components", n_components, "prior", prior, N_COMPONENTS),
-        ):
-            if value is not None and choice not in takers:
-                raise ValueError(f"{name}={value!r} is for {of}={' or '.join(takers)}, not for {of}={choice!r}.")
         if gene_likelihood != "normal" and not registry.setup.counts:
             raise ValueError(
                 f'gene_likelihood="{gene_likelihood}" needs counts, but the data were set up with counts=False. Use '

@@ -11,7 +11,8 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
-from scgen.data.checks import Setup
+from scgen.arguments import check_path, shown
+from scgen.data.checks import Setup, check_types
 from scgen.data.genes import identifiers
 from scgen.data.registry import Registry, standard
 from scgen.models import files, pickles
@@ -49,6 +50,11 @@ SHARED = {
 
 def load(cls: type, folder: str | Path, adata: AnnData | None, prefix: str):
     """Return a model of scvi-tools' as one of ours; see `SCVI.from_scvi_tools`."""
+    folder = check_path("folder", folder)
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix={shown(prefix)}; it takes a string.")
+    if adata is not None:
+        check_types(adata, Setup())
     path = Path(folder) / f"{prefix}model.pt"
     if not path.is_file():
         raise ModelFileError(
