@@ -118,6 +118,11 @@ def matrix_of(adata: AnnData, layer: str | None):
     return adata.X if layer is None else adata.layers.get(layer)
 
 
+def layers_of(adata: AnnData) -> list[str]:
+    """Return the names of the layers, without None, under which anndata 0.13 lists X among them."""
+    return [layer for layer in adata.layers if layer is not None]
+
+
 def raise_errors(found: list[Finding], call: str) -> None:
     """Raise a ValueError that says all errors among the findings, if there are any."""
     errors = [str(finding) for finding in found if finding.level == "error"]
@@ -218,7 +223,7 @@ def _categories(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
 
 
 def _no_matrix(adata: AnnData, setup: Setup) -> Finding:
-    layers = list(adata.layers)
+    layers = layers_of(adata)
     if setup.layer is None:
         layers = [layer for layer in layers if not setup.counts or _are_counts(adata.layers[layer])]
         call = f'setup_anndata(adata, layer="{layers[0]}")' if layers else 'adata.X = counts, or layer="..."'
@@ -292,9 +297,8 @@ def _looks_like(adata: AnnData, store: MemoryStore | BackedStore) -> str:
 
 def _counts_are_in(adata: AnnData, setup: Setup) -> str:
     """Say where counts are to be found instead."""
-    places = {layer: matrix for layer, matrix in adata.layers.items() if layer != setup.layer}
-    for layer, matrix in places.items():
-        if _are_counts(matrix):
+    for layer in layers_of(adata):
+        if layer != setup.layer and _are_counts(adata.layers[layer]):
             return f'adata.layers["{layer}"] looks like counts: setup_anndata(adata, layer="{layer}").'
     if setup.layer is not None and adata.X is not None and _are_counts(adata.X):
         return "adata.X looks like counts: setup_anndata(adata), without layer."
