@@ -9,7 +9,8 @@ from anndata import AnnData
 from scipy import sparse
 
 from scgen.arguments import MOST_EPOCHS, check_choice, check_flag, check_key, check_names, check_number, check_whole
-from scgen.data.checks import Setup, check_types, findings, matrix_of, raise_errors
+from scgen.data.checks import Setup, check_types, raise_errors
+from scgen.data.findings import findings, matrix_of
 from scgen.data.registry import check_writable, setup_anndata
 from scgen.data.stores import open_store, totals
 from scgen.models.scvi import SCVI

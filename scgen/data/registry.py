@@ -13,9 +13,10 @@ from torch import Tensor
 
 from scgen.arguments import did_you_mean, shown
 from scgen.data.cells import Cells
-from scgen.data.checks import Finding, Setup, check_types, findings, matrix_of, raise_errors
+from scgen.data.checks import Finding, Setup, check_types, raise_errors
+from scgen.data.findings import findings, matrix_of
 from scgen.data.genes import identifiers
-from scgen.data.stores import BackedStore, MemoryStore, open_store, totals
+from scgen.data.stores import BackedStore, DamagedMatrix, MemoryStore, open_store, totals
 
 
 def setup_anndata(
@@ -232,7 +233,10 @@ class Registry:
 
     def store(self, adata: AnnData) -> MemoryStore | BackedStore:
         """Return the values of the model's genes, found by name, in the model's order."""
-        return open_store(matrix_of(adata, self.setup.layer), self._gene_columns(adata))
+        try:
+            return open_store(matrix_of(adata, self.setup.layer), self._gene_columns(adata))
+        except DamagedMatrix as error:
+            raise ValueError(f"{self.setup.where} is a damaged sparse matrix: {error}.") from None
 
     def fingerprint(self, adata: AnnData, sums: np.ndarray, columns: dict[str, Tensor]) -> dict[str, int | str]:
         """Return number of cells and a hash of their names, totals and columns: equal for the same cells in order."""

@@ -10,6 +10,23 @@ from torch import Tensor
 
 from scgen.kernels import dispatch
 
+#: Entries of a file that are checked at a time.
+CHUNK = 2**24
+
+
+class DamagedMatrix(ValueError):
+    """The structure of a sparse matrix does not fit its shape.
+
+    Attributes
+    ----------
+    row
+        The first row where it does not; None where no single row is at fault.
+    """
+
+    def __init__(self, text: str, row: int | None = None):
+        super().__init__(text)
+        self.row = row
+
 
 class MemoryStore:
     """A matrix in memory: dense, or sparse in any of scipy's formats.
@@ -74,10 +91,13 @@ class BackedStore:
     def blocks(self, n_rows: int = 8192) -> Iterator[tuple[int, np.ndarray | sparse.csr_matrix]]:
         """Iterate over (first row, block of rows as stored)."""
         for start in range(0, self.shape[0], n_rows):
-            yield start, self._cut(self.matrix[start : start + n_rows])
+            yield start, self._cut(self.matrix[start : start + n_rows], start)
 
-    def _cut(self, block):
-        block = block.tocsr() if sparse.issparse(block) else block
+    def _cut(self, block, first_row: int = 0):
+        if sparse.issparse(block):
+            # A file may change at any time, so that every block is checked, before compiled code reads it.
+            check_structure(block, first_row)
+            block = block.tocsr()
         return block if self.columns is None else block[:, self.columns]
 
 
@@ -146,9 +166,58 @@ def on_device(store: MemoryStore | BackedStore, device: torch.device) -> MemoryS
 
 
 def open_store(matrix, columns: np.ndarray | None = None) -> MemoryStore | BackedStore:
-    """Return the store for a matrix, by where it lies."""
+    """Return the store for a matrix, by where it lies.
+
+    Raises
+    ------
+    DamagedMatrix
+        If it is sparse, and its structure does not fit its shape. Of CSR matrices on disk the indices are checked when
+        they are read.
+    """
     in_memory = sparse.issparse(matrix) or isinstance(matrix, np.ndarray)
+    if getattr(matrix, "format", None) in ("csr", "csc"):
+        check_structure(matrix)
     return (MemoryStore if in_memory else BackedStore)(matrix, columns)
+
+
+def check_structure(matrix, first_row: int = 0) -> None:
+    """Raise DamagedMatrix where pointers or indices of a CSR or CSC matrix, in memory or on disk, do not fit its shape.
+
+    Compiled code, that of scipy included, reads and writes where they point to without a check of its own: wrong ones
+    end the process, or change other data.
+
+    Parameters
+    ----------
+    matrix
+        Its indices are not read if it is CSR and on disk: `BackedStore` checks them in the blocks that it reads.
+    first_row
+        Number of the first row, for messages.
+    """
+    in_memory = sparse.issparse(matrix)
+    names = ("indptr", "indices", "data")
+    indptr, indices, data = (getattr(matrix, name) if in_memory else matrix.group[name] for name in names)
+    indptr, by_row = np.asarray(indptr[:]), matrix.format == "csr"
+    n_major, n_minor = matrix.shape if by_row else matrix.shape[::-1]
+    if indptr.dtype.kind not in "iu" or indices.dtype.kind not in "iu":
+        raise DamagedMatrix(f"indptr and indices are {indptr.dtype} and {indices.dtype}, and not integers")
+    if indptr.shape != (n_major + 1,):
+        raise DamagedMatrix(f"indptr has {indptr.size} values; the shape {tuple(matrix.shape)} needs {n_major + 1}")
+    if indices.ndim != 1 or indices.shape != data.shape:
+        raise DamagedMatrix(f"indices has the shape {indices.shape}, and data has {data.shape}")
+    if (falls := np.flatnonzero(indptr[1:] < indptr[:-1])).size:
+        raise DamagedMatrix("indptr falls where it must rise", first_row + int(falls[0]) if by_row else None)
+    if indptr[0] != 0 or indptr[-1] != indices.shape[0]:
+        raise DamagedMatrix(f"indptr goes from {indptr[0]} to {indptr[-1]}; it must go from 0 to {indices.shape[0]}")
+    if by_row and not in_memory:
+        return
+    for start in range(0, indices.shape[0], CHUNK):
+        chunk = indices[start : start + CHUNK]
+        if chunk.min() >= 0 and chunk.max() < n_minor:
+            continue
+        first = int(np.flatnonzero((chunk < 0) | (chunk >= n_minor))[0])
+        row = first_row + int(np.searchsorted(indptr, start + first, side="right")) - 1 if by_row else None
+        what = "columns" if by_row else "rows"
+        raise DamagedMatrix(f"indices has {chunk[first]}; the {n_minor} {what} have the numbers from 0", row)
 
 
 def totals(store: MemoryStore | BackedStore) -> np.ndarray:

@@ -1,0 +1,247 @@
+"""What is wrong with an AnnData, said in words: what was sought, where, what is there, and the corrected call."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from scgen.arguments import nearest
+from scgen.data.checks import Finding, Setup, some
+from scgen.data.stores import BackedStore, DamagedMatrix, MemoryStore, open_store
+
+#: Fewer cells than this in a batch are warned of.
+FEW_CELLS = 10
+
+
+def findings(
+    adata: AnnData, setup: Setup, columns: np.ndarray | None = None, empty_cells: bool = True
+) -> list[Finding]:
+    """Return all that is wrong or doubtful about ``adata`` as ``setup`` reads it.
+
+    Parameters
+    ----------
+    adata, setup
+        The cells, and which parts of them are read.
+    columns
+        Only these genes are read; None for all.
+    empty_cells
+        Whether cells without counts are an error.
+    """
+    found = list(_shape(adata)) + list(_columns(adata, setup))
+    matrix = matrix_of(adata, setup.layer)
+    if matrix is None:
+        found.append(_no_matrix(adata, setup))
+    elif adata.n_obs and adata.n_vars:
+        try:
+            found += _values(adata, setup, open_store(matrix, columns), empty_cells)
+        except DamagedMatrix as error:
+            found.append(_damaged(adata, setup, error))
+    return found
+
+
+def matrix_of(adata: AnnData, layer: str | None):
+    """Return the matrix that is read, or None where it is missing."""
+    return adata.X if layer is None else adata.layers.get(layer)
+
+
+def layers_of(adata: AnnData) -> list[str]:
+    """Return the names of the layers, without None, under which anndata 0.13 lists X among them."""
+    return [layer for layer in adata.layers if layer is not None]
+
+
+def _shape(adata: AnnData) -> Iterator[Finding]:
+    if not adata.n_obs:
+        yield Finding("error", "adata.obs", "adata has no cells (0 x genes)", 0, "Check the filter that made it.")
+    if not adata.n_vars:
+        yield Finding("error", "adata.var", "adata has no genes (cells x 0)", 0, "Check the filter that made it.")
+    twice = adata.var_names[adata.var_names.duplicated()].unique()
+    if len(twice):
+        text = f"adata.var_names has {len(twice)} names more than once ({some(twice)})"
+        yield Finding("error", "adata.var_names", text, len(twice), "Call adata.var_names_make_unique() first.")
+
+
+def _columns(adata: AnnData, setup: Setup) -> Iterator[Finding]:
+    single = (setup.batch_key, setup.labels_key, setup.size_factor_key)
+    used = [*single, *setup.categorical_covariate_keys, *setup.continuous_covariate_keys]
+    for key in sorted({key for key in used if key is not None and used.count(key) > 1}):
+        yield Finding("error", f'obs["{key}"]', f'"{key}" is named twice', 1, "Name every column in one place only.")
+    for role, key in (setup.categorical | setup.numeric).items():
+        if key not in adata.obs:
+            yield _no_column(adata, role, key)
+        elif (n := list(adata.obs.columns).count(key)) > 1:
+            text = f'adata.obs has {n} columns named "{key}": more than once'
+            yield Finding(
+                "error", "adata.obs", text, n, "adata.obs = adata.obs.loc[:, ~adata.obs.columns.duplicated()]"
+            )
+        elif role in setup.numeric:
+            yield from _numbers(adata.obs[key], role, key)
+        else:
+            yield from _categories(adata.obs[key], role, key)
+
+
+def _no_column(adata: AnnData, role: str, key: str) -> Finding:
+    names = [str(name) for name in adata.obs.columns]
+    argument, _, listed = role.partition(" ")
+    closest = nearest(key, names)
+    call = (
+        f'setup_anndata(adata, {argument}=["{closest}"])' if listed else f'setup_anndata(adata, {argument}="{closest}")'
+    )
+    hint = f"Did you mean {call}?" if closest else "Name one of them."
+    if key in adata.obsm or key in adata.var:
+        hint += f' ("{key}" is in adata.{"obsm" if key in adata.obsm else "var"}; a column of adata.obs is needed.)'
+    text = f'{argument}="{key}" is no column of adata.obs (it has: {some(names, 12) or "none"})'
+    return Finding("error", "adata.obs", text, 1, hint)
+
+
+def _numbers(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
+    where, argument = f'adata.obs["{key}"]', role.partition(" ")[0]
+    if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+        text = f"{argument}: {where} is not numeric (dtype {column.dtype})"
+        yield Finding("error", where, text, len(column), f'Convert it, or pass categorical_covariate_keys=["{key}"].')
+        return
+    values = column.to_numpy(dtype=float, na_value=np.nan)
+    bad = ~np.isfinite(values)
+    if bad.any():
+        text = f"{argument}: {where} has {bad.sum()} NaN or infinite values (first cells: {some(column.index[bad])})"
+        yield Finding("error", where, text, int(bad.sum()), "Fill them in, or drop these cells.")
+    elif role == "size_factor_key" and (values <= 0).any():
+        bad = values <= 0
+        text = f"size_factor_key: {where} has {bad.sum()} values that are not positive ({some(column.index[bad])})"
+        yield Finding("error", where, text, int(bad.sum()), "A size factor divides the counts: it must be above 0.")
+    elif len(values) > 1 and np.ptp(values) == 0:
+        text = f"{argument}: {where} has one value, {values[0]:g}, for all cells"
+        yield Finding("warning", where, text, len(values), "It tells the model nothing; leave it out.")
+
+
+def _categories(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
+    where, argument = f'adata.obs["{key}"]', role.partition(" ")[0]
+    missing = column.isna().to_numpy()
+    if missing.any():
+        text = f"{argument}: {where} is NaN for {missing.sum()} cells (first: {some(column.index[missing])})"
+        fix = f'adata.obs["{key}"] = adata.obs["{key}"].astype(object).fillna("missing")'
+        yield Finding("error", where, text, int(missing.sum()), f"Name them: {fix}; or drop these cells.")
+        return
+    sizes = column.value_counts()
+    sizes = sizes[sizes > 0]
+    if sizes.index.astype(str).has_duplicates:
+        text = f"{argument}: {where} has values that differ in type but not in writing, as 1 and '1'"
+        fix = f'adata.obs["{key}"] = adata.obs["{key}"].astype(str)'
+        yield Finding("error", where, text, 1, f"Make them one: {fix}.")
+    few = sizes[sizes < FEW_CELLS]
+    if len(column) > FEW_CELLS and len(sizes) > len(column) / 2:
+        text = f"{argument}: {where} has {len(sizes)} values for {len(column)} cells, nearly one value per cell"
+        fix = "Is this a column of barcodes or numbers? A category needs cells that share it."
+        yield Finding("warning", where, text, len(sizes), fix)
+    elif role == "batch_key" and len(few):
+        text = f"batch_key: {where} has {len(few)} batches of fewer than {FEW_CELLS} cells (" + ", ".join(
+            f"{name}: {size}" for name, size in few.head(5).items()
+        )
+        yield Finding("warning", where, text + ")", len(few), "Their effect is hardly known; merge or drop them.")
+
+
+def _no_matrix(adata: AnnData, setup: Setup) -> Finding:
+    layers = layers_of(adata)
+    if setup.layer is None:
+        layers = [layer for layer in layers if not setup.counts or _are_counts(adata.layers[layer])]
+        call = f'setup_anndata(adata, layer="{layers[0]}")' if layers else 'adata.X = counts, or layer="..."'
+        return Finding("error", "adata.X", "adata.X is empty (None)", 1, f"Say where the counts are: {call}.")
+    closest = nearest(setup.layer, layers)
+    hint = f'Did you mean setup_anndata(adata, layer="{closest}")?' if closest else "Leave layer out to read adata.X."
+    text = f'layer="{setup.layer}" is no layer of adata (it has: {some(layers, 12) or "none"})'
+    return Finding("error", "adata.layers", text, 1, hint)
+
+
+def _damaged(adata: AnnData, setup: Setup, error: DamagedMatrix) -> Finding:
+    where = "" if error.row is None else f' (first in cell "{adata.obs_names[error.row]}")'
+    text = f"{setup.where} is a damaged sparse matrix: {error}{where}"
+    return Finding("error", setup.where, text, 1, "Make or read it anew; nothing can be computed from it.")
+
+
+def _values(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, empty_cells: bool) -> Iterator[Finding]:
+    """Look at every stored value, a block of cells at a time."""
+    if store.matrix.dtype.kind not in "biuf":
+        text = f"{setup.where} does not hold real numbers (dtype {store.matrix.dtype})"
+        yield Finding("error", setup.where, text, adata.n_obs, "Convert it to numbers first.")
+        return
+    n = dict.fromkeys(("infinite", "negative", "fractional"), 0)
+    first: dict[str, str] = {}
+    empty = []
+    for start, block in store.blocks():
+        values = block.data if sparse.issparse(block) else block
+        wrong = {"infinite": ~np.isfinite(values)}
+        if setup.counts:
+            wrong |= {"negative": values < 0, "fractional": np.isfinite(values) & (values != np.floor(values))}
+        for kind, mask in wrong.items():
+            if mask.any():
+                n[kind] += int(mask.sum())
+                first.setdefault(kind, _place(adata, block, mask, start))
+        empty.append(start + np.flatnonzero(np.asarray(block.sum(axis=1)).ravel() == 0))
+    cells = np.concatenate(empty)
+    if n["infinite"]:
+        text = f"{setup.where} has {n['infinite']} NaN or infinite values (first at {first['infinite']})"
+        yield Finding("error", setup.where, text, n["infinite"], "Repair or drop them; numpy.isfinite finds them.")
+    if n["negative"]:
+        text = f"{setup.where} has {n['negative']} negative values (first at {first['negative']})"
+        yield Finding("error", setup.where, text, n["negative"], _counts_are_in(adata, setup))
+    if n["fractional"]:
+        text = f"{setup.where} has {n['fractional']} values that are no integers (first at {first['fractional']})"
+        yield Finding(
+            "error", setup.where, text + _looks_like(adata, store), n["fractional"], _counts_are_in(adata, setup)
+        )
+    if empty_cells and setup.counts and len(cells) and not sum(n.values()):
+        text = f"{len(cells)} cells have no counts in {setup.where} (first: {some(adata.obs_names[cells[:5]])})"
+        fix = "Drop them: sc.pp.filter_cells(adata, min_counts=1)"
+        yield Finding(
+            "error", setup.where, text, len(cells), fix + (f', for the layer "{setup.layer}".' if setup.layer else ".")
+        )
+
+
+def _place(adata: AnnData, block, mask: np.ndarray, start: int) -> str:
+    """Return the name of the first cell for which ``mask`` holds."""
+    if sparse.issparse(block):
+        row = np.searchsorted(block.indptr, np.flatnonzero(mask)[0], side="right") - 1
+    else:
+        row = np.argwhere(mask)[0][0]
+    return f'cell "{adata.obs_names[start + row]}"'
+
+
+def _looks_like(adata: AnnData, store: MemoryStore | BackedStore) -> str:
+    """Say which normalisation the values look like, if they look like one."""
+    _, block = next(iter(store.blocks(1000)))
+    values = np.asarray(block.toarray() if sparse.issparse(block) else block, dtype=float)
+    if not np.isfinite(values).all() or values.min() < 0:
+        return ""
+    for name, sums in (("log1p of counts", np.expm1(values.clip(max=80)).sum(1)), ("counts", values.sum(1))):
+        sums = sums[sums > 0]
+        if len(sums) > 1 and sums.std() < 1e-3 * sums.mean():
+            return f"; they look like {name} scaled to {sums.mean():.6g} a cell"
+    return '; adata.uns["log1p"] says that X was log-transformed' if "log1p" in adata.uns else ""
+
+
+def _counts_are_in(adata: AnnData, setup: Setup) -> str:
+    """Say where counts are to be found instead."""
+    for layer in layers_of(adata):
+        if layer != setup.layer and _are_counts(adata.layers[layer]):
+            return f'adata.layers["{layer}"] looks like counts: setup_anndata(adata, layer="{layer}").'
+    if setup.layer is not None and adata.X is not None and _are_counts(adata.X):
+        return "adata.X looks like counts: setup_anndata(adata), without layer."
+    if adata.raw is not None and _are_counts(adata.raw.X):
+        return (
+            'adata.raw looks like counts: adata.layers["counts"] = adata.raw[:, adata.var_names].X, then '
+            'setup_anndata(adata, layer="counts").'
+        )
+    return 'Raw counts are needed; for normalised data say counts=False and SCVI(adata, gene_likelihood="normal").'
+
+
+def _are_counts(matrix) -> bool:
+    """Whether the first thousand rows are all non-negative integers; enough for a suggestion."""
+    if matrix.dtype.kind not in "biuf":
+        return False
+    try:
+        _, block = next(iter(open_store(matrix).blocks(1000)))
+    except DamagedMatrix:
+        return False
+    values = block.data if sparse.issparse(block) else np.asarray(block)
+    return bool(values.size) and bool(np.isfinite(values).all() and (values >= 0).all() and (values % 1 == 0).all())
