@@ -9,6 +9,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from scgen.arguments import MOST_EPOCHS, check_choice, check_flag, check_key, check_names, check_number, check_whole
+from scgen.data.categories import names_of
 from scgen.data.checks import Setup, check_types, raise_errors
 from scgen.data.findings import findings, matrix_of
 from scgen.data.registry import check_writable, setup_anndata
@@ -137,7 +138,7 @@ def highly_variable(matrix, batch: np.ndarray, n_top_genes: int) -> np.ndarray:
     """Return the columns of the genes that vary most within batches, by scanpy's "seurat" flavour, in order."""
     import scanpy as sc
 
-    copy = AnnData(matrix.astype(np.float32), obs=pd.DataFrame({"batch": pd.Categorical(batch.astype(str))}))
+    copy = AnnData(matrix.astype(np.float32), obs=pd.DataFrame({"batch": pd.Categorical(names_of(batch))}))
     sizes = copy.obs["batch"].value_counts()
     # A batch of a few cells says nothing about variability, and scanpy fails on it.
     copy = copy[copy.obs["batch"].isin(sizes.index[sizes >= min(10, sizes.max())])].copy()

@@ -8,6 +8,7 @@ import pandas as pd
 from anndata import AnnData
 
 from scgen.arguments import check_key, did_you_mean, shown
+from scgen.data.categories import name_of, names_of
 from scgen.data.checks import some
 from scgen.data.loader import rows_asked_for
 from scgen.data.registry import check_writable
@@ -79,7 +80,7 @@ def by_column(
             + did_you_mean(groupby, columns)
         )
     column = obs[groupby].astype("category").cat.remove_unused_categories()
-    names = [str(name) for name in column.cat.categories]
+    names = names_of(column.cat.categories)
     there = some(names, 20)
     if len(names) > MOST_GROUPS or len(set(names)) < len(names):
         why = "more than can be compared" if len(names) > MOST_GROUPS else "of which some are written alike"
@@ -91,13 +92,13 @@ def by_column(
         for one in groups:
             if one is None or isinstance(one, bytes) or not pd.api.types.is_scalar(one):
                 raise TypeError(f"{what}={shown(one)}; it takes the name of a group of adata.obs[{groupby!r}].")
-            if str(one) not in names:
+            if name_of(one) not in names:
                 raise ValueError(
-                    f"{what}={str(one)!r} is no group of adata.obs[{groupby!r}] (it has: {there})."
-                    + did_you_mean(str(one), names)
+                    f"{what}={name_of(one)!r} is no group of adata.obs[{groupby!r}] (it has: {there})."
+                    + did_you_mean(name_of(one), names)
                 )
-    asked = list(dict.fromkeys(map(str, first)))
-    other = None if group2 is None else str(group2)
+    asked = list(dict.fromkeys(names_of(first)))
+    other = None if group2 is None else name_of(group2)
     asked = [name for name in asked if name != other]
     if len(names) < 2 or not asked:
         raise ValueError(

@@ -8,6 +8,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from scgen.arguments import nearest
+from scgen.data.categories import name_of, names_of
 from scgen.data.checks import Finding, Setup, some
 from scgen.data.stores import BackedStore, DamagedMatrix, MemoryStore, open_store
 
@@ -125,9 +126,10 @@ def _categories(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
         return
     sizes = column.value_counts()
     sizes = sizes[sizes > 0]
-    if sizes.index.astype(str).has_duplicates:
+    if pd.Index(names_of(sizes.index)).has_duplicates:
         text = f"{argument}: {where} has values that differ in type but not in writing, as 1 and '1'"
         fix = f'adata.obs["{key}"] = adata.obs["{key}"].astype(str)'
+        fix += '.str.removesuffix(".0")' if any(isinstance(value, float) for value in sizes.index) else ""
         yield Finding("error", where, text, 1, f"Make them one: {fix}.")
     few = sizes[sizes < FEW_CELLS]
     if len(column) > FEW_CELLS and len(sizes) > len(column) / 2:
@@ -136,7 +138,7 @@ def _categories(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
         yield Finding("warning", where, text, len(sizes), fix)
     elif role == "batch_key" and len(few):
         text = f"batch_key: {where} has {len(few)} batches of fewer than {FEW_CELLS} cells (" + ", ".join(
-            f"{name}: {size}" for name, size in few.head(5).items()
+            f"{name_of(value)}: {size}" for value, size in few.head(5).items()
         )
         yield Finding("warning", where, text + ")", len(few), "Their effect is hardly known; merge or drop them.")
 

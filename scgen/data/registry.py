@@ -12,6 +12,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from scgen.arguments import did_you_mean, shown
+from scgen.data.categories import codes_of_column, codes_of_values, name_of, names_of
 from scgen.data.cells import Cells
 from scgen.data.checks import Finding, Setup, check_types, raise_errors
 from scgen.data.findings import findings, matrix_of
@@ -150,7 +151,8 @@ def confounding(obs: pd.DataFrame, setup: Setup) -> list[Finding]:
             found.append(Finding(level, f'adata.obs["{one}"], adata.obs["{other}"]', text, 1, fix))
     design = [key for key in keys if key != setup.labels_key]
     if len(design) > 1:
-        dummies = pd.get_dummies(obs[design].astype(str), drop_first=True).to_numpy(float)
+        codes = obs[design].apply(lambda column: pd.Categorical(pd.factorize(column)[0]))
+        dummies = pd.get_dummies(codes, drop_first=True).to_numpy(float)
         matrix = np.column_stack([np.ones(len(obs)), dummies])
         missing = matrix.shape[1] - int(np.linalg.matrix_rank(matrix.T @ matrix))
         if missing:
@@ -162,7 +164,7 @@ def confounding(obs: pd.DataFrame, setup: Setup) -> list[Finding]:
 
 def cramers_v(one: pd.Series, other: pd.Series) -> float:
     """Return Cramer's V of two categorical columns, from 0 (independent) to 1; 0 where a column has one value."""
-    table = pd.crosstab(one.astype(str), other.astype(str)).to_numpy(float)
+    table = pd.crosstab(pd.factorize(one)[0], pd.factorize(other)[0]).to_numpy(float)
     expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
     degrees = min(table.shape) - 1
     return float(np.sqrt(((table - expected) ** 2 / expected).sum() / table.sum() / degrees)) if degrees else 0.0
@@ -210,7 +212,7 @@ class Registry:
         setup = _setup(adata, dict(record) if labels else {**record, "labels_key": None})
         raise_errors(findings(adata, setup), "the model")
         categories = {
-            key: _names(adata.obs[key].astype("category").cat.remove_unused_categories())
+            key: names_of(adata.obs[key].astype("category").cat.remove_unused_categories().cat.categories)
             for key in setup.categorical.values()
         }
         scaling = {key: standard(adata.obs[key].to_numpy(float)) for key in setup.continuous_covariate_keys}
@@ -350,12 +352,9 @@ class Registry:
     def _codes(self, obs: pd.DataFrame, key: str | None) -> np.ndarray:
         if key is None:
             return np.zeros(len(obs), np.int64)
-        column = obs[key].astype("category")
-        # A missing value's code is -1, the last of what is looked up.
-        known = np.append(pd.Index(self.categories[key]).get_indexer(_names(column)), -1)
-        codes = known[column.cat.codes].astype(np.int64)
+        codes = codes_of_column(obs[key], self.categories[key])
         if (codes < 0).any():
-            unknown = _names(column[codes < 0].cat.remove_unused_categories())
+            unknown = names_of(obs[key][codes < 0].unique())
             raise ValueError(
                 f'adata.obs["{key}"] has values that the model has not seen in training: {", ".join(unknown[:5])} '
                 f"({(codes < 0).sum()} cells; it knows: {', '.join(self.categories[key][:12])}). Leave these cells "
@@ -387,11 +386,12 @@ def codes_of(what: str, names: list[str], asked: str | Sequence[str] | None) -> 
     known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     if not several:
         raise ValueError(f"{what} is an empty list; the model knows: {known}.")
-    for name in several:
-        if str(name) not in names:
-            hint = did_you_mean(str(name), names) if isinstance(name, str) else ""
+    codes = codes_of_values(several, names).tolist()
+    for name, code in zip(several, codes, strict=True):
+        if code < 0:
+            hint = did_you_mean(name_of(name), names) if isinstance(name, str) else ""
             raise ValueError(f"{what}: {shown(name)} is unknown to the model (it knows: {known}).{hint}")
-    return [names.index(str(name)) for name in several]
+    return codes
 
 
 def value_or_list(asked):
@@ -412,11 +412,6 @@ def standard(values: np.ndarray) -> tuple[float, float]:
     mean, sd = float(values.mean()), float(values.std())
     # A constant's deviation is rounding noise: dividing by it would blow up whatever differs later.
     return mean, sd if sd > 1e-8 * max(1, abs(mean)) else 1.0
-
-
-def _names(column: pd.Series) -> list[str]:
-    """Return the names of a categorical column's categories: the one way in which values become strings."""
-    return [str(value) for value in column.cat.categories]
 
 
 def _setup(adata: AnnData, arguments: dict) -> Setup:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from scgen.analysis import query as analysis
 from scgen.arguments import check_memory, check_seed, check_share, check_whole, did_you_mean, shown
+from scgen.data.categories import codes_of_column, codes_of_values, names_of
 from scgen.data.checks import Setup, check_types, some
 from scgen.data.genes import identifiers, matched
 from scgen.data.loader import CellLoader
@@ -65,8 +66,10 @@ class Query:
         told = [f"new in {key}: {some(registry.categories[key][n:])}" for key, n in registry.known.items()]
         key = registry.setup.batch_key
         if key is not None:
-            there = set(self.model.adata.obs[key].astype(str)) & set(registry.batches[: registry.known.get(key)])
-            told += [f"taken for the reference's own in {key}: {some(sorted(there))}"] if there else []
+            known = registry.batches[: registry.known.get(key)]
+            codes = np.unique(codes_of_column(self.model.adata.obs[key], known))
+            there = sorted(known[code] for code in codes if code >= 0)
+            told += [f"taken for the reference's own in {key}: {some(there)}"] if there else []
         n = len(registry.genes)
         of = f"{n} of {n + len(registry.missing)} genes ({self.overlap:.0%}), by {self.matched_by}"
         return "; ".join([f"Query of {self.model.adata.n_obs} cells: {of}", *told])
@@ -206,7 +209,7 @@ class Query:
         key = self.model.registry.setup.batch_key
         if key not in self.model.registry.known:
             return np.full(self.model.adata.n_obs, -1)
-        codes = pd.Index(self.model.registry.batches).get_indexer(self.model.adata.obs[key].astype(str))
+        codes = codes_of_column(self.model.adata.obs[key], self.model.registry.batches)
         return np.where(codes < self.model.registry.known[key], -1, codes)
 
     def _reference_cells(self, rows: np.ndarray) -> CellLoader:
@@ -272,7 +275,9 @@ def _extended(registry: Registry, setup: Setup, genes: list[str | None], adata: 
     for key in categories:
         if key not in adata.obs:
             continue  # what is missing is said by the checks
-        found = sorted({str(value) for value in adata.obs[key].dropna().unique()} - set(categories[key]))
+        values = adata.obs[key].dropna().unique()
+        new = codes_of_values(values, categories[key]) < 0
+        found = sorted(set(names_of(value for value, is_new in zip(values, new, strict=True) if is_new)))
         if found:
             known[key] = len(categories[key])
             categories[key] = categories[key] + found

@@ -12,6 +12,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from scgen.arguments import check_path, shown
+from scgen.data.categories import names_of
 from scgen.data.checks import Setup, check_types
 from scgen.data.genes import identifiers
 from scgen.data.registry import Registry, standard
@@ -131,7 +132,7 @@ def _registry(saved: dict, genes, labels: bool) -> Registry:
             categories[key] = fields[field]["state_registry"]["categorical_mapping"]
     if setup.categorical_covariate_keys:
         categories |= fields["extra_categorical_covs"]["state_registry"]["mappings"]
-    categories = {key: [str(value) for value in values] for key, values in categories.items()}
+    categories = {key: names_of(values) for key, values in categories.items()}
     # They take continuous covariates as they are.
     scaling = dict.fromkeys(setup.continuous_covariate_keys, (0.0, 1.0))
     registry = Registry(setup, [str(gene) for gene in genes], categories, scaling)

@@ -13,7 +13,7 @@ from scipy import sparse
 from scipy.stats.contingency import association
 
 import scgen
-from scgen.data.checks import layers_of
+from scgen.data.findings import layers_of
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry, cramers_v
 from scgen.data.stores import totals

@@ -1,0 +1,58 @@
+"""How the values of categorical columns are named: the one place where they become strings."""
+
+from collections.abc import Iterable, Sequence
+from numbers import Real
+
+import numpy as np
+import pandas as pd
+
+
+def name_of(value) -> str:
+    """Return the name of a value: an integral float is named as the integer, so that a change of dtype renames nothing.
+
+    Integers become floats where tables are merged and some rows have no value.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> [name_of(value) for value in (3, 3.0, np.float32(3), -0.0, 2.5, "3.0", True, float("inf"))]
+    ['3', '3', '3', '0', '2.5', '3.0', 'True', 'inf']
+    """
+    if isinstance(value, float | np.floating) and np.isfinite(value) and value == int(value):
+        return str(int(value))
+    return str(value)
+
+
+def names_of(values: Iterable) -> list[str]:
+    """Return the name of each value."""
+    return [name_of(value) for value in values]
+
+
+def codes_of_values(values: Iterable, names: Sequence[str]) -> np.ndarray:
+    """Return the place of each value's name among the names, (n,) int64; -1 where it is not among them.
+
+    A model that was saved by an older version may have an integral float named "3.0": numbers are found by that, too.
+
+    Examples
+    --------
+    >>> codes_of_values([1, 2.0, "2.0", 7], ["1", "2"]).tolist()
+    [0, 1, -1, -1]
+    >>> codes_of_values([1, 2.0, "2"], ["1.0", "2.0"]).tolist()
+    [0, 1, -1]
+    """
+    place = {name: i for i, name in enumerate(names)}
+    codes = [place.get(name_of(value), place.get(_older_name(value), -1)) for value in values]
+    return np.array(codes, dtype=np.int64)
+
+
+def codes_of_column(column: pd.Series, names: Sequence[str]) -> np.ndarray:
+    """Return the same for each cell of a column; a missing value has no name, and the code -1."""
+    column = column.astype("category")
+    # The code of a missing value is -1, which takes the last of what is looked up.
+    return np.append(codes_of_values(column.cat.categories, names), -1)[column.cat.codes]
+
+
+def _older_name(value) -> str | None:
+    """Return the name that an integral number had as a float; None for all other values."""
+    is_number = isinstance(value, Real | np.integer | np.floating) and not isinstance(value, bool)
+    return str(float(value)) if is_number and abs(value) < 2**53 and value == value // 1 else None
