@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from scgen.arguments import MOST_FLOAT32, check_names, check_number, did_you_mean, shown
+from scgen.arguments import check_names, check_number, did_you_mean, shown
 from scgen.data.cells import Cells
-from scgen.data.checks import some
+from scgen.data.checks import LARGEST, some
 from scgen.data.registry import Registry, codes_of, value_or_list
 
 #: Combinations of values, at most: each is decoded for every cell and every draw.
@@ -201,6 +201,9 @@ def _standardised(what: str, scaling: tuple[float, float], asked: float | str | 
     mean, deviation = scaling
     standardised = [(one - mean) / deviation for one in values]
     for one, value in zip(values, standardised, strict=True):
-        if not abs(value) <= MOST_FLOAT32:
-            raise ValueError(f"{what}={one:g} is too far from the cells' values, of mean {mean:g}, to compute with.")
+        if not abs(value) <= LARGEST:
+            raise ValueError(
+                f"{what}={one:g} is more than {LARGEST:g} standard deviations from the cells' mean, {mean:g}: too far to "
+                "compute with."
+            )
     return standardised

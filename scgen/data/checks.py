@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from anndata import AnnData
 
+#: Larger numbers are refused: what is made of them, squares among others, must stay within float32, which ends at 3e38.
+LARGEST = 1e15
+
 
 @dataclass(frozen=True)
 class Setup:

@@ -9,7 +9,7 @@ from scipy import sparse
 
 from scgen.arguments import nearest
 from scgen.data.categories import name_of, names_of
-from scgen.data.checks import Finding, Setup, some
+from scgen.data.checks import LARGEST, Finding, Setup, some
 from scgen.data.stores import BackedStore, DamagedMatrix, MemoryStore, open_store
 
 #: Fewer cells than this in a batch are warned of.
@@ -107,10 +107,17 @@ def _numbers(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
     if bad.any():
         text = f"{argument}: {where} has {bad.sum()} NaN or infinite values (first cells: {some(column.index[bad])})"
         yield Finding("error", where, text, int(bad.sum()), "Fill them in, or drop these cells.")
-    elif role == "size_factor_key" and (values <= 0).any():
-        bad = values <= 0
+        return
+    # A covariate is standardised: its unit is free, but the squares must be finite.
+    least, most = (1 / LARGEST, LARGEST) if role == "size_factor_key" else (0, float(np.finfo(np.float32).max))
+    if role == "size_factor_key" and (bad := values <= 0).any():
         text = f"size_factor_key: {where} has {bad.sum()} values that are not positive ({some(column.index[bad])})"
         yield Finding("error", where, text, int(bad.sum()), "A size factor divides the counts: it must be above 0.")
+    elif (bad := (np.abs(values) < least) | (np.abs(values) > most)).any():
+        text = f"{argument}: {where} has {bad.sum()} values that are too small or too large ({some(column.index[bad])})"
+        first = f"{column.index[bad][0]} has {values[bad][0]:g}"
+        fix = f"{first}; from {least:g} to {most:.4g} they can be computed with. Correct or rescale them."
+        yield Finding("error", where, text, int(bad.sum()), fix)
     elif len(values) > 1 and np.ptp(values) == 0:
         text = f"{argument}: {where} has one value, {values[0]:g}, for all cells"
         yield Finding("warning", where, text, len(values), "It tells the model nothing; leave it out.")
@@ -167,15 +174,12 @@ def _values(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, empt
         text = f"{setup.where} does not hold real numbers (dtype {store.matrix.dtype})"
         yield Finding("error", setup.where, text, adata.n_obs, "Convert it to numbers first.")
         return
-    n = dict.fromkeys(("infinite", "negative", "fractional"), 0)
+    n = dict.fromkeys(("infinite", "large", "negative", "fractional"), 0)
     first: dict[str, str] = {}
     empty = []
     for start, block in store.blocks():
         values = block.data if sparse.issparse(block) else block
-        wrong = {"infinite": ~np.isfinite(values)}
-        if setup.counts:
-            wrong |= {"negative": values < 0, "fractional": np.isfinite(values) & (values != np.floor(values))}
-        for kind, mask in wrong.items():
+        for kind, mask in _wrong(values, setup.counts).items():
             if mask.any():
                 n[kind] += int(mask.sum())
                 first.setdefault(kind, _place(adata, block, mask, start))
@@ -184,6 +188,11 @@ def _values(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, empt
     if n["infinite"]:
         text = f"{setup.where} has {n['infinite']} NaN or infinite values (first at {first['infinite']})"
         yield Finding("error", setup.where, text, n["infinite"], "Repair or drop them; numpy.isfinite finds them.")
+    if n["large"]:
+        text = f"{setup.where} has {n['large']} values beyond {LARGEST:g} (first at {first['large']})"
+        yield Finding(
+            "error", setup.where, text, n["large"], "They are too large to compute with: correct or rescale them."
+        )
     if n["negative"]:
         text = f"{setup.where} has {n['negative']} negative values (first at {first['negative']})"
         yield Finding("error", setup.where, text, n["negative"], _counts_are_in(adata, setup))
@@ -198,6 +207,24 @@ def _values(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, empt
         yield Finding(
             "error", setup.where, text, len(cells), fix + (f', for the layer "{setup.layer}".' if setup.layer else ".")
         )
+
+
+def _wrong(values: np.ndarray, counts: bool) -> dict[str, np.ndarray]:
+    """Return where values are of each kind that is refused; nothing where all are sound."""
+    if not values.size:
+        return {}
+    least, most = float(values.min()), float(values.max())  # NaN if any is
+    if (0 if counts else -LARGEST) <= least and most <= LARGEST:
+        if not counts or values.dtype.kind in "biu":
+            return {}
+        fractional = values != np.floor(values)
+        return {"fractional": fractional}
+    values = values.astype(float)
+    finite = np.isfinite(values)
+    wrong = {"infinite": ~finite, "large": finite & (np.abs(values) > LARGEST)}
+    if counts:
+        wrong |= {"negative": values < 0, "fractional": finite & (values != np.floor(values))}
+    return wrong
 
 
 def _place(adata: AnnData, block, mask: np.ndarray, start: int) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from scgen.arguments import did_you_mean, shown
 from scgen.data.categories import codes_of_column, codes_of_values, name_of, names_of
 from scgen.data.cells import Cells
-from scgen.data.checks import Finding, Setup, check_types, raise_errors
+from scgen.data.checks import LARGEST, Finding, Setup, check_types, raise_errors, some
 from scgen.data.findings import findings, matrix_of
 from scgen.data.genes import identifiers
 from scgen.data.stores import BackedStore, DamagedMatrix, MemoryStore, open_store, totals
@@ -276,7 +276,7 @@ class Registry:
         else:
             size = sums if setup.counts else np.ones(n)
         codes = [self._codes(adata.obs, key) for key in setup.categorical_covariate_keys]
-        values = [(adata.obs[key].to_numpy(float) - mean) / sd for key, (mean, sd) in self.scaling.items()]
+        values = [self._standardised(adata.obs, key) for key in self.scaling]
         return {
             "library": torch.from_numpy(np.log(size)[:, None].astype(np.float32)),
             "batch": torch.from_numpy(self._codes(adata.obs, setup.batch_key)),
@@ -349,6 +349,16 @@ class Registry:
             raise ValueError("adata.var_names has names more than once. Call adata.var_names_make_unique() first.")
         return adata.var_names.get_indexer(self.genes)
 
+    def _standardised(self, obs: pd.DataFrame, key: str) -> np.ndarray:
+        mean, sd = self.scaling[key]
+        values = (obs[key].to_numpy(float) - mean) / sd
+        if (far := np.abs(values) > LARGEST).any():
+            raise ValueError(
+                f'adata.obs["{key}"] has {far.sum()} values more than {LARGEST:g} standard deviations from the mean of '
+                f"the cells that the model was made for, {mean:g} (first cells: {some(obs.index[far])}). Correct them."
+            )
+        return values
+
     def _codes(self, obs: pd.DataFrame, key: str | None) -> np.ndarray:
         if key is None:
             return np.zeros(len(obs), np.int64)
@@ -411,7 +421,7 @@ def standard(values: np.ndarray) -> tuple[float, float]:
     """Return the mean and the deviation that a continuous covariate is standardised by."""
     mean, sd = float(values.mean()), float(values.std())
     # A constant's deviation is rounding noise: dividing by it would blow up whatever differs later.
-    return mean, sd if sd > 1e-8 * max(1, abs(mean)) else 1.0
+    return mean, sd if sd > 1e-8 * abs(mean) else 1.0
 
 
 def _setup(adata: AnnData, arguments: dict) -> Setup:

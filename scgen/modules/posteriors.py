@@ -8,10 +8,29 @@ from scgen.data.cells import Cells
 from scgen.distributions import DiagonalNormal, Flowed, PointMass
 from scgen.modules.networks import MLP, CovariateLinear, Linear
 
+#: The largest mean of log l, and logarithm of its variance: the mean of l, exp(m + v / 2), is then finite in float32. A
+#: network that has to find the total itself goes beyond them early in training, or for a cell of far more counts than
+#: those it was trained on.
+MOST_LOG_LIBRARY, MOST_LOG_VARIANCE = 60.0, 3.0
+
 
 def positive_variance(a: Tensor) -> Tensor:
     """Return exp(a) + 1e-4, with a kept within +-15, so that no output of a network overflows."""
     return a.clamp(-15, 15).exp() + 1e-4
+
+
+def bounded(values: Tensor, most: float) -> Tensor:
+    """Return the values, those above ``most`` as this; their gradient is kept, so that training can lead them back.
+
+    Examples
+    --------
+    >>> import torch
+    >>> values = torch.tensor([1.0, 80.0], requires_grad=True)
+    >>> bounded(values, 60.0).sum().backward()
+    >>> bounded(values, 60.0).tolist(), values.grad.tolist()
+    ([1.0, 60.0], [1.0, 1.0])
+    """
+    return values + (values.clamp(max=most) - values).detach()
 
 
 class GaussianPosterior(nn.Module):
@@ -128,11 +147,14 @@ class LibraryPosterior(GaussianPosterior):
             nn.init.constant_(self.log_variance.bias, -4.0)
 
     def forward(self, cells: Cells) -> DiagonalNormal:
-        q = super().forward(cells)
-        return DiagonalNormal(q.mean + self.base(cells), q.variance)
+        h = self.hidden(cells)
+        return DiagonalNormal(self._mean(h, cells), positive_variance(bounded(self.log_variance(h), MOST_LOG_VARIANCE)))
 
     def means(self, cells: Cells) -> Tensor:
-        return super().means(cells) + self.base(cells)
+        return self._mean(self.hidden(cells), cells)
+
+    def _mean(self, h: Tensor, cells: Cells) -> Tensor:
+        return bounded(self.mean(h) + self.base(cells), MOST_LOG_LIBRARY)
 
     def base(self, cells: Cells) -> Tensor | float:
         """Return what the network's output is added to: without the residual, what makes l that of measured genes."""
