@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from scgen.arguments import check_names, check_number, did_you_mean, shown
+from scgen.data.categories import codes_of, value_or_list
 from scgen.data.cells import Cells
 from scgen.data.checks import LARGEST, some
-from scgen.data.registry import Registry, codes_of, value_or_list
+from scgen.data.registry import Registry
 
 #: Combinations of values, at most: each is decoded for every cell and every draw.
 MOST_COMBINATIONS = 1000
@@ -203,7 +204,7 @@ def _standardised(what: str, scaling: tuple[float, float], asked: float | str | 
     for one, value in zip(values, standardised, strict=True):
         if not abs(value) <= LARGEST:
             raise ValueError(
-                f"{what}={one:g} is more than {LARGEST:g} standard deviations from the cells' mean, {mean:g}: too far to "
-                "compute with."
+                f"{what}={one:g} is more than {LARGEST:g} standard deviations from the cells' mean, {mean:g}: too far "
+                "to compute with."
             )
     return standardised

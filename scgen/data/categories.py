@@ -6,6 +6,8 @@ from numbers import Real
 import numpy as np
 import pandas as pd
 
+from scgen.arguments import did_you_mean, shown
+
 
 def name_of(value) -> str:
     """Return the name of a value: an integral float is named as the integer, so that a change of dtype renames nothing.
@@ -50,6 +52,50 @@ def codes_of_column(column: pd.Series, names: Sequence[str]) -> np.ndarray:
     column = column.astype("category")
     # The code of a missing value is -1, which takes the last of what is looked up.
     return np.append(codes_of_values(column.cat.categories, names), -1)[column.cat.codes]
+
+
+def codes_of(what: str, names: list[str], asked: str | Sequence[str] | None) -> list[int | None]:
+    """Return the codes of one or several names; all for "average"; None, for each cell's own, of "observed" and None.
+
+    A name that is "average" or "observed" itself is asked for in a list. ValueError, which says ``what`` was asked,
+    for names that the model does not know.
+
+    Examples
+    --------
+    >>> names = ["a", "b", "c"]
+    >>> [codes_of("batch", names, asked) for asked in ("observed", "average", "c", ["c", "a"])]
+    [[None], [0, 1, 2], [2], [2, 0]]
+    """
+    if isinstance(asked, bytes):
+        raise TypeError(f"{what}: {shown(asked)} is no name of one, nor a list of names.")
+    asked = value_or_list(asked)
+    if asked is None or (isinstance(asked, str) and asked == "observed"):
+        return [None]
+    if isinstance(asked, str) and asked == "average":
+        return list(range(len(names)))
+    several = asked if isinstance(asked, list) else [asked]
+    known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    if not several:
+        raise ValueError(f"{what} is an empty list; the model knows: {known}.")
+    codes = codes_of_values(several, names).tolist()
+    for name, code in zip(several, codes, strict=True):
+        if code < 0:
+            hint = did_you_mean(name_of(name), names) if isinstance(name, str) else ""
+            raise ValueError(f"{what}: {shown(name)} is unknown to the model (it knows: {known}).{hint}")
+    return codes
+
+
+def value_or_list(asked):
+    """Return what can be iterated over as a list, but a string, and an array without axes, as the value that it is.
+
+    Examples
+    --------
+    >>> [value_or_list(asked) for asked in ("a", 2.5, None, np.array("a"), ("a", "b"), {"a": 1}.keys())]
+    ['a', 2.5, None, 'a', ['a', 'b'], ['a']]
+    """
+    if getattr(asked, "ndim", None) == 0:
+        return asked.item()
+    return list(asked) if isinstance(asked, Iterable) and not isinstance(asked, str) else asked
 
 
 def _older_name(value) -> str | None:

@@ -11,8 +11,7 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
-from scgen.arguments import did_you_mean, shown
-from scgen.data.categories import codes_of_column, codes_of_values, name_of, names_of
+from scgen.data.categories import codes_of_column, names_of
 from scgen.data.cells import Cells
 from scgen.data.checks import LARGEST, Finding, Setup, check_types, raise_errors, some
 from scgen.data.findings import findings, matrix_of
@@ -233,10 +232,10 @@ class Registry:
         """Number of values of the batch and of each further categorical covariate."""
         return [len(self.batches), *(len(self.categories[key]) for key in self.setup.categorical_covariate_keys)]
 
-    def store(self, adata: AnnData) -> MemoryStore | BackedStore:
-        """Return the values of the model's genes, found by name, in the model's order."""
+    def store(self, adata: AnnData, rows: np.ndarray | None = None) -> MemoryStore | BackedStore:
+        """Return the values of the model's genes, found by name, in the model's order; to read some rows of, or all."""
         try:
-            return open_store(matrix_of(adata, self.setup.layer), self._gene_columns(adata))
+            return open_store(matrix_of(adata, self.setup.layer), self._gene_columns(adata), rows)
         except DamagedMatrix as error:
             raise ValueError(f"{self.setup.where} is a damaged sparse matrix: {error}.") from None
 
@@ -255,32 +254,37 @@ class Registry:
         sums = totals(store)
         columns = self.columns(adata, sums)
         fingerprint = self.fingerprint(adata, sums, columns)
+        self.check_unchanged(fingerprint, expected)
+        return store, columns, fingerprint
+
+    def check_unchanged(self, fingerprint: dict[str, int | str], expected: dict[str, int | str] | None) -> None:
+        """Raise ValueError if another fingerprint is expected; None expects none."""
         if expected not in (None, fingerprint):
             raise ValueError(
                 "the model's AnnData has changed since the model was made: other or renamed cells, other values in "
                 f"{self.setup.where} or in the columns that the model reads. Keep the counts in a layer of their own, "
                 'setup_anndata(adata, layer="counts"), or pass adata= with the counts.'
             )
-        return store, columns, fingerprint
 
     def check_new(self, adata: AnnData) -> None:
         """Raise where another AnnData lacks what the model reads, or has it in a wrong form."""
         check_types(adata, self.setup)
         raise_errors(findings(adata, self.setup, self._gene_columns(adata)), "the model")
 
-    def columns(self, adata: AnnData, sums: np.ndarray) -> dict[str, Tensor]:
-        """Return, for all cells, the fields of `Cells` but for counts and index; ``sums`` are the values' by cell."""
-        setup, n = self.setup, adata.n_obs
+    def columns(self, adata: AnnData, sums: np.ndarray, rows: np.ndarray | slice = slice(None)) -> dict[str, Tensor]:
+        """Return the fields of `Cells` but for counts and index, of some cells or all; ``sums`` are their values'."""
+        setup, n = self.setup, len(sums)
+        obs = _columns_of(adata.obs, [*setup.categorical.values(), *setup.numeric.values()], rows)
         if setup.size_factor_key is not None:
-            size = adata.obs[setup.size_factor_key].to_numpy(float)
+            size = obs[setup.size_factor_key].to_numpy(float)
         else:
             size = sums if setup.counts else np.ones(n)
-        codes = [self._codes(adata.obs, key) for key in setup.categorical_covariate_keys]
-        values = [self._standardised(adata.obs, key) for key in self.scaling]
+        codes = [self._codes(obs, key, n) for key in setup.categorical_covariate_keys]
+        values = [self._standardised(obs, key) for key in self.scaling]
         return {
             "library": torch.from_numpy(np.log(size)[:, None].astype(np.float32)),
-            "batch": torch.from_numpy(self._codes(adata.obs, setup.batch_key)),
-            "labels": torch.from_numpy(self._codes(adata.obs, setup.labels_key)),
+            "batch": torch.from_numpy(self._codes(obs, setup.batch_key, n)),
+            "labels": torch.from_numpy(self._codes(obs, setup.labels_key, n)),
             "categorical": torch.from_numpy(np.stack(codes, 1) if codes else np.zeros((n, 0), np.int64)),
             "continuous": torch.from_numpy(
                 np.stack(values, 1).astype(np.float32) if values else np.zeros((n, 0), np.float32)
@@ -349,19 +353,19 @@ class Registry:
             raise ValueError("adata.var_names has names more than once. Call adata.var_names_make_unique() first.")
         return adata.var_names.get_indexer(self.genes)
 
-    def _standardised(self, obs: pd.DataFrame, key: str) -> np.ndarray:
+    def _standardised(self, obs: dict[str, pd.Series], key: str) -> np.ndarray:
         mean, sd = self.scaling[key]
         values = (obs[key].to_numpy(float) - mean) / sd
         if (far := np.abs(values) > LARGEST).any():
             raise ValueError(
                 f'adata.obs["{key}"] has {far.sum()} values more than {LARGEST:g} standard deviations from the mean of '
-                f"the cells that the model was made for, {mean:g} (first cells: {some(obs.index[far])}). Correct them."
+                f"the cells that the model was made for, {mean:g} (first: {some(obs[key].index[far])}). Correct them."
             )
         return values
 
-    def _codes(self, obs: pd.DataFrame, key: str | None) -> np.ndarray:
+    def _codes(self, obs: dict[str, pd.Series], key: str | None, n: int) -> np.ndarray:
         if key is None:
-            return np.zeros(len(obs), np.int64)
+            return np.zeros(n, np.int64)
         codes = codes_of_column(obs[key], self.categories[key])
         if (codes < 0).any():
             unknown = names_of(obs[key][codes < 0].unique())
@@ -373,48 +377,12 @@ class Registry:
         return codes
 
 
-def codes_of(what: str, names: list[str], asked: str | Sequence[str] | None) -> list[int | None]:
-    """Return the codes of one or several names; all for "average"; None, for each cell's own, of "observed" and None.
-
-    A name that is "average" or "observed" itself is asked for in a list. ValueError, which says ``what`` was asked,
-    for names that the model does not know.
-
-    Examples
-    --------
-    >>> names = ["a", "b", "c"]
-    >>> [codes_of("batch", names, asked) for asked in ("observed", "average", "c", ["c", "a"])]
-    [[None], [0, 1, 2], [2], [2, 0]]
-    """
-    if isinstance(asked, bytes):
-        raise TypeError(f"{what}: {shown(asked)} is no name of one, nor a list of names.")
-    asked = value_or_list(asked)
-    if asked is None or (isinstance(asked, str) and asked == "observed"):
-        return [None]
-    if isinstance(asked, str) and asked == "average":
-        return list(range(len(names)))
-    several = asked if isinstance(asked, list) else [asked]
-    known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    if not several:
-        raise ValueError(f"{what} is an empty list; the model knows: {known}.")
-    codes = codes_of_values(several, names).tolist()
-    for name, code in zip(several, codes, strict=True):
-        if code < 0:
-            hint = did_you_mean(name_of(name), names) if isinstance(name, str) else ""
-            raise ValueError(f"{what}: {shown(name)} is unknown to the model (it knows: {known}).{hint}")
-    return codes
-
-
-def value_or_list(asked):
-    """Return what can be iterated over as a list, but a string, and an array without axes, as the value that it is.
-
-    Examples
-    --------
-    >>> [value_or_list(asked) for asked in ("a", 2.5, None, np.array("a"), ("a", "b"), {"a": 1}.keys())]
-    ['a', 2.5, None, 'a', ['a', 'b'], ['a']]
-    """
-    if getattr(asked, "ndim", None) == 0:
-        return asked.item()
-    return list(asked) if isinstance(asked, Iterable) and not isinstance(asked, str) else asked
+def _columns_of(obs: pd.DataFrame, keys: Iterable[str], rows: np.ndarray | slice) -> dict[str, pd.Series]:
+    """Return columns of some cells; ValueError where there is not one of each name."""
+    for key in keys:
+        if (n := list(obs.columns).count(key)) != 1:
+            raise ValueError(f'adata.obs has {n} columns named "{key}", which the model reads; it needs one.')
+    return {key: obs[key].iloc[rows] for key in keys}
 
 
 def standard(values: np.ndarray) -> tuple[float, float]:

@@ -12,6 +12,8 @@ from scgen.kernels import dispatch
 
 #: Entries of a file that are checked at a time.
 CHUNK = 2**24
+#: Rows are few where there are so many times as many.
+FEW = 8
 
 
 class DamagedMatrix(ValueError):
@@ -60,6 +62,10 @@ class MemoryStore:
         entries = slice(indptr[0], indptr[-1])
         return _csr_of(indptr - indptr[0], self.matrix.indices[entries], self.matrix.data[entries], self.shape[1])
 
+    def as_stored(self, index: np.ndarray) -> np.ndarray | sparse.csr_matrix:
+        """Return the rows ``index``, in its order, as stored."""
+        return self.matrix[index]
+
     def blocks(self, n_rows: int = 8192) -> Iterator[tuple[int, np.ndarray | sparse.csr_matrix]]:
         """Iterate over (first row, block of rows as stored)."""
         for start in range(0, self.shape[0], n_rows):
@@ -69,10 +75,12 @@ class MemoryStore:
 class BackedStore:
     """A matrix on disk, h5ad or zarr, of which only the rows asked for are read.
 
+    It also serves for some rows of a matrix in memory which a `MemoryStore` would have to copy as a whole.
+
     Parameters
     ----------
     matrix
-        (N, G'): h5py or zarr dataset, or AnnData's backed sparse matrix.
+        (N, G'): h5py or zarr dataset, AnnData's backed sparse matrix, or an array or sparse matrix.
     columns
         As in `MemoryStore`.
     """
@@ -83,10 +91,14 @@ class BackedStore:
 
     def rows(self, index: np.ndarray, as_sparse: bool = False) -> Tensor:
         """Return the rows ``index``, in its order, as a float32 tensor (n, G); sparse ones as CSR if so asked."""
+        rows = self.as_stored(index)
+        return _csr(rows) if as_sparse and sparse.issparse(rows) else _dense(rows)
+
+    def as_stored(self, index: np.ndarray) -> np.ndarray | sparse.csr_matrix:
+        """Return the rows ``index``, in its order, as stored."""
         # Files are read in ascending order, each row once; the order asked for is restored here.
         ascending, inverse = np.unique(index, return_inverse=True)
-        rows = self._cut(self.matrix[ascending])[inverse]
-        return _csr(rows) if as_sparse and sparse.issparse(rows) else _dense(rows)
+        return self._cut(self.matrix[ascending])[inverse]
 
     def blocks(self, n_rows: int = 8192) -> Iterator[tuple[int, np.ndarray | sparse.csr_matrix]]:
         """Iterate over (first row, block of rows as stored)."""
@@ -165,8 +177,15 @@ def on_device(store: MemoryStore | BackedStore, device: torch.device) -> MemoryS
     return DeviceStore(store, device) if 8 * (n_entries + store.shape[0] + 1) <= free // 2 else store
 
 
-def open_store(matrix, columns: np.ndarray | None = None) -> MemoryStore | BackedStore:
+def open_store(matrix, columns: np.ndarray | None = None, rows: np.ndarray | None = None) -> MemoryStore | BackedStore:
     """Return the store for a matrix, by where it lies.
+
+    Parameters
+    ----------
+    matrix, columns
+        As in `MemoryStore` and `BackedStore`.
+    rows
+        The rows that will be read; None for all. Where they are few, nothing is done for the others.
 
     Raises
     ------
@@ -174,10 +193,31 @@ def open_store(matrix, columns: np.ndarray | None = None) -> MemoryStore | Backe
         If it is sparse, and its structure does not fit its shape. Of CSR matrices on disk the indices are checked when
         they are read.
     """
-    in_memory = sparse.issparse(matrix) or isinstance(matrix, np.ndarray)
-    if getattr(matrix, "format", None) in ("csr", "csc"):
-        check_structure(matrix)
-    return (MemoryStore if in_memory else BackedStore)(matrix, columns)
+    form = getattr(matrix, "format", None)
+    few = rows is not None and FEW * len(rows) <= matrix.shape[0]
+    if form in ("csr", "csc"):
+        if few and form == "csr" and in_memory(matrix):
+            _check_rows(matrix, rows)
+        else:
+            check_structure(matrix)
+    as_it_is = columns is None and form != "csc"
+    return (MemoryStore if in_memory(matrix) and (as_it_is or not few) else BackedStore)(matrix, columns)
+
+
+def in_memory(matrix) -> bool:
+    """Say whether a matrix lies in memory."""
+    return sparse.issparse(matrix) or isinstance(matrix, np.ndarray)
+
+
+def _check_rows(matrix: sparse.csr_matrix | sparse.csr_array, rows: np.ndarray) -> None:
+    """Do for some rows what `check_structure` does for all; what they have is copied."""
+    n_entries = len(matrix.indices)
+    if matrix.indptr.shape == (matrix.shape[0] + 1,) and matrix.data.shape == matrix.indices.shape == (n_entries,):
+        first, last = matrix.indptr[rows], matrix.indptr[rows + 1]
+        if (first >= 0).all() and (first <= last).all() and (last <= n_entries).all():
+            check_structure(matrix[rows])
+            return
+    check_structure(matrix)
 
 
 def check_structure(matrix, first_row: int = 0) -> None:
@@ -193,9 +233,9 @@ def check_structure(matrix, first_row: int = 0) -> None:
     first_row
         Number of the first row, for messages.
     """
-    in_memory = sparse.issparse(matrix)
+    here = sparse.issparse(matrix)
     names = ("indptr", "indices", "data")
-    indptr, indices, data = (getattr(matrix, name) if in_memory else matrix.group[name] for name in names)
+    indptr, indices, data = (getattr(matrix, name) if here else matrix.group[name] for name in names)
     indptr, by_row = np.asarray(indptr[:]), matrix.format == "csr"
     n_major, n_minor = matrix.shape if by_row else matrix.shape[::-1]
     if indptr.dtype.kind not in "iu" or indices.dtype.kind not in "iu":
@@ -208,7 +248,7 @@ def check_structure(matrix, first_row: int = 0) -> None:
         raise DamagedMatrix("indptr falls where it must rise", first_row + int(falls[0]) if by_row else None)
     if indptr[0] != 0 or indptr[-1] != indices.shape[0]:
         raise DamagedMatrix(f"indptr goes from {indptr[0]} to {indptr[-1]}; it must go from 0 to {indices.shape[0]}")
-    if by_row and not in_memory:
+    if by_row and not here:
         return
     for start in range(0, indices.shape[0], CHUNK):
         chunk = indices[start : start + CHUNK]
@@ -220,8 +260,13 @@ def check_structure(matrix, first_row: int = 0) -> None:
         raise DamagedMatrix(f"indices has {chunk[first]}; the {n_minor} {what} have the numbers from 0", row)
 
 
-def totals(store: MemoryStore | BackedStore) -> np.ndarray:
-    """Return the sum of each row, (N,) float64."""
+def totals(store: MemoryStore | BackedStore, rows: np.ndarray | None = None) -> np.ndarray:
+    """Return the sum of each row, (N,) float64; or those of some rows, in their order."""
+    if rows is not None and FEW * len(rows) <= store.shape[0]:
+        parts = np.array_split(rows, -(-len(rows) // 8192))
+        return np.concatenate([dispatch.row_sums(store.as_stored(part)) for part in parts])
+    if rows is not None:
+        return totals(store)[rows]
     if isinstance(store, MemoryStore) and sparse.issparse(store.matrix):
         return dispatch.row_sums(store.matrix)
     return np.concatenate([dispatch.row_sums(block) for _, block in store.blocks()])

@@ -29,7 +29,7 @@ def compared(
     check_flag("batch_correction", batch_correction)
     if adata is not None:
         check_types(adata, model.registry.setup)
-    cells = loaders.cells_of(model, None) if adata is None else adata
+    cells = loaders.cells_of(model) if adata is None else adata
     groupby = asked[0]
     group, found = comparisons.asked_for(cells.obs, *asked)
     comparisons.check_copy(cells, groupby, key_added)

@@ -1,18 +1,49 @@
 """From a model's AnnData, or another, to minibatches: to train on, and to ask about."""
 
+import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from anndata import AnnData
 from torch import Tensor
 
 from scgen.arguments import check_flag, check_memory, check_seed, check_whole
+from scgen.data.checks import check_types
+from scgen.data.findings import matrix_of
 from scgen.data.loader import CellLoader, rows_asked_for, split
-from scgen.data.stores import BackedStore, MemoryStore, on_device
+from scgen.data.registry import Registry
+from scgen.data.snapshot import Snapshot
+from scgen.data.stores import BackedStore, MemoryStore, in_memory, on_device
 from scgen.training import Options, default_batch_size, start_from_data
 
 #: The validation bound is computed on at most so many cells.
 MAX_VALIDATION_CELLS = 1024
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """An AnnData that was asked about, its matrix, if that is in memory, and what was read of them."""
+
+    adata: weakref.ref
+    matrix: weakref.ref | None
+    snapshot: Snapshot
+
+    @classmethod
+    def of(cls, adata: AnnData, registry: Registry, snapshot: Snapshot) -> "_Seen":
+        matrix = matrix_of(adata, registry.setup.layer)
+        return cls(weakref.ref(adata), weakref.ref(matrix) if in_memory(matrix) else None, snapshot)
+
+    def is_of(self, adata: AnnData, registry: Registry) -> bool:
+        """Say whether this is the AnnData, with the same matrix."""
+        if self.adata() is not adata or adata.is_view:
+            return False
+        return self.matrix is None or self.matrix() is matrix_of(adata, registry.setup.layer)
+
+
+#: By model: what was seen of its own cells, under True, and of the last others, under False. Kept here and not in the
+#: model, of which copies and pickles are made.
+_SEEN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def of_training(
@@ -20,12 +51,12 @@ def of_training(
 ) -> tuple[CellLoader, CellLoader | None]:
     """Return the cells to train on and to validate on; the first time, split them and start the module from them."""
     device = options.device
-    adata = cells_of(model, None)
+    adata = cells_of(model)
     n_at_once = min(batch_size or default_batch_size(adata.n_obs, device), adata.n_obs)
     n_bytes = 8 * options.n_importance_samples * n_at_once * len(model.registry.genes)  # rates, and their gradients
     fewer = "Train with fewer, or a smaller batch_size."
     check_memory("n_importance_samples", options.n_importance_samples, n_bytes, fewer)
-    store, columns = _read(model, adata)
+    store, columns, _ = model.registry.read(adata, model.fingerprint)
     store = on_device(store, device)
     rng = np.random.default_rng(options.seed)
     if model.train_indices is None:
@@ -61,21 +92,19 @@ def of_question(
         check_flag(name, flag)
     check_seed(seed)
     batch_size = check_whole("batch_size", batch_size, 1)
-    adata = cells_of(model, adata)
-    store, columns = _read(model, adata)
-    as_sparse = model.vae.reads_sparse(model.vae.device)
+    adata = cells_of(model) if adata is None else adata
+    check_types(adata, model.registry.setup)
     index = rows_asked_for(indices, adata.n_obs)
+    store, columns = _read(model, adata, None if indices is None else index)
+    as_sparse = model.vae.reads_sparse(model.vae.device)
     return CellLoader(store, columns, index, batch_size, as_sparse=as_sparse, complete=_complete(model))
 
 
-def cells_of(model, adata: AnnData | None) -> AnnData:
-    """Return the cells asked about, checked if they are not the model's own."""
-    if adata is None and model.adata is None:
+def cells_of(model) -> AnnData:
+    """Return the model's own cells; ValueError if it has none."""
+    if model.adata is None:
         raise ValueError("the model was loaded without cells: pass adata=.")
-    if adata is None or adata is model.adata:
-        return model.adata
-    model.registry.check_new(adata)
-    return adata
+    return model.adata
 
 
 def _complete(model):
@@ -83,6 +112,23 @@ def _complete(model):
     return model.vae.complete if model.registry.missing else None
 
 
-def _read(model, adata: AnnData) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]]:
-    """Return values and columns of all cells; raise if the model's own cells are no longer what they were."""
-    return model.registry.read(adata, model.fingerprint if adata is model.adata else None)[:2]
+def _read(model, adata: AnnData, rows: np.ndarray | None) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]]:
+    """Return values and columns of which some rows, or all, will be read.
+
+    All cells are checked the first time that they are asked about, and again where those asked about have changed: the
+    model's own must then be what they were, others fit to be read.
+    """
+    registry, own, seen = model.registry, adata is model.adata, _SEEN.setdefault(model, {})
+    known = seen.get(own)
+    if known is not None and known.is_of(adata, registry):
+        store = registry.store(adata, rows)
+        if known.snapshot.holds(registry, adata, store, rows):
+            return store, known.snapshot.columns
+    if not own:
+        registry.check_new(adata)
+    store, snapshot = Snapshot.of(registry, adata)
+    if own:
+        registry.check_unchanged(registry.fingerprint(adata, snapshot.sums, snapshot.columns), model.fingerprint)
+    if not adata.is_view:  # which makes its matrix anew whenever it is read
+        seen[own] = _Seen.of(adata, registry, snapshot)
+    return store, snapshot.columns

@@ -202,7 +202,7 @@ class Query:
         """Return the reference's cells; ValueError if there are none, or it is no longer what the query was made of."""
         if len(self.reference.trainings) != self.n_trainings:
             raise ValueError("the reference was trained again since: map the cells anew, reference.query(adata).")
-        return loaders.cells_of(self.reference, None)
+        return loaders.cells_of(self.reference)
 
     def _new_batch(self) -> np.ndarray:
         """Return the code of each new cell's batch, -1 where the reference knows it."""

@@ -6,8 +6,8 @@ import pytest
 
 import scgen
 from scgen.analysis.comparisons import by_column
-from scgen.data.categories import name_of
-from scgen.data.registry import Registry, codes_of, cramers_v
+from scgen.data.categories import codes_of, name_of
+from scgen.data.registry import Registry, cramers_v
 from scgen.data.stores import totals
 
 N = 90

@@ -1,0 +1,57 @@
+"""What was read of cells when all of them were checked, to tell whether some of them are still the same."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from torch import Tensor
+
+from scgen.data.registry import Registry
+from scgen.data.stores import BackedStore, MemoryStore, totals
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Names, totals and columns of all cells of an AnnData.
+
+    An answer about some cells reads these alone: it is enough that they have not changed.
+
+    Attributes
+    ----------
+    names
+        The names of the N cells.
+    sums
+        (N,) float64: the sum of each cell's values.
+    columns
+        The other fields of `Cells`.
+    """
+
+    names: pd.Index
+    sums: np.ndarray
+    columns: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, registry: Registry, adata: AnnData) -> tuple[MemoryStore | BackedStore, "Snapshot"]:
+        """Read all cells; return their values, too."""
+        store = registry.store(adata)
+        sums = totals(store)
+        return store, cls(adata.obs_names, sums, registry.columns(adata, sums))
+
+    def holds(
+        self, registry: Registry, adata: AnnData, store: MemoryStore | BackedStore, rows: np.ndarray | None
+    ) -> bool:
+        """Say whether some cells, or all, are those that were read, with the same totals and columns."""
+        # The index of a table cannot be changed in place: the same one has the same names.
+        if adata.obs_names is not self.names and not adata.obs_names.equals(self.names):
+            return False
+        sums, rows = totals(store, rows), slice(None) if rows is None else rows
+        if not _same(sums, self.sums[rows]):
+            return False
+        found = registry.columns(adata, sums, rows)
+        return all(_same(values.numpy(), self.columns[name][rows].numpy()) for name, values in found.items())
+
+
+def _same(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Say whether numbers are the same but for rounding, which depends on the order in which a sum is taken."""
+    return bool((np.abs(found - expected) <= 5e-4 + 1e-12 * np.abs(expected)).all())
