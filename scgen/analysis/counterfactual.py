@@ -204,7 +204,7 @@ def _standardised(what: str, scaling: tuple[float, float], asked: float | str | 
     for one, value in zip(values, standardised, strict=True):
         if not abs(value) <= LARGEST:
             raise ValueError(
-                f"{what}={one:g} is more than {LARGEST:g} standard deviations from the cells' mean, {mean:g}: too far "
+                f"{what}={one:g} is more than {LARGEST:g} standard deviations from the mean, {mean:g}: too far "
                 "to compute with."
             )
     return standardised
