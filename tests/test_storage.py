@@ -2,10 +2,12 @@
 
 import builtins
 import contextlib
+import hashlib
 import io
 import json
 import os
 import pickle
+import resource
 import stat
 import struct
 import subprocess
@@ -47,6 +49,12 @@ def folder(tmp_path):
 def weights_of(folder):
     (path,) = folder.glob("weights-*.safetensors")
     return path
+
+
+def age(folder):
+    """Make all files of a folder two days old: what a crash left there is swept a day after."""
+    for path in folder.iterdir():
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 2 * 86_400))
 
 
 def describe(folder, **changes):
@@ -105,10 +113,118 @@ def test_a_file_in_the_folders_place_is_kept(tmp_path):
 
 def test_what_is_left_in_the_folder(folder):
     (folder / "notes.txt").write_text("mine")
-    (folder / ".scgen-partial-of-a-crash").write_text("left over")
+    left = [f"weights-{'0' * 64}.safetensors", f"weights-{'0' * 64}-{'0' * 16}.safetensors", ".scgen-partial-left"]
+    for name in left:
+        (folder / name).write_text("left over")
     for value in (NEW, OLD, NEW, NEW):
         save(folder, value, overwrite=True)
+    # They may be what another process is writing.
+    named = json.loads((folder / "model.json").read_text())["weights"]
+    assert {path.name for path in folder.iterdir()} == {"model.json", "notes.txt", named, *left}
+    age(folder)
+    save(folder, OLD, overwrite=True)
     assert {path.name for path in folder.iterdir()} == {"model.json", "notes.txt", weights_of(folder).name}
+
+
+def test_one_of_two_makes_a_new_model(tmp_path, monkeypatch):
+    # The other puts its model there between this one's look and its last step.
+    real, folder = os.link, tmp_path / "model"
+
+    def link(source, target):
+        monkeypatch.setattr(os, "link", real)
+        save(folder, NEW)
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(FileExistsError, match="holds a model already"):
+        save(folder, OLD)
+    assert which(folder) == NEW
+    assert {path.name for path in folder.iterdir()} == {"model.json", weights_of(folder).name}
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+    def link(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    save(tmp_path / "model")
+    assert which(tmp_path / "model") == OLD
+    with pytest.raises(FileExistsError):
+        save(tmp_path / "model")
+    assert len(list((tmp_path / "model").iterdir())) == 2
+
+
+def test_a_load_beside_a_saver_reads_again(folder, monkeypatch):
+    # The model is replaced just before its weights are read: they are gone.
+    real = Path.read_bytes
+
+    def read_bytes(path):
+        if path == weights:
+            monkeypatch.setattr(Path, "read_bytes", real)
+            save(folder, NEW, overwrite=True)
+        return real(path)
+
+    weights = weights_of(folder)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert which(folder) == NEW
+
+
+def test_an_interrupt_after_the_last_step_keeps_the_model(folder, monkeypatch):
+    real = storage._sync_folder
+
+    def interrupted(path):
+        real(path)
+        if json.loads((folder / "model.json").read_text())["value"] == NEW:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "_sync_folder", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(folder, NEW, overwrite=True)
+    assert which(folder) == NEW
+
+
+def test_windows_lets_no_file_be_replaced_that_is_read(folder, monkeypatch):
+    real, refused = os.replace, []
+
+    def replace(source, target):
+        if len(refused) < 3:
+            refused.append(target)
+            raise PermissionError(13, "Access is denied")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(PermissionError):
+        save(folder, NEW, overwrite=True)
+    refused.clear()
+    moved = folder / "moved.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        storage._replace(str(folder / "model.json"), moved)
+    assert len(refused) == 3
+    assert moved.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs files with holes, and Linux's measure of memory")
+def test_fifty_gigabytes_of_nothing_are_not_read(folder):
+    os.truncate(weights_of(folder), 50 * 10**9)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelFileError, match=r"it has 50000000000 bytes, not \d+\): truncated or altered"):
+        storage.read(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000  # KiB
+
+
+def test_models_that_say_no_size_are_read(folder):
+    # As they were written before, under a name without an end of its own.
+    description = json.loads((folder / "model.json").read_text())
+    name = description["weights"][:72] + ".safetensors"
+    weights_of(folder).rename(folder / name)
+    description = {"format": 1, "weights": name, "value": OLD}
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+    (folder / "model.json").write_text(json.dumps(description | {"sha256": digest}))
+    assert which(folder) == OLD
+    save(folder, NEW, overwrite=True)
+    assert [path.name for path in folder.glob("weights-*")] == [weights_of(folder).name]
+    assert which(folder) == NEW
 
 
 def test_permissions_follow_the_umask(tmp_path):
@@ -316,6 +432,7 @@ def test_a_crash_at_any_point_leaves_a_whole_model(tmp_path, monkeypatch, point,
         with pytest.raises(ModelFileError, match=r"model\.json is not there"):
             storage.read(folder)
     # What the crash left behind neither stops the next save nor stays.
+    age(folder)
     save(folder, NEW, overwrite=exists or replaced)
     assert which(folder) == NEW
     assert {path.name for path in folder.iterdir()} == {"model.json", weights_of(folder).name}
@@ -368,6 +485,8 @@ def test_kill_at_any_moment(tmp_path):
         description, tensors = storage.read(folder)
         assert tensors["w"].unique().tolist() == [description["value"]]
         seen.add(description["value"])
+    for name in os.listdir(folder):
+        os.utime(os.path.join(folder, name), (0, 0))
     save(-1)
     print(len(seen), len(os.listdir(folder)))
     """

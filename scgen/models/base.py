@@ -812,7 +812,8 @@ class Model:
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the model, without the cells, into ``folder``: ``model.json`` and a safetensors file.
 
-        A crash at any moment leaves either the old model or the new one.
+        A crash at any moment leaves either the old model or the new one. Several processes may save to one folder, and
+        load from it, at the same time: the last one to finish replaces the others' models.
 
         Raises
         ------
