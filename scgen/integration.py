@@ -1,21 +1,22 @@
 """Integration in one call, shaped like scanpy's own, and the clustering that follows it."""
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from scgen.arguments import MOST_EPOCHS, check_choice, check_flag, check_key, check_names, check_number, check_whole
+from scgen import tuning
+from scgen.arguments import MOST_EPOCHS, check_flag, check_key, check_names, check_whole
 from scgen.data.categories import names_of
 from scgen.data.checks import Setup, check_types, raise_errors
 from scgen.data.findings import findings, matrix_of
 from scgen.data.registry import check_writable, setup_anndata
 from scgen.data.stores import open_store, totals
 from scgen.models.scvi import SCVI
-from scgen.training import choose_device
 
 
 def integrate(
@@ -25,10 +26,36 @@ def integrate(
     layer: str | None = None,
     n_top_genes: int | None = None,
     adjusted_basis: str = "X_scgen",
-    n_latent: int = 10,
-    gene_likelihood: str = "zinb",
+    labels_key: str | None = None,
+    size_factor_key: str | None = None,
+    categorical_covariate_keys: Sequence[str] | None = None,
+    continuous_covariate_keys: Sequence[str] | None = None,
+    counts: bool = True,
+    tune: bool | Sequence[str] | Mapping[str, Mapping] = False,
+    n_latent: int | None = None,
+    n_hidden: int | None = None,
+    n_layers: int | None = None,
+    dropout_rate: float | None = None,
+    gene_likelihood: str | None = None,
+    dispersion: str | None = None,
+    use_observed_lib_size: bool | None = None,
+    encode_covariates: bool | None = None,
+    library_residual: bool | None = None,
+    posterior: str | None = None,
+    n_flows: int | None = None,
+    prior: str | None = None,
+    n_components: int | None = None,
     max_epochs: int | None = None,
-    accelerator: str = "auto",
+    batch_size: int | None = None,
+    train_size: float | None = None,
+    early_stopping: bool | None = None,
+    patience: int | None = None,
+    learning_rate: float | None = None,
+    kl_start: float | None = None,
+    n_importance_samples: int | None = None,
+    accelerator: str | None = None,
+    devices: int | None = None,
+    precision: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> SCVI:
@@ -45,81 +72,161 @@ def integrate(
     n_top_genes
         Model only so many highly variable genes, chosen within batches; None models all.
     adjusted_basis
-        Key of the embedding.
-    n_latent, gene_likelihood
-        As in `SCVI`.
-    max_epochs, accelerator, progress
-        As in `SCVI.train`.
+        Key of the embedding. An earlier result of `integrate` is replaced, but nothing else that has this key.
+    labels_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys, counts
+        As in `setup_anndata`.
+    tune
+        True lets `scgen.tune` choose the settings of `SCVI`, among all presets; names of presets, or settings by name,
+        let it choose among these.
+    n_latent, n_hidden, n_layers, dropout_rate, gene_likelihood, dispersion, use_observed_lib_size, encode_covariates, \
+library_residual, posterior, n_flows, prior, n_components
+        As in `SCVI`; None stands for its default.
+    max_epochs, batch_size, train_size, early_stopping, patience, learning_rate, kl_start, n_importance_samples, \
+accelerator, devices, precision
+        As in `SCVI.train`; None stands for its default.
     seed
         Seed of the initial weights and of training.
+    progress
+        Whether to show a progress line.
 
     Returns
     -------
-    The model. Its own ``adata`` holds the cells and genes it was trained on. ``adata`` itself gets
-    ``obsm[adjusted_basis]``, NaN for cells without any count in the modelled genes (a warning names them), and the
-    parameters in ``uns["scgen"]["integrate"]``.
+    The model. Its own ``adata`` holds the cells and genes it was trained on, and ``indices=`` are rows of that. Columns
+    of ``obs``, such as groups to compare, are looked up in the ``adata`` that is given here, when they are asked for.
+    ``adata`` itself gets ``obsm[adjusted_basis]``, NaN for cells without any count in the modelled genes (a warning
+    names them), and the parameters in ``uns["scgen"]["integrate"]``.
 
     Raises
     ------
     TypeError, ValueError
-        As `setup_anndata` and `SCVI`; also if ``n_top_genes`` is below 1 or no cell is left. ``adata`` is unchanged.
+        As `setup_anndata`, `SCVI` and `tune`; also if ``n_top_genes`` is below 1 or no gene varies, no cell is left,
+        ``obsm[adjusted_basis]`` holds something else, or ``tune`` is combined with what it chooses. ``adata`` is
+        unchanged.
 
     Examples
     --------
     >>> import scgen
     >>> adata = scgen.simulate_cells(n_cells=100, n_genes=30, seed=0)
-    >>> model = scgen.integrate(adata, "batch", max_epochs=2, progress=False)
+    >>> model = scgen.integrate(adata, "batch", n_top_genes=20, max_epochs=2, progress=False)
     >>> adata.obsm["X_scgen"].shape
     (100, 10)
+
+    Columns that are added later can be asked about:
+
+    >>> adata.obs["cluster"] = ["a", "b"] * 50
+    >>> len(model.differential_expression("cluster", "a", "b"))
+    20
+
+    The model's values are of its own cells and genes. Joined by their names they are a layer of ``adata``, NaN where
+    nothing was modelled:
+
+    >>> values = model.get_normalized_expression(batch="average")
+    >>> values.shape
+    (100, 20)
+    >>> adata.layers["scgen"] = values.reindex(index=adata.obs_names, columns=adata.var_names).to_numpy()
+    >>> adata.layers["scgen"].shape
+    (100, 30)
     """
+    # None stands for the default of what is called, so that every default is written in one place.
+    given = {name: value for name, value in locals().items() if value is not None}
     keys = [key] if isinstance(key, str) else check_names("key", key)
     if not keys:
         raise ValueError('key is empty; name the column of the batches: integrate(adata, "batch").')
     adjusted_basis = check_key("adjusted_basis", adjusted_basis, "X_scgen")
-    settings = SCVI.checked({"n_latent": n_latent, "gene_likelihood": gene_likelihood, "seed": seed})
-    n_latent, gene_likelihood, seed = settings.values()
-    choose_device(accelerator)
     check_flag("progress", progress)
     if n_top_genes is not None:
         n_top_genes = check_whole("n_top_genes", n_top_genes, 1)
     if max_epochs is not None:
-        max_epochs = check_whole("max_epochs", max_epochs, 1, MOST_EPOCHS)
-    setup = Setup(layer=layer, batch_key=keys[0], categorical_covariate_keys=tuple(keys[1:]))
+        check_whole("max_epochs", max_epochs, 1, MOST_EPOCHS)
+    if n_top_genes is not None and not counts:
+        raise ValueError("n_top_genes chooses genes by their counts: with counts=False, select the genes before.")
+    columns = _settings(setup_anndata, given) | {"batch_key": keys[0]}
+    columns["categorical_covariate_keys"] = [*keys[1:], *_listed(given, "categorical_covariate_keys")]
+    columns["continuous_covariate_keys"] = _listed(given, "continuous_covariate_keys")
+    setup = Setup(**{name: tuple(value) if isinstance(value, list) else value for name, value in columns.items()})
     check_types(adata, setup)
     check_writable(adata)
+    _check_basis(adata, adjusted_basis)
+    chosen, training = _settings(SCVI, given), _settings(SCVI.train, given)
+    SCVI.checked(chosen | {"seed": seed})
+    if tune is not False:
+        _check_tuned(chosen, training)
     raise_errors(findings(adata, setup, empty_cells=False), "integrate")
-    modelled, kept = modelled_part(adata, layer, keys, n_top_genes)
-    setup_anndata(modelled, batch_key=keys[0], categorical_covariate_keys=keys[1:] or None)
-    model = SCVI(modelled, n_latent=n_latent, gene_likelihood=gene_likelihood, seed=seed)
-    model.train(max_epochs, accelerator=accelerator, seed=seed, progress=progress)
-    embedding = np.full((adata.n_obs, n_latent), np.nan, np.float32)
-    embedding[kept] = model.get_latent_representation()
+    modelled, kept = modelled_part(adata, setup, n_top_genes)
+    setup_anndata(modelled, **columns)
+    if tune is not False:
+        presets = None if tune is True else tune
+        tuned = tuning.tune(modelled, presets=presets, seed=seed, progress=progress, **training)
+        model = tuned.model
+    else:
+        model = SCVI(modelled, seed=seed, **chosen)
+        model.train(seed=seed, progress=progress, **training)
+    model.source, model.source_rows = adata, kept
+    latent = model.get_latent_representation()
+    embedding = np.full((adata.n_obs, latent.shape[1]), np.nan, np.float32)
+    embedding[kept] = latent
     adata.obsm[adjusted_basis] = embedding
-    parameters = {"key": keys, "adjusted_basis": adjusted_basis, "n_genes": modelled.n_vars, "seed": seed}
-    parameters |= {"n_latent": n_latent, "gene_likelihood": gene_likelihood, "epochs": len(model.history)}
-    parameters |= {"layer": layer} if layer is not None else {}
+    parameters = {name: value for name, value in model.arguments.items() if value is not None} | training
+    parameters |= {name: value for name, value in columns.items() if value not in ([], None)}
+    parameters |= {"key": keys, "n_genes": modelled.n_vars, "seed": seed, "epochs": len(model.history)}
+    parameters |= {"adjusted_basis": adjusted_basis, "written": sorted({*_written(adata), adjusted_basis})}
+    parameters |= {"tuned": tuned.best} if tune is not False else {}
     adata.uns["scgen"] = {**adata.uns.get("scgen", {}), "integrate": parameters}
     return model
 
 
-def modelled_part(
-    adata: AnnData, layer: str | None, keys: Sequence[str], n_top_genes: int | None
-) -> tuple[AnnData, np.ndarray]:
+def _settings(function: Callable, given: Mapping) -> dict:
+    """Return what was given for a function's parameters, but for those that `integrate` has a say in."""
+    taken = inspect.signature(function).parameters.keys() - {"adata", "seed", "progress"}
+    return {name: value for name, value in given.items() if name in taken}
+
+
+def _listed(given: Mapping, name: str) -> list:
+    value = given.get(name, [])
+    return value if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+
+
+def _written(adata: AnnData) -> list[str]:
+    """Return the keys of obsm that `integrate` has written."""
+    return list(adata.uns.get("scgen", {}).get("integrate", {}).get("written", []))
+
+
+def _check_basis(adata: AnnData, adjusted_basis: str) -> None:
+    """Raise where the embedding would take the place of something that `integrate` did not write."""
+    if adjusted_basis in adata.obsm and adjusted_basis not in _written(adata):
+        raise ValueError(
+            f'adata.obsm["{adjusted_basis}"] is there, and integrate did not write it. Name another key: '
+            f'integrate(adata, ..., adjusted_basis="X_scgen_2"), or del adata.obsm["{adjusted_basis}"] first.'
+        )
+
+
+def _check_tuned(chosen: Mapping, training: Mapping) -> None:
+    """Raise where settings are given that `tune` chooses or does not take."""
+    wrong = [*chosen, *(training.keys() - inspect.signature(tuning.tune).parameters.keys())]
+    if wrong:
+        raise ValueError(
+            f"tune chooses the model's settings and trains with the defaults: leave {', '.join(sorted(wrong))} out, or "
+            'give settings to choose among: tune={"a": {"n_latent": 10}, "b": {"n_latent": 20}}.'
+        )
+
+
+def modelled_part(adata: AnnData, setup: Setup, n_top_genes: int | None) -> tuple[AnnData, np.ndarray]:
     """Return the cells and genes that are modelled, as an AnnData of their own, and the rows of these cells.
 
-    Left out are genes not among the ``n_top_genes``, and then cells without counts, which a warning names.
+    Left out are genes not among the ``n_top_genes``, and then cells without counts, which a warning names. Counts are
+    in the layer that they are in, and obs and var have what a model reads, so that it can be asked about ``adata``.
     """
-    matrix = matrix_of(adata, layer)
+    matrix = matrix_of(adata, setup.layer)
     if not (sparse.issparse(matrix) or isinstance(matrix, np.ndarray)):
         matrix = matrix[:]  # on disk
     if sparse.issparse(matrix):
         matrix = sparse.csr_matrix(matrix)  # scanpy does not take sparse arrays
     genes = np.arange(adata.n_vars)
-    kept = np.flatnonzero(totals(open_store(matrix)) > 0)
+    kept = _counted(matrix, setup)
     if len(kept) and n_top_genes is not None and n_top_genes < adata.n_vars:
-        genes = highly_variable(matrix[kept], adata.obs[keys[0]].to_numpy()[kept], n_top_genes)
+        genes = highly_variable(matrix[kept], adata.obs[setup.batch_key].to_numpy()[kept], n_top_genes)
         matrix = matrix[:, genes]
-        kept = np.flatnonzero(totals(open_store(matrix)) > 0)
+        kept = _counted(matrix, setup)
     if not len(kept):
         raise ValueError("no cell has any count in the modelled genes.")
     if len(kept) < adata.n_obs:
@@ -130,23 +237,73 @@ def modelled_part(
             stacklevel=3,
         )
         matrix = matrix[kept]
-    obs = adata.obs[list(keys)].iloc[kept]
-    return AnnData(matrix, obs=obs, var=pd.DataFrame(index=adata.var_names[genes])), kept
+    obs = adata.obs[[*setup.categorical.values(), *setup.numeric.values()]].iloc[kept]
+    var = adata.var.iloc[genes]
+    if setup.layer is None:
+        return AnnData(matrix, obs=obs, var=var), kept
+    return AnnData(obs=obs, var=var, layers={setup.layer: matrix}), kept
+
+
+def _counted(matrix, setup: Setup) -> np.ndarray:
+    """Return the rows that have counts; all of them, where values are no counts."""
+    return np.flatnonzero(totals(open_store(matrix)) > 0) if setup.counts else np.arange(matrix.shape[0])
 
 
 def highly_variable(matrix, batch: np.ndarray, n_top_genes: int) -> np.ndarray:
-    """Return the columns of the genes that vary most within batches, by scanpy's "seurat" flavour, in order."""
+    """Return the columns of the genes that vary most within batches, by scanpy's "seurat" flavour, in order.
+
+    Raises
+    ------
+    ValueError
+        If no gene varies within any batch.
+    """
     import scanpy as sc
 
-    copy = AnnData(matrix.astype(np.float32), obs=pd.DataFrame({"batch": pd.Categorical(names_of(batch))}))
-    sizes = copy.obs["batch"].value_counts()
-    # A batch of a few cells says nothing about variability, and scanpy fails on it.
-    copy = copy[copy.obs["batch"].isin(sizes.index[sizes >= min(10, sizes.max())])].copy()
-    sc.pp.normalize_total(copy, target_sum=1e4)
-    sc.pp.log1p(copy)
-    several = copy.obs["batch"].nunique() > 1
-    sc.pp.highly_variable_genes(copy, flavor="seurat", n_top_genes=n_top_genes, batch_key="batch" if several else None)
+    obs = pd.DataFrame({"batch": pd.Categorical(names_of(batch))}, index=np.arange(len(batch)).astype(str))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they would be about this copy, which the user does not see
+        copy = AnnData(matrix.astype(np.float32), obs=obs)
+        sizes = copy.obs["batch"].value_counts()
+        sc.pp.normalize_total(copy, target_sum=1e4)
+        sc.pp.log1p(copy)
+        # A batch of a few cells, or of cells that are alike, says nothing about variability, and scanpy fails on it.
+        rows = obs.groupby("batch", observed=True).indices
+        batches = [name for name in sizes.index[sizes >= min(10, sizes.max())] if _varies(copy.X[rows[name]])]
+        if not batches:
+            raise ValueError(
+                f"n_top_genes={n_top_genes}: no gene varies within any batch of at least {min(10, sizes.max())} cells, "
+                "so that none can be chosen. Leave n_top_genes out to model all genes."
+            )
+        copy = copy[copy.obs["batch"].isin(batches)].copy()
+        sc.pp.highly_variable_genes(
+            copy, flavor="seurat", n_top_genes=n_top_genes, batch_key="batch" if len(batches) > 1 else None
+        )
     return np.flatnonzero(copy.var["highly_variable"].to_numpy())
+
+
+def _varies(values) -> bool:
+    """Whether any gene differs between cells by more than what float32 rounds off."""
+    most, least = values.max(axis=0), values.min(axis=0)
+    if sparse.issparse(values):
+        most, least = most.toarray(), least.toarray()
+    return bool((most - least > 1e-5 * most).any())
+
+
+def names_of_results(suffix: str = "scgen") -> dict[str, list[str]]:
+    """Return where in an AnnData the results of `integrate` and `cluster` of this suffix are, by its attribute.
+
+    Examples
+    --------
+    >>> names_of_results()["obsm"]
+    ['X_scgen', 'X_umap_scgen']
+    """
+    neighbors = f"neighbors_{suffix}"
+    return {
+        "obs": [f"leiden_{suffix}"],
+        "obsm": [f"X_{suffix}", f"X_umap_{suffix}"],
+        "obsp": [f"{neighbors}_distances", f"{neighbors}_connectivities"],
+        "uns": [neighbors],
+    }
 
 
 def cluster(

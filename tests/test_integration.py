@@ -1,5 +1,6 @@
 """`integrate` and what Scanpy does with its result."""
 
+import inspect
 import warnings
 
 import anndata
@@ -7,10 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+import torch
 from scipy import sparse
 
 import scgen
 from scgen.integration import cluster, highly_variable
+from scgen.reporting import uncorrected
 
 
 @pytest.fixture
@@ -85,6 +88,170 @@ def test_genes_are_chosen_within_batches(cells):
     batch = cells.obs["batch"].astype(str).to_numpy()
     batch[:2] = "tiny"
     assert len(highly_variable(cells.X, batch, 10)) == 10
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+def test_a_batch_whose_cells_are_alike_chooses_no_genes(cells, form):
+    batch = cells.obs["batch"].astype(str).to_numpy()
+    x = cells.X.toarray()
+    x[batch == "batch_1"] = 3
+    cells.X = x if form == "dense" else sparse.csr_matrix(x)
+    model = quick(cells, n_top_genes=10)
+    # scanpy's choice in the other batch alone.
+    log = cells[batch == "batch_2"].copy()
+    sc.pp.normalize_total(log, target_sum=1e4)
+    sc.pp.log1p(log)
+    sc.pp.highly_variable_genes(log, flavor="seurat", n_top_genes=10)
+    assert model.registry.genes == log.var_names[log.var["highly_variable"]].tolist()
+    cells.X = np.full_like(x, 3)
+    with pytest.raises(ValueError, match="no gene varies within any batch"):
+        quick(cells, n_top_genes=10)
+
+
+@pytest.mark.parametrize("form", ["dense", "csr", "csc"])
+def test_no_warning_about_our_own_copies_and_memory_that_is_only_read(cells, form):
+    x = cells.X.toarray().astype(np.float32) if form == "dense" else getattr(cells.X.astype(np.float32), f"to{form}")()
+    for part in [x] if form == "dense" else [x.data, x.indices, x.indptr]:
+        part.setflags(write=False)
+    cells.X = x
+    assert not (cells.X if form == "dense" else cells.X.data).flags.writeable
+    torch.set_warn_always(True)  # else torch warns once a process
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            # Said once a process, where our stores leave it unsaid; and of scanpy to itself.
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            warnings.filterwarnings("ignore", category=FutureWarning, module="scanpy|anndata")
+            for n_top_genes in (None, 10):
+                model = quick(cells, n_top_genes=n_top_genes)
+                cluster(cells)
+                uncorrected(model)
+                model.get_normalized_expression()
+                model.get_elbo()
+                model.differential_expression("cell_type")
+                model.posterior_predictive_sample()
+    finally:
+        torch.set_warn_always(False)
+
+
+def test_columns_of_the_users_adata_are_found(cells):
+    x = cells.X.toarray()
+    x[[3, 77]] = 0
+    cells.layers["counts"] = sparse.csr_matrix(x)
+    sc.pp.log1p(cells)
+    with pytest.warns(UserWarning, match="2 cells have no counts"):
+        model = quick(cells, layer="counts", n_top_genes=20)
+    cells.obs["leiden"] = pd.Categorical(np.resize(["0", "1", "2"], 150))
+    table = model.differential_expression("leiden", key_added="rank_genes_groups")
+    # By hand: the same model, asked about the same cells with the column among their own.
+    kept = np.setdiff1d(np.arange(150), [3, 77])
+    by_hand = cells[kept, model.registry.genes].copy()
+    pd.testing.assert_frame_equal(table, model.differential_expression("leiden", adata=by_hand))
+    mean = x[kept][:, cells.var_names.get_indexer(table["group1"].index)][cells.obs["leiden"].to_numpy()[kept] == "0"]
+    rows = (table["group1"] == "0").to_numpy()
+    np.testing.assert_allclose(table["raw_mean1"][rows], mean.mean(axis=0)[rows], rtol=1e-5)
+    assert "names" in cells.uns["rank_genes_groups"]
+    assert sc.get.rank_genes_groups_df(cells, "0").shape[0] == 20
+    with pytest.raises(ValueError, match=r"no column of adata.obs \(it has: .*leiden"):
+        model.differential_expression("ledien")
+    reference = model.query(by_hand)
+    assert set(reference.transfer_labels("leiden")["label"]) <= {"0", "1", "2", "unknown"}
+
+
+@pytest.mark.parametrize("change", ["fewer", "renamed", "reordered"])
+def test_it_says_where_the_users_cells_have_changed(cells, change):
+    model = quick(cells)
+    cells.obs["leiden"] = np.resize(["0", "1", "2"], 150)
+    if change == "fewer":
+        cells._inplace_subset_obs(np.arange(150) != 5)
+    elif change == "renamed":
+        cells.obs_names = [f"other_{name}" for name in cells.obs_names]
+    else:
+        cells._inplace_subset_obs(np.arange(150)[::-1])
+    with pytest.raises(ValueError, match=r"has changed since.*adata="):
+        model.differential_expression("leiden")
+    assert len(model.differential_expression("leiden", adata=cells)) == 3 * 40
+
+
+def test_nothing_else_is_taken_for_an_earlier_embedding(cells):
+    cells.obsm["X_scgen"] = mine = np.ones((150, 2))
+    with pytest.raises(ValueError, match=r'obsm\["X_scgen"\] is there.*adjusted_basis='):
+        quick(cells)
+    assert cells.obsm["X_scgen"] is mine
+    assert "scgen" not in cells.uns
+    for basis in ("X_one", "X_two", "X_one"):
+        quick(cells, adjusted_basis=basis)
+    assert cells.obsm["X_scgen"] is mine
+
+
+def test_it_takes_all_that_set_up_model_and_training_take():
+    ours = inspect.signature(scgen.integrate).parameters
+    for function in (scgen.setup_anndata, scgen.SCVI, scgen.SCVI.train):
+        assert inspect.signature(function).parameters.keys() - {"self", "batch_key"} <= ours.keys()
+    # Every default is written once: where it is one of the model or the training, None stands for it here.
+    defaults = {name for name, parameter in ours.items() if parameter.default is not None}
+    assert defaults == {"adata", "key", "adjusted_basis", "counts", "tune", "seed", "progress"}
+
+
+def test_what_is_given_is_what_by_hand_would_be(cells, tmp_path):
+    rng = np.random.default_rng(0)
+    cells.obs["donor"], cells.obs["age"] = rng.choice(["a", "b"], 150), rng.normal(size=150)
+    cells.obs["size"] = rng.uniform(1, 2, 150)
+    data = {"labels_key": "cell_type", "size_factor_key": "size", "categorical_covariate_keys": ["donor"],
+            "continuous_covariate_keys": ["age"]}  # fmt: skip
+    made = {"n_latent": 4, "n_hidden": 16, "prior": "mog", "posterior": "planar", "dispersion": "gene-label"}
+    training = {"batch_size": 32, "train_size": 0.8, "kl_start": 2.0, "early_stopping": False, "learning_rate": 0.01}
+    other = cells.copy()
+    quick(cells, **data, **made, **training)
+    scgen.setup_anndata(other, batch_key="batch", **data)
+    by_hand = scgen.SCVI(other, **made)
+    by_hand.train(max_epochs=2, progress=False, **training)
+    np.testing.assert_array_equal(cells.obsm["X_scgen"], by_hand.get_latent_representation())
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    told = anndata.read_h5ad(tmp_path / "a.h5ad").uns["scgen"]["integrate"]
+    assert (told["prior"], told["kl_start"], list(told["continuous_covariate_keys"])) == ("mog", 2.0, ["age"])
+
+
+def test_values_that_are_no_counts(cells):
+    cells.X = np.random.default_rng(0).normal(size=cells.shape).astype(np.float32)
+    cells.X[3] = 0  # a cell of mean values, which is none without counts
+    quick(cells, counts=False, gene_likelihood="normal")
+    assert np.isfinite(cells.obsm["X_scgen"]).all()
+    with pytest.raises(ValueError, match="counts=False"):
+        quick(cells, counts=False, gene_likelihood="normal", n_top_genes=5)
+
+
+def test_tune_chooses():
+    cells = scgen.simulate_cells(n_cells=300, n_genes=30, n_batches=2, seed=0)
+    model = quick(cells, tune={"small": {"n_latent": 3}, "large": {"n_latent": 12}}, n_top_genes=20)
+    told = cells.uns["scgen"]["integrate"]
+    assert cells.obsm["X_scgen"].shape == (300, {"small": 3, "large": 12}[told["tuned"]])
+    assert model.arguments["n_latent"] == told["n_latent"]
+    with pytest.raises(ValueError, match="leave batch_size, n_latent out"):
+        quick(cells, tune=True, n_latent=3, batch_size=20)
+
+
+def test_other_names_of_the_genes_are_known(cells):
+    cells.var["ensembl"] = [f"ENSG{i}" for i in range(40)]
+    model = quick(cells, n_top_genes=20)
+    other = cells.copy()
+    other.var_names = other.var["ensembl"].astype(str)
+    query = model.query(other)
+    np.testing.assert_array_equal(query.get_latent_representation(), cells.obsm["X_scgen"])
+
+
+def test_values_of_the_model_as_a_layer(cells):
+    x = cells.X.toarray()
+    x[3] = 0
+    cells.X = x
+    with pytest.warns(UserWarning, match="1 cells have no counts"):
+        model = quick(cells, n_top_genes=20)
+    values = model.get_normalized_expression()
+    cells.layers["scgen"] = values.reindex(index=cells.obs_names, columns=cells.var_names).to_numpy()
+    # Found by name, one by one.
+    for cell, gene in (("cell_1", model.registry.genes[0]), ("cell_150", model.registry.genes[-1])):
+        assert cells[cell, gene].layers["scgen"].item() == values.loc[cell, gene]
+    assert np.isnan(cells.layers["scgen"]).sum() == 150 * 40 - 149 * 20
 
 
 def test_views_and_backed_files(cells, tmp_path):

@@ -279,8 +279,12 @@ def _csr(rows: sparse.csr_matrix | sparse.csr_array) -> Tensor:
 
 def _csr_of(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, n_columns: int) -> Tensor:
     dtype = np.int32 if indptr[-1] < 2**31 else np.int64
-    index = (torch.from_numpy(part.astype(dtype, copy=False)) for part in (indptr, indices))
-    return _csr_tensor(*index, torch.from_numpy(data.astype(np.float32, copy=False)), n_columns)
+    parts = indptr.astype(dtype, copy=False), indices.astype(dtype, copy=False), data.astype(np.float32, copy=False)
+    with warnings.catch_warnings():
+        # The matrix may be in memory that cannot be written, as a file's; the tensors are only read.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        tensors = [torch.from_numpy(part) for part in parts]
+    return _csr_tensor(*tensors, n_columns)
 
 
 def _csr_tensor(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int) -> Tensor:

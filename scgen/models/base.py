@@ -39,6 +39,9 @@ class Model:
         The options of each call of `train`, and whether it "finished" without an interrupt or error.
     train_indices, validation_indices
         Rows of ``adata`` that were trained on and validated on; None before training.
+    source, source_rows
+        Of a model that `integrate` made: the AnnData that it was given, in whose ``obs`` columns are looked up, and the
+        rows of it that the cells of ``adata`` are. None of other models.
     """
 
     setup_anndata = staticmethod(setup_anndata)
@@ -53,6 +56,8 @@ class Model:
         """Make the module, without cells."""
         self.registry, self.arguments = registry, self.checked(arguments)
         self.adata: AnnData | None = None
+        self.source: AnnData | None = None
+        self.source_rows: np.ndarray | None = None
         self.fingerprint: dict | None = None
         self.history = pd.DataFrame()
         self.trainings: list[dict] = []

@@ -29,9 +29,9 @@ def compared(
     check_flag("batch_correction", batch_correction)
     if adata is not None:
         check_types(adata, model.registry.setup)
-    cells = loaders.cells_of(model) if adata is None else adata
+    cells, obs = loaders.annotated(model, adata)
     groupby = asked[0]
-    group, found = comparisons.asked_for(cells.obs, *asked)
+    group, found = comparisons.asked_for(obs, *asked)
     comparisons.check_copy(cells, groupby, key_added)
     batches = model.registry.batches_to_average(groupby, batch_correction)
     loader = loaders.of_question(model, adata, None, 1024)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from torch import Tensor
 
@@ -105,6 +106,24 @@ def cells_of(model) -> AnnData:
     if model.adata is None:
         raise ValueError("the model was loaded without cells: pass adata=.")
     return model.adata
+
+
+def annotated(model, adata: AnnData | None) -> tuple[AnnData, pd.DataFrame]:
+    """Return the AnnData that columns about the cells are found in and results are written to, and its obs of them.
+
+    For the model's own cells that is the AnnData that `integrate` was given, where it made the model. Its columns are
+    read as they are now, and so it must still have these cells.
+    """
+    if adata is not None or model.source is None:
+        adata = cells_of(model) if adata is None else adata
+        return adata, adata.obs
+    source, rows = model.source, model.source_rows
+    if rows[-1] >= source.n_obs or not source.obs_names[rows].equals(model.adata.obs_names):
+        raise ValueError(
+            "the AnnData that integrate was given has changed since: it has other cells, or the same ones in another "
+            "order or under other names. Pass the cells to ask about: adata=."
+        )
+    return source, source.obs.iloc[rows]
 
 
 def _complete(model):

@@ -130,18 +130,19 @@ class Query:
         """
         n_neighbors = check_whole("n_neighbors", n_neighbors, 1)
         check_share("unknown_below", unknown_below)
-        adata = self._reference_adata()
-        names = [str(name) for name in adata.obs.columns]
-        if not isinstance(labels_key, str) or labels_key not in adata.obs:
+        n_cells = self._reference_adata().n_obs
+        _, obs = loaders.annotated(self.reference, None)
+        names = [str(name) for name in obs.columns]
+        if not isinstance(labels_key, str) or labels_key not in obs:
             kind = ValueError if isinstance(labels_key, str) else TypeError
             raise kind(
                 f"labels_key={shown(labels_key)} is no column of the reference's adata.obs (it has: {some(names, 12)})."
                 + (did_you_mean(labels_key, names) if kind is ValueError else "")
             )
-        n_voters = min(n_neighbors, adata.n_obs)
+        n_voters = min(n_neighbors, n_cells)
         fewer = "Ask for fewer, such as n_neighbors=15."
         check_memory("n_neighbors", n_neighbors, 24 * n_voters * self.model.adata.n_obs, fewer)
-        labels = adata.obs[labels_key]
+        labels = obs[labels_key]
         if not labels.notna().any() or pd.api.types.is_float_dtype(labels):
             raise ValueError(f'the reference\'s adata.obs["{labels_key}"] holds no labels (dtype {labels.dtype}).')
         table = analysis.transfer(
