@@ -1,40 +1,87 @@
 """The command ``scgen``: integrate, check, simulate, convert."""
 
 import argparse
+import contextlib
+import inspect
 import logging
-import multiprocessing
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from scgen import __version__
+from scgen import __version__, h5ad
 
-#: What a shell sees: 0 done, 1 the data or a file are at fault, 2 the call is, 130 interrupted, 141 nobody reads on.
-OK, FAILED, INTERRUPTED, UNREAD = 0, 1, 130, 141
+#: What a shell sees: 0 done, 1 the data or a file are at fault, 2 the call is, 129, 130 and 143 ended by SIGHUP, Ctrl-C
+#: and SIGTERM, 141 nobody reads on.
+OK, FAILED, UNREAD = 0, 1, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; errors of the user's are one line on stderr, without a traceback."""
+    _open_closed_streams()
     args = _parser().parse_args(argv)
-    warnings.showwarning = _one_line
-    # Unlike Ctrl-C in a notebook, it ends the command: there is nobody to look at half a training.
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))
+    # What the process ignores, as nohup makes it, stays ignored.
+    before = {number: signal.getsignal(number) for number in h5ad.ENDING}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, _end)
     try:
-        code = args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _one_line
+            code = args.run(args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(sys.stdout)
         return UNREAD
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
-        print(f"scgen: error: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"scgen: error: {message}", file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # nobody reads it, or it goes to a full disk
+                _silence(stream)
         return FAILED
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame) -> None:
+    """End the command on a signal, so that what is half done is cleared away.
+
+    Unlike Ctrl-C in a notebook, it ends training, too: there is nobody to look at half of one.
+    """
+    for other in h5ad.ENDING:
+        signal.signal(other, signal.SIG_IGN)  # a second one would interrupt the clearing
+    sys.exit(128 + number)
+
+
+def _open_closed_streams() -> None:
+    """Give the streams that the command was started without an end in nothing.
+
+    Else the next file that is opened would get their number, and what libraries print would go into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)
+            try:
+                os.fstat(number)
+            except OSError:
+                os.dup2(handle, number)
+            setattr(sys, name, os.fdopen(handle, "r" if name == "stdin" else "w", encoding="utf-8"))
+
+
+def _silence(stream) -> None:
+    """Let a stream that cannot be written to end in nothing, so that Python's last flush does not fail."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (OSError, ValueError):  # it has no number, as where this is called from Python
+        return
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,26 +90,24 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     command = commands.add_parser("integrate", help="train on a file, embed, cluster, draw and score its cells")
-    _add_data_arguments(command)
+    _add_data_arguments(command, batch_required=True)
     command.add_argument("-o", "--output", type=_path, required=True, metavar="OUT.h5ad", help="IN with the results")
     command.add_argument(
         "--n-top-genes", type=_whole(1), metavar="N", help="model so many highly variable genes (default all)"
     )
     command.add_argument("--report", type=_path, metavar="DIR", help="pictures, scores and model (default OUT_report)")
     command.add_argument(
-        "--max-epochs", type=_whole(1, 1_000_000), metavar="N", help="passes over the cells (default by their number)"
+        "--suffix", type=_suffix, default="scgen", metavar="NAME", help="ends the names of all results (default scgen)"
     )
-    command.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
     command.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0)
     command.add_argument("--overwrite", action="store_true", help="replace OUT, and the model in DIR, if they exist")
     command.add_argument("--quiet", action="store_true", help="no progress line")
+    _add_model_arguments(command.add_argument_group("model", "as the arguments of scgen.SCVI, with its defaults"))
+    _add_training_arguments(command.add_argument_group("training", "as those of SCVI.train, with its defaults"))
     command.set_defaults(run=_integrate)
 
     command = commands.add_parser("check", help="say what is wrong or doubtful about a file")
     _add_data_arguments(command)
-    command.add_argument(
-        "--covariate", type=_name, action="append", default=[], metavar="COLUMN", help="may be repeated"
-    )
     command.set_defaults(run=_check)
 
     command = commands.add_parser("simulate", help="write simulated cells with their truth")
@@ -84,16 +129,68 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_data_arguments(command: argparse.ArgumentParser) -> None:
+def _add_data_arguments(command: argparse.ArgumentParser, batch_required: bool = False) -> None:
+    """Add what says which parts of a file are read: the same for all commands that read one."""
     command.add_argument("input", type=_path, metavar="IN.h5ad")
-    required = command.prog.endswith("integrate")
-    command.add_argument(
-        "--batch-key", type=_name, required=required, metavar="COLUMN", help="column of obs with the batches"
+    group = command.add_argument_group("data")
+    group.add_argument(
+        "--batch-key", required=batch_required, type=_name, metavar="COLUMN", help="column of obs with the batches"
     )
-    command.add_argument(
-        "--labels-key", type=_name, metavar="COLUMN", help="column of obs with cell types, to draw and to score"
+    group.add_argument(
+        "--labels-key",
+        type=_name,
+        metavar="COLUMN",
+        help="column of obs with cell types, to draw, to score, and for gene-label",
     )
-    command.add_argument("--layer", type=_name, metavar="LAYER", help="layer with the counts (default X)")
+    group.add_argument("--layer", type=_name, metavar="LAYER", help="layer with the counts (default X)")
+    group.add_argument(
+        "--covariate",
+        dest="categorical_covariate_keys",
+        action="append",
+        type=_name,
+        metavar="COLUMN",
+        help="further column whose effect is removed; may be repeated",
+    )
+    group.add_argument(
+        "--continuous-covariate",
+        dest="continuous_covariate_keys",
+        action="append",
+        type=_name,
+        metavar="COLUMN",
+        help="the same, of numbers; may be repeated",
+    )
+    group.add_argument(
+        "--size-factor-key", type=_name, metavar="COLUMN", help="column of obs that replaces the library size"
+    )
+    group.add_argument(
+        "--no-counts", dest="counts", action="store_false", help="values are normalised, for --gene-likelihood normal"
+    )
+
+
+def _add_model_arguments(group) -> None:
+    """Add the settings of `SCVI`; what is not given stays None, which stands for its default."""
+    group.add_argument("--tune", action="store_true", help="choose these among scgen.PRESETS, by held-out counts")
+    for name in ("n-latent", "n-hidden", "n-layers", "n-flows", "n-components"):
+        group.add_argument(f"--{name}", type=_whole(1), metavar="N")
+    group.add_argument("--dropout-rate", type=float, metavar="SHARE")
+    for name in ("gene-likelihood", "dispersion", "posterior", "prior"):
+        group.add_argument(f"--{name}", metavar="NAME")
+    for name in ("use-observed-lib-size", "encode-covariates", "library-residual"):
+        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
+
+
+def _add_training_arguments(group) -> None:
+    """Add the settings of `SCVI.train`, in the same way."""
+    group.add_argument(
+        "--max-epochs", type=_whole(1, 1_000_000), metavar="N", help="passes over the cells (default by their number)"
+    )
+    for name in ("batch-size", "patience", "n-importance-samples", "devices"):
+        group.add_argument(f"--{name}", type=_whole(1), metavar="N")
+    for name in ("train-size", "learning-rate", "kl-start"):
+        group.add_argument(f"--{name}", type=float, metavar="X")
+    group.add_argument("--early-stopping", action=argparse.BooleanOptionalAction)
+    group.add_argument("--accelerator", choices=("auto", "cpu", "gpu"))
+    group.add_argument("--precision", choices=("auto", "32", "bf16"))
 
 
 def _path(text: str) -> Path:
@@ -123,12 +220,20 @@ def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return number
 
 
+def _suffix(text: str) -> str:
+    if not text or "/" in text:
+        raise argparse.ArgumentTypeError(f'{text!r}; a name without "/" is needed')
+    return text
+
+
 def _integrate(args: argparse.Namespace) -> int:
     report = args.report or args.output.with_name(f"{args.output.stem}_report")
-    _check_output(args.output, args.overwrite)
+    h5ad.check_output(args.output, args.overwrite)
     existing = next(folder for folder in (report, *report.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"the folder {report} cannot be written: {existing} is a file, or not yours to write to.")
+    if args.output.absolute() in (report.absolute(), *(path.absolute() for path in report.parents)):
+        raise ValueError(f"{args.output} would be both the output and the folder of the report; name another --report.")
     if args.output.exists() and args.output.samefile(args.input):
         raise ValueError(f"{args.output} is the input, which is never overwritten; name another output.")
     from scgen import integration, reporting
@@ -137,37 +242,44 @@ def _integrate(args: argparse.Namespace) -> int:
     there = [name for name in names if (report / name).exists()]
     if there and not args.overwrite:
         raise ValueError(f"{report} holds {there[0]} already; name another --report, or pass --overwrite.")
-    adata = _read(args.input)
+    adata = h5ad.read(args.input)
     _check_labels(adata, args.labels_key)
+    _check_results(adata, integration.names_of_results(args.suffix))
+    h5ad.try_to_write(adata, args.output)
     _say(f"{args.input}: {adata.n_obs} cells x {adata.n_vars} genes")
+    # An option of this command is named as the argument that it is of; labels may be missing where none are modelled.
+    taken = inspect.signature(integration.integrate).parameters
+    options = {name: value for name, value in vars(args).items() if name in taken and name != "labels_key"}
     model = integration.integrate(
         adata,
         args.batch_key,
-        layer=args.layer,
-        n_top_genes=args.n_top_genes,
-        max_epochs=args.max_epochs,
-        accelerator=args.accelerator,
-        seed=args.seed,
+        adjusted_basis=f"X_{args.suffix}",
+        labels_key=args.labels_key if args.dispersion == "gene-label" else None,
         progress=not args.quiet,
+        **options,
     )
+    if args.tune:
+        _say(f"chose {adata.uns['scgen']['integrate']['tuned']} among the presets")
     seconds = model.history["seconds"].sum()
     _say(f"trained {len(model.history)} epochs on {model.adata.n_vars} genes in {seconds:.0f} s")
     (report / reporting.SCORES).unlink(missing_ok=True)  # of an earlier run
     model.save(report / "model", overwrite=args.overwrite)
-    integration.cluster(adata, seed=args.seed)
-    _write(adata, args.output)
-    n_clusters = adata.obs["leiden_scgen"].nunique()
-    _say(f"wrote {args.output}: obsm X_scgen and X_umap_scgen, obs leiden_scgen ({n_clusters} clusters)")
+    integration.cluster(adata, f"X_{args.suffix}", suffix=args.suffix, seed=args.seed)
+    h5ad.write(adata, args.output)
+    leiden = f"leiden_{args.suffix}"
+    n_clusters = adata.obs[leiden].nunique()
+    _say(f"wrote {args.output}: obsm X_{args.suffix} and X_umap_{args.suffix}, obs {leiden} ({n_clusters} clusters)")
     before = reporting.uncorrected(model)
-    colours = [key for key in (args.batch_key, args.labels_key, "leiden_scgen") if key is not None]
-    drawn = reporting.draw(model, adata, before, report, colours)
+    colours = [key for key in (args.batch_key, args.labels_key, leiden) if key is not None]
+    drawn = reporting.draw(model, adata, before, report, colours, suffix=args.suffix)
     _say(f"wrote {report / 'model'}, {', '.join(map(str, drawn))}")
     if args.labels_key is None:
         _say("no scores: they compare with known labels; name their column with --labels-key")
         return OK
     try:
         logging.disable(logging.WARNING)  # scib-metrics tells of every small label
-        table = reporting.scores(adata, before, report, batch_key=args.batch_key, labels_key=args.labels_key)
+        keys = {"batch_key": args.batch_key, "labels_key": args.labels_key}
+        table = reporting.scores(adata, before, report, suffix=args.suffix, **keys)
         _say(table.to_string(float_format="{:.3f}".format))
     except (ImportError, ValueError) as error:
         _say(f"no scores: {error}")
@@ -178,11 +290,14 @@ def _check(args: argparse.Namespace) -> int:
     from scgen.data.registry import check
 
     table = check(
-        _read(args.input),
+        h5ad.read(args.input),
         layer=args.layer,
         batch_key=args.batch_key,
         labels_key=args.labels_key,
-        categorical_covariate_keys=args.covariate,
+        size_factor_key=args.size_factor_key,
+        categorical_covariate_keys=args.categorical_covariate_keys,
+        continuous_covariate_keys=args.continuous_covariate_keys,
+        counts=args.counts,
     )
     for row in table.itertuples():
         print(f"{row.level}: {row.finding}. {row.suggestion}")
@@ -192,10 +307,10 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _simulate(args: argparse.Namespace) -> int:
-    _check_output(args.output, args.overwrite)
+    h5ad.check_output(args.output, args.overwrite)
     from scgen.data.simulate import simulate_cells
 
-    _write(simulate_cells(args.n_cells, args.n_genes, n_batches=args.n_batches, seed=args.seed), args.output)
+    h5ad.write(simulate_cells(args.n_cells, args.n_genes, n_batches=args.n_batches, seed=args.seed), args.output)
     print(f"wrote {args.output}: {args.n_cells} cells x {args.n_genes} genes, batch_key batch, labels_key cell_type")
     return OK
 
@@ -203,90 +318,29 @@ def _simulate(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from scgen.models.scvi import SCVI
 
-    model = SCVI.from_scvi_tools(args.input, args.data and _read(args.data), prefix=args.prefix)
+    model = SCVI.from_scvi_tools(args.input, args.data and h5ad.read(args.data), prefix=args.prefix)
     model.save(args.output, overwrite=args.overwrite)
     print(f"wrote {args.output}: {model}")
     return OK
 
 
-def _read(path: Path):
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; an h5ad file is needed.")
-    if not path.is_file():
-        there = ", ".join(sorted(p.name for p in path.parent.glob("*.h5ad"))[:5]) if path.parent.is_dir() else ""
-        raise ValueError(f"{path} is not there" + (f" (h5ad files beside it: {there})." if there else "."))
-    import anndata
-    import h5py
-
-    if not h5py.is_hdf5(path):
-        raise ValueError(f"{path} is no h5ad file (not HDF5), or was cut short.")
-    try:
-        return anndata.read_h5ad(path)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as h5ad: {error}") from error
-
-
 def _check_labels(adata, labels_key: str | None) -> None:
     from scgen.arguments import nearest
 
-    if labels_key == "leiden_scgen":
-        raise ValueError("--labels-key leiden_scgen: this command writes that column; rename the old one first.")
     if labels_key is not None and labels_key not in adata.obs:
         closest = nearest(labels_key, list(adata.obs.columns))
         hint = f" Did you mean --labels-key {closest}?" if closest else ""
         raise ValueError(f'"{labels_key}" is no column of obs (it has: {", ".join(adata.obs.columns)}).{hint}')
 
 
-def _check_output(path: Path, overwrite: bool) -> None:
-    """Refuse, before any work, an output that could not be written at its end."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"{path} is a folder." if path.is_dir() else f"the folder {path.parent} does not exist.")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists; pass --overwrite to replace it.")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"the folder {path.parent} cannot be written to.")
-
-
-def _write(adata, path: Path) -> None:
-    """Write beside the path and move there in one step: it never holds half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        _write_apart(adata, temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_apart(adata, path: Path) -> None:
-    """Write in a child process: on a full disk the HDF5 library crashes the process that writes (seen with 1.14)."""
-    if not hasattr(os, "fork"):
-        adata.write_h5ad(path)
-        return
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_write_and_tell, args=(adata, path, sender))
-    child.start()
-    sender.close()
-    child.join()
-    if child.exitcode != 0:
-        try:
-            reason = receiver.recv()
-        except EOFError:
-            reason = f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free in {path.parent}"
-        raise OSError(f"the result could not be written: {reason}")
-
-
-def _write_and_tell(adata, path: Path, sender) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    try:
-        adata.write_h5ad(path)
-    except Exception as error:
-        sender.send(str(error))
-        raise
+def _check_results(adata, names: Mapping[str, Sequence[str]]) -> None:
+    """Refuse to write results over something that IN holds under their names."""
+    there = [f'{part}["{name}"]' for part, listed in names.items() for name in listed if name in getattr(adata, part)]
+    if there:
+        raise ValueError(
+            f"the input holds {', '.join(there)}, which OUT would have the new results in place of. Pass --suffix NAME "
+            "to write these under other names."
+        )
 
 
 def _say(text: str) -> None:
@@ -294,7 +348,7 @@ def _say(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(sys.stdout)
 
 
 def _one_line(message, category, filename, lineno, file=None, line=None) -> None:

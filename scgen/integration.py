@@ -10,7 +10,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from scgen import tuning
-from scgen.arguments import MOST_EPOCHS, check_flag, check_key, check_names, check_whole
+from scgen.arguments import MOST_EPOCHS, check_choice, check_flag, check_key, check_names, check_number, check_whole
 from scgen.data.categories import names_of
 from scgen.data.checks import Setup, check_types, raise_errors
 from scgen.data.findings import findings, matrix_of

@@ -11,12 +11,13 @@ ROOT = Path(__file__).parents[1] / "scgen"
 ALLOWED = {
     "__init__": (),
     "arguments": (),
-    "cli": ("__version__", "integration", "reporting", "models", "data"),
-    "integration": ("models", "training", "analysis", "data", "plots"),
+    "cli": ("__version__", "h5ad", "integration", "reporting", "models", "data"),
+    "integration": ("models", "training", "tuning", "analysis", "data", "plots"),
     "criticism": ("models", "analysis", "data", "plots"),
     "tuning": ("models", "training", "data"),
     "reporting": ("models", "analysis", "data", "plots"),
     "plots": (),
+    "h5ad": (),
     "storage": (),
     "threads": (),
     "seeding": (),
@@ -46,7 +47,7 @@ ALLOWED = {
 }
 #: Import nothing else of scgen's, and may be imported everywhere.
 FOR_ALL = ("scgen.arguments.", "scgen.seeding.", "scgen.threads")
-MAY_NAME_ANNDATA = ("data", "models", "analysis", "integration", "criticism", "tuning", "reporting", "cli")
+MAY_NAME_ANNDATA = ("data", "models", "analysis", "integration", "criticism", "tuning", "reporting", "cli", "h5ad")
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -1,19 +1,28 @@
 """The command as a shell user meets it."""
 
+import argparse
+import inspect
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from pathlib import Path
 
 import anndata
+import anndata.io
 import numpy as np
+import pandas as pd
 import pytest
 
 import scgen
+from scgen import cli, h5ad
 
 SCGEN = [sys.executable, "-m", "scgen.cli"]
+# The copy of the package that is tested, and not one that is installed.
+ROOT = {"PYTHONPATH": str(Path(scgen.__file__).parents[1])}
 
 
 def run(*args, **options):
@@ -68,6 +77,22 @@ def test_integrate(source, tmp_path):
         (["integrate", "{source}", "-o", "no/such/folder/out.h5ad", "--batch-key", "batch"], 1, "does not exist"),
         (["integrate", "{source}", "-o", "out.h5ad"], 2, "--batch-key"),
         (["integrate", "{source}", "-o", "out.h5ad", "--batch-key", "batch", "--layer", "counts"], 1, "no layer"),
+        (
+            ["integrate", "{source}", "-o", "out.h5ad", "--batch-key", "batch", "--report", "out.h5ad/r"],
+            1,
+            "another --report",
+        ),
+        (["integrate", "{source}", "-o", "", "--batch-key", "batch"], 2, "a path is needed"),
+        (["integrate", "", "-o", "out.h5ad", "--batch-key", "batch"], 2, "a path is needed"),
+        (["integrate", "{source}", "-o", "out.h5ad", "--batch-key", "batch", "--report", ""], 2, "a path is needed"),
+        (["integrate", "{source}", "-o", "out.h5ad", "--batch-key", "batch", "--suffix", "a/b"], 2, "--suffix"),
+        (
+            ["integrate", "{source}", "-o", "out.h5ad", "--batch-key", "batch", "--tune", "--n-latent", "4"],
+            1,
+            "n_latent",
+        ),
+        (["simulate", "-o", ""], 2, "a path is needed"),
+        (["convert", "{source}", "-o", ""], 2, "a path is needed"),
         (["frobnicate"], 2, "invalid choice"),
         ([], 2, "required"),
         (["simulate", "-o", "{source}"], 1, "--overwrite"),
@@ -152,11 +177,11 @@ def test_killed_while_writing_leaves_old_or_new(tmp_path):
     code = f"""
 import scgen
 from pathlib import Path
-from scgen.cli import _write
+from scgen.h5ad import write
 adata = scgen.simulate_cells(n_cells=400, n_genes=200)
 print("ready", flush=True)
 while True:
-    _write(adata, Path({str(out)!r}))
+    write(adata, Path({str(out)!r}))
 """
     for delay in (0.01, 0.05, 0.13, 0.2, 0.31):
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -165,3 +190,199 @@ while True:
         child.kill()
         child.wait()
         assert anndata.read_h5ad(out).n_obs in (50, 400)
+
+
+def test_nothing_of_the_input_is_overwritten_in_the_output(source, tmp_path):
+    adata = anndata.read_h5ad(source)
+    adata.obs["leiden_scgen"] = adata.obs["batch"].astype(str) + "_mine"
+    adata.obsm["X_umap_scgen"] = np.ones((150, 2))
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    call = ["integrate", tmp_path / "in.h5ad", "-o", tmp_path / "out.h5ad", "--batch-key", "leiden_scgen"]
+    done = run(*call)
+    assert done.returncode == 1
+    assert 'obs["leiden_scgen"], obsm["X_umap_scgen"]' in done.stderr
+    assert "--suffix" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in.h5ad"]
+    done = run(*call, "--suffix", "two", "--max-epochs", 1)
+    assert done.returncode == 0, done.stderr
+    out = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert out.obs["leiden_scgen"].tolist() == adata.obs["leiden_scgen"].tolist()
+    np.testing.assert_array_equal(out.obsm["X_umap_scgen"], adata.obsm["X_umap_scgen"])
+    assert {"X_two", "X_umap_two"} <= set(out.obsm)
+    assert "leiden_two" in out.obs
+    again = run(
+        "integrate", tmp_path / "out.h5ad", "-o", tmp_path / "b.h5ad", "--batch-key", "batch", "--suffix", "two"
+    )
+    assert again.returncode == 1
+    assert 'obsm["X_two"]' in again.stderr
+
+
+def test_what_was_read_is_written_as_it_was(tmp_path):
+    # Nullable strings, in columns and names, which anndata writes only where it is asked to; and text that is text.
+    adata = scgen.simulate_cells(n_cells=60, n_genes=20, n_batches=2, seed=5)
+    adata.obs["nullable"] = pd.array(["a", None, "b"] * 20, dtype="string")
+    adata.obs["sample"] = pd.array(["s1", "s2"] * 30, dtype="string")
+    adata.obs["text"] = pd.Series(["x", "y", "z"] * 20, index=adata.obs_names, dtype=object)
+    adata.var["symbol"] = pd.array(["g", None] * 10, dtype="string")
+    adata.obs.index, adata.var.index = (pd.Index(names, dtype="string") for names in (adata.obs_names, adata.var_names))
+    adata.uns["mine"] = {"nested": pd.array(["a", None], dtype="string"), "none": None}
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        anndata.io.write_h5ad(tmp_path / "in.h5ad", adata, convert_strings_to_categoricals=False)
+    before = anndata.read_h5ad(tmp_path / "in.h5ad")
+    assert isinstance(before.obs["nullable"].dtype, pd.StringDtype)  # else nothing is tested
+    done = run("integrate", tmp_path / "in.h5ad", "-o", tmp_path / "out.h5ad", "--batch-key", "sample",
+               "--max-epochs", 1, "--quiet")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    after = anndata.read_h5ad(tmp_path / "out.h5ad")
+    pd.testing.assert_frame_equal(after.obs[before.obs.columns], before.obs)
+    pd.testing.assert_frame_equal(after.var, before.var)
+    assert after.uns["mine"]["nested"].isna().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("part", ["obs", "uns", "obsm"])
+def test_what_cannot_be_written_is_said_before_training(tmp_path, monkeypatch, capsys, part):
+    adata = scgen.simulate_cells(n_cells=60, n_genes=20, seed=5)
+    if part == "obs":
+        adata.obs["mine"] = pd.Series([1, "a", 2.5] * 20, index=adata.obs_names, dtype=object)
+    elif part == "uns":
+        adata.uns["mine"] = object()
+    else:
+        adata.obsm["mine"] = pd.DataFrame({"mine": pd.Series([{}] * 60, dtype=object)}).set_axis(adata.obs_names)
+    (tmp_path / "in.h5ad").write_text("")
+    monkeypatch.setattr(h5ad, "read", lambda path: adata)
+    monkeypatch.setattr(scgen.SCVI, "train", lambda *_, **__: pytest.fail("trained"))
+    handlers, show = [signal.getsignal(number) for number in h5ad.ENDING], warnings.showwarning
+    code = cli.main(["integrate", str(tmp_path / "in.h5ad"), "-o", str(tmp_path / "out.h5ad"), "--batch-key", "batch"])
+    assert code == 1
+    # Nothing of the process stays changed, where the command is called from Python.
+    assert [signal.getsignal(number) for number in h5ad.ENDING] == handlers
+    assert warnings.showwarning is show
+    assert "could not be written" in (told := capsys.readouterr().err)
+    assert "mine" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["in.h5ad"]
+
+
+@pytest.mark.parametrize(("sent", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_ended_while_writing_it_leaves_nothing(tmp_path, sent, code):
+    # What is written is begun, and never ends.
+    slow = """
+import sys, time
+import anndata.io
+from scgen.cli import main
+
+def write_h5ad(path, *_, **__):
+    with open(path, "w") as file:
+        file.write("half")
+        file.flush()
+        time.sleep(100)
+
+anndata.AnnData.write_h5ad = lambda self, path: write_h5ad(path)
+anndata.io.write_h5ad = write_h5ad
+sys.exit(main(["simulate", "-o", "out.h5ad", "--n-cells", "60", "--n-genes", "20"]))
+"""
+    command = [sys.executable, "-c", slow]
+    child = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | ROOT)
+    for _ in range(1800):
+        if any(path.stat().st_size for path in tmp_path.glob(".*.partial")):
+            break
+        time.sleep(0.1)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["half"]
+    child.send_signal(getattr(signal, sent))
+    _, errors = child.communicate(timeout=20)
+    assert child.returncode == code
+    assert errors == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_nohup_ignores_stays_ignored(tmp_path):
+    code = """
+import os, signal, sys
+from scgen import cli
+cli._simulate = lambda args: (os.kill(os.getpid(), signal.SIGHUP), print("went on"), 0)[-1]
+sys.exit(cli.main(["simulate", "-o", "out.h5ad"]))
+"""
+
+    def ignore():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ROOT, preexec_fn=ignore)
+    assert (done.returncode, done.stdout) == (0, "went on\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_closed_streams(source, tmp_path, closed):
+    call = " ".join(map(str, [*SCGEN, "check", source, "--batch-key", "batch"]))
+    done = subprocess.run(["sh", "-c", f"exec {call} {closed}"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    # What is told on stderr does not go to stdout instead.
+    call = " ".join(map(str, [*SCGEN, "check", "nothing.h5ad"]))
+    done = subprocess.run(["sh", "-c", f"exec {call} {closed}"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert ("is not there" in done.stderr) == ("2>&-" not in closed)
+
+
+def test_closed_streams_do_not_reach_the_files(source, tmp_path):
+    call = [*SCGEN, "integrate", source, "-o", "out.h5ad", "--batch-key", "batch", "--max-epochs", 1]
+    done = subprocess.run(["sh", "-c", f"exec {' '.join(map(str, call))} >&- 2>&- <&-"], cwd=tmp_path)
+    assert done.returncode == 0
+    assert "X_scgen" in anndata.read_h5ad(tmp_path / "out.h5ad").obsm
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_output_to_a_full_disk(source):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*SCGEN, "check", source], stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 1
+        assert done.stderr == "scgen: error: [Errno 28] No space left on device\n"
+        done = subprocess.run([*SCGEN, "check", "nothing.h5ad"], stdout=subprocess.PIPE, stderr=full, text=True)
+        assert (done.returncode, done.stdout) == (1, "")
+
+
+def options(command):
+    """Return the options of a command, by the names that they have for it."""
+    (commands,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return {action.dest: action for action in commands.choices[command]._actions if action.dest != "help"}
+
+
+def test_integrate_takes_all_that_the_function_takes():
+    # The embedding's key comes from --suffix, and --quiet is the opposite of progress.
+    wanted = inspect.signature(scgen.integrate).parameters.keys() - {"adata", "key", "adjusted_basis", "progress"}
+    assert wanted <= options("integrate").keys()
+
+
+def test_check_takes_the_same_data():
+    checked, integrated = options("check"), options("integrate")
+    assert inspect.signature(scgen.check).parameters.keys() - {"adata"} <= checked.keys()
+    for name, option in checked.items():
+        assert integrated[name].option_strings == option.option_strings
+        assert (integrated[name].metavar, integrated[name].help) == (option.metavar, option.help)
+
+
+def test_options_reach_the_model(tmp_path):
+    adata = scgen.simulate_cells(n_cells=120, n_genes=20, n_batches=2, n_types=2, seed=5)
+    rng = np.random.default_rng(0)
+    adata.obs["donor"], adata.obs["age"] = rng.choice(["a", "b"], 120), rng.normal(size=120)
+    adata.obs["size"] = rng.uniform(1, 2, 120)
+    adata.layers["counts"], adata.X = adata.X, None
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    data = ["--batch-key", "batch", "--labels-key", "cell_type", "--layer", "counts", "--covariate", "donor",
+            "--continuous-covariate", "age", "--size-factor-key", "size"]  # fmt: skip
+    done = run("check", tmp_path / "in.h5ad", *data)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = run("integrate", tmp_path / "in.h5ad", "-o", tmp_path / "out.h5ad", *data, "--report", tmp_path / "report",
+               "--n-latent", 3, "--n-hidden", 16, "--prior", "mog", "--n-components", 4, "--posterior", "planar",
+               "--dispersion", "gene-label", "--gene-likelihood", "nb", "--no-encode-covariates", "--kl-start", 2,
+               "--max-epochs", 2, "--batch-size", 32, "--train-size", 0.8, "--no-early-stopping")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    model = scgen.SCVI.load(tmp_path / "report" / "model", anndata.read_h5ad(tmp_path / "out.h5ad"))
+    wanted = {"n_latent": 3, "n_hidden": 16, "prior": "mog", "n_components": 4, "posterior": "planar", "n_layers": 1,
+              "dispersion": "gene-label", "gene_likelihood": "nb", "encode_covariates": False}  # fmt: skip
+    assert wanted.items() <= model.arguments.items()
+    training = {"max_epochs": 2, "batch_size": 32, "kl_start": 2.0, "early_stopping": False}
+    assert training.items() <= model.trainings[0].items()
+    assert len(model.train_indices) == 96
+    assert (model.registry.n_categories, list(model.registry.scaling)) == ([2, 2], ["age"])
+    assert (model.registry.setup.size_factor_key, model.registry.setup.layer) == ("size", "counts")
+    assert model.registry.labels == ["type_1", "type_2"]

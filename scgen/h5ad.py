@@ -1,0 +1,121 @@
+"""Files of cells as the command reads and writes them: whole, or not at all."""
+
+import contextlib
+import multiprocessing
+import os
+import secrets
+import shutil
+import signal
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+#: The signals that end a command.
+ENDING = [getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM") if hasattr(signal, name)]
+
+
+def read(path: Path):
+    """Return the AnnData in a file; ValueError where there is none."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; an h5ad file is needed.")
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in path.parent.glob("*.h5ad"))[:5]) if path.parent.is_dir() else ""
+        raise ValueError(f"{path} is not there" + (f" (h5ad files beside it: {there})." if there else "."))
+    import anndata
+    import h5py
+
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"{path} is no h5ad file (not HDF5), or was cut short.")
+    try:
+        return anndata.read_h5ad(path)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as h5ad: {error}") from error
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Refuse, before any work, an output that could not be written at its end."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"{path} is a folder." if path.is_dir() else f"the folder {path.parent} does not exist.")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists; pass --overwrite to replace it.")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"the folder {path.parent} cannot be written to.")
+
+
+def try_to_write(adata, path: Path) -> None:
+    """Refuse, before any work, what the end could not write; of the matrices a single value is tried."""
+    import anndata
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they would be about these copies
+        tables, rest = anndata.AnnData(obs=adata.obs.copy(), var=adata.var.copy()), adata[:1, :1].copy()
+    for part in (tables, rest):
+        with _beside(path) as temporary:
+            _write_apart(part, temporary)
+
+
+def write(adata, path: Path) -> None:
+    """Write beside the path and move there in one step: it never holds half a file."""
+    with _beside(path) as temporary:
+        _write_apart(adata, temporary)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Give a name beside a path for a file that is cleared away in the end."""
+    # The name is there before the file is, so that no signal comes between the file and its clearing.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        temporary.touch(0o600, exist_ok=False)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_apart(adata, path: Path) -> None:
+    """Write in a child process: on a full disk the HDF5 library crashes the process that writes (seen with 1.14)."""
+    if not hasattr(os, "fork"):
+        _write_here(adata, path)
+        return
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_write_and_tell, args=(adata, path, sender))
+    try:
+        child.start()
+        sender.close()
+        child.join()
+    except BaseException:  # a signal ends the command: nothing is to be written any more
+        if child.is_alive():
+            child.kill()
+            child.join()
+        raise
+    if child.exitcode != 0:
+        try:
+            reason = receiver.recv()
+        except EOFError:
+            reason = f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free in {path.parent}"
+        raise OSError(f"the result could not be written: {reason}")
+
+
+def _write_and_tell(adata, path: Path, sender) -> None:
+    for number in ENDING:
+        signal.signal(number, signal.SIG_DFL)  # what is half done is cleared away by the parent
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the parent says what went wrong
+    try:
+        _write_here(adata, path)
+    except Exception as error:
+        # anndata says in notes which part it was.
+        sender.send(". ".join([str(error), *getattr(error, "__notes__", [])]))
+        raise
+
+
+def _write_here(adata, path: Path) -> None:
+    import anndata
+    from anndata.io import write_h5ad
+
+    # As it was read: text stays text, and text with missing values is what anndata has to be asked to write.
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        write_h5ad(path, adata, convert_strings_to_categoricals=False)
