@@ -1,10 +1,15 @@
 # Two commands: `make demo` and `make test`. Each makes its own virtual environment first.
+# Other versions need a virtual environment of their own. The newest releases, and the lowest that pyproject.toml names:
+#   make test PYTHON=python3.13 VENV=.venv-3.13 CONSTRAINTS=
+#   make test VENV=.venv-lowest CONSTRAINTS=lowest.txt
 PYTHON := $(shell command -v python3.11 || command -v python3)
-BIN := .venv/bin
+VENV := .venv
+CONSTRAINTS := constraints.txt
+BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # By environment, so that the constraints reach what building this package installs, too.
-export PIP_CONSTRAINT := constraints.txt
-export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+export PIP_CONSTRAINT := $(CONSTRAINTS)
+export PIP_BUILD_CONSTRAINT := $(CONSTRAINTS)
 
 # The file and its columns that `make demo` integrates; an empty DATA stands for simulated cells.
 DATA ?=
@@ -13,27 +18,30 @@ LABELS ?= $(if $(DATA),,cell_type)
 
 .PHONY: demo test
 
-demo: .venv/scores
+demo: $(VENV)/scores
 	mkdir -p demo
 	$(if $(DATA),,$(BIN)/scgen simulate -o demo/simulated.h5ad --overwrite)
 	$(BIN)/scgen integrate "$(or $(DATA),demo/simulated.h5ad)" -o demo/integrated.h5ad --overwrite \
 	  --batch-key "$(BATCH)" $(if $(LABELS),--labels-key "$(LABELS)") --report demo
 
-test: .venv/test
+test: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
 # torch alone first: its wheel is found by its exact version, before anything else can ask for another.
-.venv/base: constraints.txt pyproject.toml
-	$(PYTHON) -m venv .venv
+$(VENV)/base: $(CONSTRAINTS) pyproject.toml
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	touch $@
 
-.venv/scores: .venv/base
+$(VENV)/scores: $(VENV)/base
 	$(PIP) --editable ".[scores]"
 	touch $@
 
-.venv/test: .venv/base
+$(VENV)/test: $(VENV)/base
 	$(PIP) --editable ".[test]"
 	touch $@
+
+lowest.txt: pyproject.toml
+	sed -n 's/^ *"\([a-z-]*\)>=\([0-9.]*\)",.*/\1==\2/p' $< > $@

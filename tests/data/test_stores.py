@@ -55,7 +55,8 @@ def matrices(dense, tmp_path_factory):
         made[f"h5ad_{name}"] = anndata.read_h5ad(folder / f"{name}.h5ad", backed="r").X
     anndata.AnnData(sparse.csr_matrix(dense)).write_zarr(folder / "csr.zarr")
     made["zarr_csr"] = anndata.io.sparse_dataset(zarr.open_group(folder / "csr.zarr", mode="r")["X"])
-    made["zarr_dense"] = zarr.create_array(folder / "dense.zarr", data=dense, chunks=(7, 5))
+    made["zarr_dense"] = zarr.open_array(folder / "dense.zarr", mode="w", shape=dense.shape, dtype="f4", chunks=(7, 5))
+    made["zarr_dense"][:] = dense
     return made
 
 

@@ -2,7 +2,8 @@
 
 Where scvi-tools is installed (the extra named peers) models of every kind are made by it, saved, read, and compared in
 float64 under the same noise; ``python tests/models/test_scvi_tools.py cells.h5ad`` prints the table of differences for
-a file. Two small models of its making are kept in ``scvi_tools/``, with its answers, for where it is not.
+a file. Two small models of each version's making are kept in ``scvi_tools/``, with its answers, for where it is not;
+``python tests/models/test_scvi_tools.py keep`` makes those of the version that is installed.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from scgen.cli import main
 from scgen.storage import ModelFileError
 
 KEPT = Path(__file__).parent / "scvi_tools"
+LATENT, OBSERVED = KEPT / "latent-1.4.2", KEPT / "observed-1.4.2"
 COVARIATES = {"categorical_covariate_keys": ["chemistry", "site"], "continuous_covariate_keys": ["age"]}
 
 
@@ -184,7 +186,7 @@ def test_kept_models_give_the_answers_kept(folder, tmp_path, capsys):
 
 
 def test_conversion_without_cells_knows_no_library_prior_and_says_so(tmp_path):
-    folder = KEPT / "observed"
+    folder = OBSERVED
     adata = cells_of(np.load(folder / "cells.npz", allow_pickle=False))
     with pytest.raises(ValueError, match="knows no library sizes"):
         scgen.SCVI.from_scvi_tools(folder).sample_prior(3)
@@ -194,8 +196,8 @@ def test_conversion_without_cells_knows_no_library_prior_and_says_so(tmp_path):
 
 
 def test_an_imported_model_goes_on_training():
-    adata = cells_of(np.load(KEPT / "latent" / "cells.npz", allow_pickle=False))
-    model = scgen.SCVI.from_scvi_tools(KEPT / "latent", adata)
+    adata = cells_of(np.load(LATENT / "cells.npz", allow_pickle=False))
+    model = scgen.SCVI.from_scvi_tools(LATENT, adata)
     before = model.get_elbo()
     model.train(20, progress=False, learning_rate=1e-3, kl_start=1.0)
     assert len(model.history) <= 20
@@ -215,7 +217,7 @@ def test_an_imported_model_goes_on_training():
     ],
 )
 def test_what_has_no_equal_is_refused_by_name(wrong, message, tmp_path):
-    content = torch.load(KEPT / "latent" / "model.pt", weights_only=False)
+    content = torch.load(LATENT / "model.pt", weights_only=False)
     attributes = content["attr_dict"]
     attributes["history_"] = None
     for name, value in wrong.items():
@@ -242,14 +244,14 @@ class Call:
 
 def archive(folder: Path, data: bytes) -> Path:
     """Write a file in the form of torch's, with this pickle in it, and the tensors of a true one."""
-    with zipfile.ZipFile(KEPT / "latent" / "model.pt") as true, zipfile.ZipFile(folder / "model.pt", "w") as false:
+    with zipfile.ZipFile(LATENT / "model.pt") as true, zipfile.ZipFile(folder / "model.pt", "w") as false:
         for name in true.namelist():
             false.writestr(name, data if name.endswith("/data.pkl") else true.read(name))
     return folder
 
 
 def pickle_of_true_model() -> bytes:
-    with zipfile.ZipFile(KEPT / "latent" / "model.pt") as true:
+    with zipfile.ZipFile(LATENT / "model.pt") as true:
         return next(true.read(name) for name in true.namelist() if name.endswith("/data.pkl"))
 
 
@@ -371,8 +373,8 @@ def test_arrays_of_every_kind_come_back(tmp_path):
 
 
 def test_covariates_are_standardised_and_labels_that_are_not_read_are_not_asked_for(tmp_path):
-    adata = cells_of(np.load(KEPT / "latent" / "cells.npz", allow_pickle=False))
-    with_cells, without = (scgen.SCVI.from_scvi_tools(KEPT / "latent", cells) for cells in (adata, None))
+    adata = cells_of(np.load(LATENT / "cells.npz", allow_pickle=False))
+    with_cells, without = (scgen.SCVI.from_scvi_tools(LATENT, cells) for cells in (adata, None))
     assert with_cells.registry.scaling == {"age": (adata.obs["age"].mean(), adata.obs["age"].std(ddof=0))}
     same = [model.get_latent_representation(adata) for model in (with_cells, without)]
     np.testing.assert_allclose(*same, rtol=1e-4, atol=1e-5)
@@ -380,14 +382,14 @@ def test_covariates_are_standardised_and_labels_that_are_not_read_are_not_asked_
     average = with_cells.get_normalized_expression(covariates={"age": "average"}, return_numpy=True)
     np.testing.assert_allclose(average, at_mean, rtol=1e-3, atol=1e-7)
     assert with_cells.registry.setup.labels_key == "cell_type"  # of which theta is
-    observed = scgen.SCVI.from_scvi_tools(KEPT / "observed", adata)
+    observed = scgen.SCVI.from_scvi_tools(OBSERVED, adata)
     assert observed.registry.setup.labels_key is None
     del adata.obs["cell_type"]
     observed.query(adata)
 
 
 def test_names_that_are_there_twice_are_refused(tmp_path):
-    content = torch.load(KEPT / "latent" / "model.pt", weights_only=False)
+    content = torch.load(LATENT / "model.pt", weights_only=False)
     content["attr_dict"]["history_"] = None
     content["var_names"][1] = content["var_names"][0]
     torch.save(content, tmp_path / "model.pt")
@@ -415,6 +417,8 @@ def cells_of(stored) -> AnnData:
 
 def keep() -> None:
     """Let scvi-tools make the models that are kept, and answer."""
+    import scvi
+
     simulated = with_covariates(scgen.simulate_cells(60, 12, n_batches=2, n_types=2, seed=0))
     stored = {"counts": simulated.X.toarray().astype(np.int32)}
     stored["batch"] = np.where(simulated.obs["batch"] == "batch_1", "a", "b")
@@ -425,7 +429,7 @@ def keep() -> None:
         ("latent", COVARIATES, {"n_layers": 2, "dispersion": "gene-label", "encode_covariates": True}),
         ("observed", {}, {"gene_likelihood": "nb"}),
     ):
-        folder = KEPT / name
+        folder = KEPT / f"{name}-{scvi.__version__}"
         latent = {"use_observed_lib_size": name == "observed"}
         model = made_by_scvi_tools(adata, folder, setup, 300, n_latent=3, n_hidden=8, **latent, **arguments)
         mean, variance = model.get_latent_representation(return_dist=True)
