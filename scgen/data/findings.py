@@ -14,6 +14,9 @@ from scgen.data.stores import BackedStore, DamagedMatrix, MemoryStore, open_stor
 
 #: Fewer cells than this in a batch are warned of.
 FEW_CELLS = 10
+#: Values that all lie nearer to whole numbers than this are counts but for rounding.
+NEAR = 0.05
+NEEDS_COUNTS = 'Raw counts are needed; for normalised data say counts=False and SCVI(adata, gene_likelihood="normal").'
 
 
 def findings(
@@ -195,12 +198,12 @@ def _values(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, empt
         )
     if n["negative"]:
         text = f"{setup.where} has {n['negative']} negative values (first at {first['negative']})"
-        yield Finding("error", setup.where, text, n["negative"], _counts_are_in(adata, setup))
+        yield Finding("error", setup.where, text, n["negative"], _counts_are_in(adata, setup, NEEDS_COUNTS))
     if n["fractional"]:
         text = f"{setup.where} has {n['fractional']} values that are no integers (first at {first['fractional']})"
-        yield Finding(
-            "error", setup.where, text + _looks_like(adata, store), n["fractional"], _counts_are_in(adata, setup)
-        )
+        sound = not (n["infinite"] or n["large"])
+        looks, otherwise = _looks_like(adata, setup, store) if sound else ("", NEEDS_COUNTS)
+        yield Finding("error", setup.where, text + looks, n["fractional"], _counts_are_in(adata, setup, otherwise))
     if empty_cells and setup.counts and len(cells) and not sum(n.values()):
         text = f"{len(cells)} cells have no counts in {setup.where} (first: {some(adata.obs_names[cells[:5]])})"
         fix = "Drop them: sc.pp.filter_cells(adata, min_counts=1)"
@@ -236,21 +239,62 @@ def _place(adata: AnnData, block, mask: np.ndarray, start: int) -> str:
     return f'cell "{adata.obs_names[start + row]}"'
 
 
-def _looks_like(adata: AnnData, store: MemoryStore | BackedStore) -> str:
-    """Say which normalisation the values look like, if they look like one."""
+def _looks_like(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore) -> tuple[str, str]:
+    """Say what the values look like, counts but for rounding or a normalisation; and what to do where no counts are."""
+    distance = _distance(store)
+    if distance <= NEAR:
+        text = f"; all lie within {distance:.2g} of whole numbers"
+        return text, f"They are counts but for rounding: {_rounded(adata, setup, store)}."
     _, block = next(iter(store.blocks(1000)))
     values = np.asarray(block.toarray() if sparse.issparse(block) else block, dtype=float)
-    if not np.isfinite(values).all() or values.min() < 0:
-        return ""
+    if values.min() < 0:
+        return "", NEEDS_COUNTS
+    if _distance(store, np.expm1) <= NEAR:
+        return "; they look like log1p of counts", f"Take it back: {_rounded(adata, setup, store, 'expm1')}."
     for name, sums in (("log1p of counts", np.expm1(values.clip(max=80)).sum(1)), ("counts", values.sum(1))):
         sums = sums[sums > 0]
         if len(sums) > 1 and sums.std() < 1e-3 * sums.mean():
-            return f"; they look like {name} scaled to {sums.mean():.6g} a cell"
-    return '; adata.uns["log1p"] says that X was log-transformed' if "log1p" in adata.uns else ""
+            return f"; they look like {name} scaled to {sums.mean():.6g} a cell", NEEDS_COUNTS
+    if "log1p" in adata.uns:
+        return '; adata.uns["log1p"] says that X was log-transformed', NEEDS_COUNTS
+    text = f"; the farthest lies {distance:.2g} from a whole number"
+    return text, (
+        "Counts that a correction or an EM algorithm made fractional, such as those of SoupX, RSEM or salmon, can be "
+        f"rounded: {_rounded(adata, setup, store)}; better are the counts before it. {NEEDS_COUNTS}"
+    )
 
 
-def _counts_are_in(adata: AnnData, setup: Setup) -> str:
-    """Say where counts are to be found instead."""
+def _distance(store: MemoryStore | BackedStore, function=None) -> float:
+    """Return how far from a whole number a value is at most, or a function of one."""
+    most = 0.0
+    for _, block in store.blocks():
+        values = (block.data if sparse.issparse(block) else np.asarray(block)).astype(float)
+        if function is not None:
+            if values.max(initial=0.0) > 30:  # the exponential of which has no digits left after the point
+                return np.inf
+            values = function(values)
+        most = max(most, float(np.abs(values - np.rint(values)).max(initial=0.0)))
+        if function is not None and most > NEAR:  # no more needs to be known of it
+            break
+    return most
+
+
+def _rounded(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, function: str | None = None) -> str:
+    """Return the call that makes a layer of the values, or a function of them, rounded."""
+    layer = next(name for name in ("counts", "rounded_counts", "scgen_counts") if name not in adata.layers)
+    if not isinstance(store, MemoryStore):
+        read = "adata = adata.to_memory(), "
+    else:
+        read = ""
+    if sparse.issparse(matrix_of(adata, setup.layer)) or getattr(store.matrix, "format", None) in ("csr", "csc"):
+        values = f"{setup.where}.{function}().rint()" if function else f"{setup.where}.rint()"
+    else:
+        values = f"np.rint(np.{function}({setup.where}))" if function else f"np.rint({setup.where})"
+    return f'{read}adata.layers["{layer}"] = {values}, then setup_anndata(adata, layer="{layer}")'
+
+
+def _counts_are_in(adata: AnnData, setup: Setup, otherwise: str) -> str:
+    """Say where counts are to be found instead; if nowhere, something else."""
     for layer in layers_of(adata):
         if layer != setup.layer and _are_counts(adata.layers[layer]):
             return f'adata.layers["{layer}"] looks like counts: setup_anndata(adata, layer="{layer}").'
@@ -261,7 +305,7 @@ def _counts_are_in(adata: AnnData, setup: Setup) -> str:
             'adata.raw looks like counts: adata.layers["counts"] = adata.raw[:, adata.var_names].X, then '
             'setup_anndata(adata, layer="counts").'
         )
-    return 'Raw counts are needed; for normalised data say counts=False and SCVI(adata, gene_likelihood="normal").'
+    return otherwise
 
 
 def _are_counts(matrix) -> bool:

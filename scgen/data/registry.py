@@ -15,7 +15,7 @@ from scgen.data.categories import codes_of_column, names_of
 from scgen.data.cells import Cells
 from scgen.data.checks import LARGEST, Finding, Setup, check_types, raise_errors, some
 from scgen.data.findings import findings, matrix_of
-from scgen.data.genes import identifiers
+from scgen.data.genes import identifiers, places_of
 from scgen.data.stores import BackedStore, DamagedMatrix, MemoryStore, open_store, totals
 
 
@@ -235,7 +235,7 @@ class Registry:
     def store(self, adata: AnnData, rows: np.ndarray | None = None) -> MemoryStore | BackedStore:
         """Return the values of the model's genes, found by name, in the model's order; to read some rows of, or all."""
         try:
-            return open_store(matrix_of(adata, self.setup.layer), self._gene_columns(adata), rows)
+            return open_store(matrix_of(adata, self.setup.layer), self._gene_columns(adata, warn=True), rows)
         except DamagedMatrix as error:
             raise ValueError(f"{self.setup.where} is a damaged sparse matrix: {error}.") from None
 
@@ -338,20 +338,27 @@ class Registry:
             )
         return list(range(len(self.batches))) if batch_correction else None
 
-    def _gene_columns(self, adata: AnnData) -> np.ndarray | None:
+    def _gene_columns(self, adata: AnnData, warn: bool = False) -> np.ndarray | None:
         """Return where the model's genes are in ``adata``, None if they are its genes as they stand."""
         if adata.var_names.equals(pd.Index(self.genes)):
             return None
-        missing = [gene for gene in self.genes if gene not in adata.var_names]
+        if not adata.var_names.is_unique:
+            raise ValueError("adata.var_names has names more than once. Call adata.var_names_make_unique() first.")
+        columns, n_unversioned = places_of(self.genes, adata.var_names)
+        missing = [gene for gene, column in zip(self.genes, columns, strict=True) if column < 0]
         if missing:
             raise ValueError(
                 f"{len(missing)} of the model's {len(self.genes)} genes are not in adata.var_names (first: "
                 f"{', '.join(missing[:5])}; adata has {', '.join(adata.var_names[:3])}, ...). Pass the AnnData before "
                 "its genes were selected or renamed."
             )
-        if not adata.var_names.is_unique:
-            raise ValueError("adata.var_names has names more than once. Call adata.var_names_make_unique() first.")
-        return adata.var_names.get_indexer(self.genes)
+        if n_unversioned and warn:
+            warnings.warn(
+                f"{n_unversioned} of the model's {len(self.genes)} genes were found in adata.var_names by their "
+                "identifiers without versions.",
+                stacklevel=2,
+            )
+        return columns
 
     def _standardised(self, obs: dict[str, pd.Series], key: str) -> np.ndarray:
         mean, sd = self.scaling[key]

@@ -274,7 +274,10 @@ WRONG_VALUES = {
         per_million,
         ["no integers", "look like counts scaled to 1e+06 a cell", 'SCVI(adata, gene_likelihood="normal")'],
     ),
-    "log1p, unscaled": (logged_only, ["no integers", 'adata.uns["log1p"] says that X was log-transformed']),
+    "log1p, unscaled": (
+        logged_only,
+        ["no integers", "they look like log1p of counts", 'adata.layers["counts"] = adata.X.expm1().rint()'],
+    ),
     "z-scores": (scaled, ["negative values", "no integers", "Raw counts are needed"]),
     "counts in a layer": (logged_beside_counts, ['setup_anndata(adata, layer="raw_counts")', "log1p of counts"]),
     "counts in X": (

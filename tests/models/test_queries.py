@@ -12,7 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import scgen
 from scgen.analysis import query as analysis
-from scgen.data.genes import identifiers, matched
+from scgen.data.genes import identifiers, matched, places_of
 
 
 @pytest.fixture(scope="module")
@@ -478,3 +478,53 @@ def test_normalised_values_need_all_genes(simulated, new):
     query = model.query(new)
     query.train(2, progress=False)
     assert len(query.typicality()) == len(new)
+
+
+def versions(adata, version):
+    """Return the cells with identifiers of Ensembl, of a version, for names."""
+    adata = adata.copy()
+    adata.var_names = [f"ENSG{i:011d}.{version}" for i in range(adata.n_vars)]
+    del adata.var["ensembl"]
+    return adata
+
+
+def test_identifiers_that_differ_by_a_version_are_matched_with_a_note(simulated, new):
+    adata = versions(simulated[simulated.obs["batch"] != "batch_4"], 12)
+    scgen.setup_anndata(adata, batch_key="batch")
+    model = scgen.SCVI(adata, n_hidden=16)
+    model.train(2, accelerator="cpu", progress=False)
+    other = versions(new, 13)
+    query = model.query(other)
+    assert query.overlap == 1
+    assert query.matched_by == "their names in adata.var_names, without their versions"
+    np.testing.assert_array_equal(
+        query.get_latent_representation(), model.query(versions(new, 12)).get_latent_representation()
+    )
+    # The same of questions about cells of known batches, which a warning tells.
+    same = adata[:50].copy()
+    expected = model.get_latent_representation(same)
+    same.var_names = [name.replace(".12", ".13") for name in same.var_names]
+    with pytest.warns(UserWarning, match=r"120 of the model's 120 genes were found .* without versions") as caught:
+        np.testing.assert_allclose(model.get_latent_representation(same), expected, rtol=1e-4, atol=1e-5)
+    assert len(caught) == 1
+    same.var_names = [name.partition(".")[0] for name in same.var_names]
+    with pytest.warns(UserWarning, match="without versions"):
+        np.testing.assert_allclose(model.get_latent_representation(same), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_versions_are_left_out_only_where_this_is_unambiguous():
+    names = pd.Index(
+        ["ENSG00000000001.2", "ENSG00000000002.1", "ENSG00000000002.2", "RP11-34P13.7", "ENSG00000000005.9"]
+    )
+    genes = ["ENSG00000000001.1", "ENSG00000000002.3", "RP11-34P13.6", "ENSG00000000005.9", "ENSG00000000007.1"]
+    places, n = places_of(genes, names)
+    assert (places.tolist(), n) == ([0, -1, -1, 4, -1], 1)
+    # Of two of the model's genes that differ by the version neither is found by the other's.
+    places, n = places_of(["ENSG00000000001.1", "ENSG00000000001.2"], names)
+    assert (places.tolist(), n) == ([-1, 0], 0)
+    adata = anndata.AnnData(np.zeros((1, len(names))), var=pd.DataFrame(index=names))
+    found, by = matched(genes, {}, adata)
+    assert found == ["ENSG00000000001.2", None, None, "ENSG00000000005.9", None]
+    assert by == "their names in adata.var_names, without their versions"
+    # Where this finds no more, names stand as they are.
+    assert matched(["ENSG00000000005.9"], {}, adata) == (["ENSG00000000005.9"], "their names in adata.var_names")
