@@ -1,6 +1,6 @@
 """Cells mapped onto a reference: how typical they are of it, and which of its labels are theirs."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,8 @@ from scgen.seeding import seeded
 
 #: Query cells that directions are found in, directions, and the largest residual that counts, in standard deviations.
 MAX_CELLS, N_DIRECTIONS, MAX_RESIDUAL = 5000, 10, 10.0
+#: Cells that a new batch needs to be compared with itself, and the share of them that says what is usual in it.
+MIN_BATCH, BULK = 50, 0.8
 
 
 @dataclass(frozen=True)
@@ -86,20 +88,16 @@ def typicality(
     for half in (0, 1):  # of each half, for the other: no cell is judged by a direction that it has part in
         some = np.sort(rng.permutation(np.flatnonzero(halves != half))[: MAX_CELLS // 2])
         directions.append(_directions(vae, query_cells, some, new_batch, shift))
-    known = described(vae, reference_cells, np.concatenate(directions, 1))
-    tables = []
-    for half, residuals in enumerate(np.split(known.residuals, [directions[0].shape[1]], 1)):
-        judged = np.flatnonzero(halves == half)
-        if len(judged):
-            new = described(vae, _part(query_cells, judged), directions[half])
-            _take_off(
-                new.residuals, new_batch[judged], {batch: mean @ directions[half] for batch, mean in shift.items()}
-            )
-            tables.append(_compared(new, replace(known, residuals=residuals), train_z).set_index(judged))
-    return pd.concat(tables).sort_index()
+    both = np.concatenate(directions, 1)
+    known, new = described(vae, reference_cells, both), described(vae, query_cells, both)
+    _take_off(new.residuals, new_batch, {batch: mean @ both for batch, mean in shift.items()})
+    return _compared(new, known, train_z, new_batch, halves, directions[0].shape[1])
 
 
-def _compared(new: Described, known: Described, train_z: np.ndarray) -> pd.DataFrame:
+def _compared(
+    new: Described, known: Described, train_z: np.ndarray, new_batch: np.ndarray, halves: np.ndarray, n_first: int
+) -> pd.DataFrame:
+    """Return the table of `Query.typicality`; the first ``n_first`` residuals are for half 0, the others for half 1."""
     from sklearn.neighbors import NearestNeighbors
 
     neighbours = NearestNeighbors(n_neighbors=min(16, len(train_z))).fit(train_z)
@@ -110,17 +108,41 @@ def _compared(new: Described, known: Described, train_z: np.ndarray) -> pd.DataF
         distance = np.take_along_axis(distance, own + np.arange(distance.shape[1] - 1), 1)
         return np.log(distance.mean(1) + 1e-12)
 
-    known_sparsity = sparsity(known)
-
-    def features(cells: Described, sparsity: np.ndarray) -> np.ndarray:
-        elbo = _against(cells.log_total, cells.elbo, known.log_total, known.elbo)
-        density = -_against(cells.log_total, sparsity, known.log_total, known_sparsity)
-        return np.column_stack([elbo, density, cells.residuals])
-
-    theirs, ours = features(known, known_sparsity), features(new, sparsity(new))
-    distance, null = _mahalanobis(ours, theirs), np.sort(_without_self(_mahalanobis(theirs, theirs), len(theirs)))
-    share = (1 + len(null) - np.searchsorted(null, distance)) / (1 + len(null))
-    return pd.DataFrame({"typicality": share, "distance": distance, "elbo": ours[:, 0], "density": ours[:, 1]})
+    theirs = np.column_stack([known.elbo, -sparsity(known)])
+    ours = np.column_stack([new.elbo, -sparsity(new)])
+    values, distance, share = np.empty_like(ours, float), np.empty(len(ours)), np.full(len(ours), np.nan)
+    compared_with = np.empty(len(ours), object)
+    of_known = _all_against(known.log_total, theirs, known.log_total, theirs)
+    columns = (slice(0, n_first), slice(n_first, None))
+    from_known = [np.column_stack([of_known, known.residuals[:, own]]) for own in columns]
+    nulls = [np.sort(_without_self(_mahalanobis(each, each), len(each))) for each in from_known]
+    for batch in np.unique(new_batch):
+        rows = np.flatnonzero(new_batch == batch)
+        with_itself = batch >= 0 and len(rows) >= MIN_BATCH
+        compared_with[rows] = "reference" if batch < 0 else "own batch" if with_itself else "nothing"
+        place = (new.log_total[rows], ours[rows]) if with_itself else (known.log_total, theirs)
+        values[rows] = _all_against(new.log_total[rows], ours[rows], *place)
+        for half, null in enumerate(nulls):
+            from_new = np.column_stack([values[rows], new.residuals[rows, columns[half]]])
+            if with_itself:
+                found = _from_bulk(from_new)
+                found *= np.median(null) / (np.median(found) + 1e-12)
+            else:
+                found = _mahalanobis(from_new, from_known[half])
+            judged = halves[rows] == half
+            distance[rows[judged]] = found[judged]
+            if batch < 0 or with_itself:
+                further = len(null) - np.searchsorted(null, found[judged])
+                share[rows[judged]] = (1 + further) / (1 + len(null))
+    return pd.DataFrame(
+        {
+            "typicality": share,
+            "distance": distance,
+            "elbo": values[:, 0],
+            "density": values[:, 1],
+            "compared_with": pd.Categorical(compared_with, ["reference", "own batch", "nothing"]),
+        }
+    )
 
 
 def _part(loader: CellLoader, rows: np.ndarray) -> CellLoader:
@@ -165,6 +187,29 @@ def _against(place: np.ndarray, values: np.ndarray, known_place: np.ndarray, kno
     median = np.median(near, 1, keepdims=True)
     spread = 1.4826 * np.median(np.abs(near - median), 1) + 1e-6  # of a Gaussian, its standard deviation
     return (values - median[:, 0]) / spread
+
+
+def _all_against(place: np.ndarray, values: np.ndarray, known_place: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return `_against` of each column."""
+    return np.column_stack([_against(place, values[:, i], known_place, known[:, i]) for i in range(values.shape[1])])
+
+
+def _from_bulk(values: np.ndarray) -> np.ndarray:
+    """Return the distance of each row from the bulk of the rows, in units of the bulk's spread.
+
+    The bulk is found as that of the minimum covariance determinant is (Rousseeuw and Van Driessen 1999): the rows
+    nearest to the medians first, then those nearest to the mean of the last ones, until they stay the same.
+    """
+    median = np.median(values, 0)
+    spread = 1.4826 * np.median(np.abs(values - median), 0) + 1e-6
+    distance, bulk = np.square((values - median) / spread).sum(1), None
+    for _ in range(20):
+        nearest = np.sort(np.argsort(distance, kind="stable")[: int(np.ceil(BULK * len(values)))])
+        if bulk is not None and np.array_equal(nearest, bulk):
+            break
+        bulk = nearest
+        distance = _mahalanobis(values, values[bulk])
+    return distance
 
 
 def _mahalanobis(values: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -157,14 +157,22 @@ class Query:
     def typicality(self, *, seed: int = 0) -> pd.DataFrame:
         """Return how typical each new cell is of the reference; of a type it has not seen, hardly.
 
-        A cell is compared with the reference's validation cells (all its cells, if there are none) in what the model
-        leaves unexplained of it: its Pearson residuals along the ten directions that those of the new cells have most
-        in common (found in one half of them, for the other), its ELBO, and how near the reference's cells are in z,
-        the last two given its library. One cell's noise hides what a hundred of a kind have in common: the more new
-        cells are given, the finer the answer; of a dozen, hardly anything is seen. What sets a batch apart that the
-        reference has not seen is taken off as a mean shift of its residuals; what is left of it makes all of its cells
-        less typical (`train` leaves less), so that they are to be compared with each other. A type that the model
-        cannot tell from a known one is typical.
+        A cell of a batch that the reference knows is compared with the reference's validation cells (all its cells,
+        if there are none). The comparison is of what the model leaves unexplained: the cell's Pearson residuals along
+        the ten directions that those of the new cells have most in common (found in one half of them, for the other),
+        its ELBO, and how near the reference's cells are in z, the last two given its library. One cell's noise hides
+        what a hundred of a kind have in common: the more new cells are given, the finer the answer; of a dozen,
+        hardly anything is seen. A type that the model cannot tell from a known one is typical.
+
+        A new batch differs from the reference in all of its cells. Its cells are therefore compared with each other:
+        the four fifths that lie closest together say what is usual in the batch, and the distances are scaled so that
+        their median is that of the reference's cells. This assumes that most cells of the batch are of types that the
+        reference knows. A type that makes up much of a new batch is taken for what is usual there, and is not found.
+        What the batch does to all cells alike is not seen either, such as a treatment's effect. A batch with fewer
+        than 50 cells cannot be compared with itself: its typicality is NaN (not calibrated), and only the ranks of
+        its distances mean something. A new value of a categorical covariate counts as a new batch. Where the model
+        has no batches, all cells are compared with the reference: name the column of the new cells' batches in
+        ``model.query(adata, batch_key=...)``.
 
         Parameters
         ----------
@@ -173,9 +181,11 @@ class Query:
 
         Returns
         -------
-        By cell: "typicality", the share of the compared cells that lie at least as far out, even from 0 to 1 for cells
-        like them; "distance", the Mahalanobis distance that this is of; "elbo" and "density", by how many deviations
-        they are above those of compared cells with a like library.
+        By cell: "typicality", the share of the reference's cells that lie at least as far out, even from 0 to 1 for
+        cells like them and small for others; "distance", the Mahalanobis distance that this is of; "elbo" and
+        "density", by how many deviations they are above those of compared cells with a like library;
+        "compared_with", what the cell was compared with: "reference", "own batch", or "nothing" in a new batch of too
+        few cells (its other columns are then relative to the reference).
 
         Raises
         ------
@@ -206,12 +216,15 @@ class Query:
         return loaders.cells_of(self.reference)
 
     def _new_batch(self) -> np.ndarray:
-        """Return the code of each new cell's batch, -1 where the reference knows it."""
-        key = self.model.registry.setup.batch_key
-        if key not in self.model.registry.known:
-            return np.full(self.model.adata.n_obs, -1)
-        codes = codes_of_column(self.model.adata.obs[key], self.model.registry.batches)
-        return np.where(codes < self.model.registry.known[key], -1, codes)
+        """Return a number for each new cell's batch and covariates that the reference has not seen, -1 for none."""
+        registry, cells = self.model.registry, self.model.adata.obs
+        seen = np.zeros(self.model.adata.n_obs, int)
+        for key in (registry.setup.batch_key, *registry.setup.categorical_covariate_keys):
+            if key in registry.known:
+                values = codes_of_column(cells[key], registry.categories[key])
+                unseen = np.maximum(values - registry.known[key] + 1, 0)
+                seen = seen * (len(registry.categories[key]) + 1) + unseen
+        return seen - 1
 
     def _reference_cells(self, rows: np.ndarray) -> CellLoader:
         """Return cells of the reference as the query sees cells: of the genes that were measured for both."""

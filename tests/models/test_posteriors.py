@@ -94,7 +94,7 @@ def test_new_cells_are_mapped(asked, cells):
 
 
 def test_only_a_new_batch_is_learned(asked, cells):
-    other = cells[:40].copy()
+    other = cells[:60].copy()
     other.obs["batch"] = "of another day"
     query = asked.query(other)
     before = {name: weight.clone() for name, weight in query.model.vae.state_dict().items()}

@@ -283,19 +283,107 @@ def test_columns_of_typicality_say_which_way():
 
     def cells(n, elbo, z):
         return analysis.Described(
-            z + rng.normal(size=(n, 2)), rng.normal(size=n), elbo + rng.normal(size=n), rng.normal(size=(n, 3))
+            z + rng.normal(size=(n, 2)), rng.normal(size=n), elbo + rng.normal(size=n), rng.normal(size=(n, 6))
         )
 
     known, train_z = cells(400, 0, 0), rng.normal(size=(1000, 2))
-    table = analysis._compared(cells(50, -5, 0), known, train_z)
+
+    def compared(new):
+        n = len(new.z)
+        return analysis._compared(new, known, train_z, np.full(n, -1), np.arange(n) % 2, 3)
+
+    table = compared(cells(50, -5, 0))
     assert table["elbo"].mean() < -3
     assert abs(table["density"].mean()) < 1
     assert np.median(table["typicality"]) < 0.05
-    table = analysis._compared(cells(50, 0, 6), known, train_z)
+    table = compared(cells(50, 0, 6))
     assert table["density"].max() < -1
     assert abs(table["elbo"].mean()) < 0.5
-    table = analysis._compared(cells(400, 0, 0), known, train_z)
+    table = compared(cells(400, 0, 0))
     assert abs(table["typicality"].mean() - 0.5) < 0.05
+    assert (table["compared_with"] == "reference").all()
+
+
+def of_another_protocol(adata, genes, depth, seed):
+    """Return the cells as a protocol would see them that is `depth` as deep and differs by a factor for each gene."""
+    rng = np.random.default_rng(seed)
+    factor = depth * np.exp(rng.normal(0, genes, adata.n_vars))
+    adata = adata.copy()
+    adata.X = rng.poisson(adata.X.toarray() * factor).astype(np.float32)
+    adata.X[adata.X.sum(1) == 0, 0] = 1
+    return adata
+
+
+@pytest.fixture(scope="module")
+def without_type_2():
+    """A model of four of five types and two of three batches, and the cells of the third, as another protocol sees."""
+    adata = scgen.simulate_cells(n_cells=2400, n_genes=150, n_batches=3, n_types=5, seed=5)
+    novel, new = adata.obs["cell_type"] == "type_2", adata.obs["batch"] == "batch_3"
+    known = adata[~novel & ~new].copy()
+    known.obs["kit"] = "v2"
+    scgen.setup_anndata(known, batch_key="batch", categorical_covariate_keys=["kit"])
+    model = scgen.SCVI(known, n_hidden=32)
+    model.train(40, accelerator="cpu", progress=False, train_size=0.7)
+    new = of_another_protocol(adata[new], 0.8, 0.4, 0)
+    new.obs["kit"] = "v2"
+    return model, new
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_known_types_by_another_protocol_are_typical_of_their_batch(without_type_2, trained):
+    model, new = without_type_2
+    known = new[new.obs["cell_type"] != "type_2"].copy()
+    query = model.query(known)
+    if trained:
+        query.train(progress=False)
+    table = query.typicality()
+    assert (table["compared_with"] == "own batch").all()
+    assert (table["typicality"] < 0.05).mean() < 0.15
+    assert abs(table["typicality"].median() - 0.5) < 0.1
+    assert query.transfer_labels("cell_type")["label"].astype(str).eq(known.obs["cell_type"].astype(str)).mean() > 0.8
+
+
+def test_an_unseen_type_stands_out_among_the_cells_of_another_protocol(without_type_2):
+    model, new = without_type_2
+    unseen = (new.obs["cell_type"] == "type_2").to_numpy()
+    table = model.query(new).typicality()
+    assert roc_auc_score(unseen, -table["typicality"]) > 0.8
+    assert (table["typicality"][~unseen] < 0.05).mean() < 0.15
+    assert (table["typicality"][unseen] < 0.05).mean() > 2 * (table["typicality"][~unseen] < 0.05).mean()
+
+
+def test_a_new_batch_of_few_cells_is_not_calibrated(without_type_2):
+    model, new = without_type_2
+    few = anndata.concat([new[new.obs["cell_type"] != "type_2"][:30], model.adata[:100]])
+    table = model.query(few).typicality()
+    assert table["compared_with"].tolist() == ["nothing"] * 30 + ["reference"] * 100
+    assert table["typicality"][:30].isna().all()
+    assert table["typicality"][30:].between(0, 1).all()
+    assert np.isfinite(table["distance"]).all()
+
+
+def test_a_new_value_of_a_covariate_is_a_new_batch(without_type_2):
+    model, new = without_type_2
+    known = new[new.obs["cell_type"] != "type_2"].copy()
+    known.obs["batch"] = "batch_1"
+    known.obs["kit"] = np.where(np.arange(known.n_obs) < 200, "v3", "v4")
+    query = model.query(known)
+    table = query.typicality()
+    assert query._new_batch().tolist() == [0] * 200 + [1] * (known.n_obs - 200)
+    assert (table["compared_with"] == "own batch").all()
+    assert (table["typicality"] < 0.05).mean() < 0.15
+
+
+def test_distances_from_the_bulk_are_those_from_its_mean_and_covariance():
+    """A fifth of the rows lie far off: the others' own mean and covariance are found, by scipy."""
+    from scipy.spatial.distance import cdist
+
+    rng = np.random.default_rng(0)
+    values = rng.multivariate_normal([1, 2, 3], np.diag([1, 4, 9]), 400)
+    values[:80] = rng.normal(40, 3, (80, 3))
+    rest = values[80:]
+    expected = cdist(values, rest.mean(0, keepdims=True), "mahalanobis", VI=np.linalg.inv(np.cov(rest.T)))[:, 0]
+    np.testing.assert_allclose(analysis._from_bulk(values), expected)
 
 
 def test_held_out_counts_of_cells_with_missing_genes_are_not_read(reference, new, monkeypatch):
