@@ -2,6 +2,7 @@
 
     python -m benchmarks.query donors       # each donor mapped, by both packages
     python -m benchmarks.query types        # each cell type held out of training
+    python -m benchmarks.query protocols    # cells of another protocol, and each cell type held out of its reference
     python -m benchmarks.query table
 
 A reference of the seven other donors is trained with the package's defaults, but scvi-tools' for 100 epochs, over
@@ -16,6 +17,12 @@ training.
 ``types``: each cell type is held out of the training, with a fifth of the others' cells; both are mapped together,
 and the AUROC is by how well `Query.typicality` tells the two apart; beside it, the share of the other types' cells
 below .05.
+
+``protocols``: pairs of protocols of ``pbmc_atlas_20batches``, 3,000 cells of one (drawn by the seed) as the reference
+and up to 1,500 of another as the query, of types with 20 cells or more in the reference. With all types known: the
+share below .05. Then each type that has 20 cells and makes up at most two fifths of the query's is held out of the
+reference: the AUROC by how well `Query.typicality` tells its cells from the query's others, and both shares below .05.
+Most labels of this set are transferred ones, so that T and NK cells are told apart by other counts of the same kind.
 """
 
 import json
@@ -32,6 +39,18 @@ from benchmarks import pairs, protocol
 CACHE = Path(__file__).parent / "cache" / "query"
 RESULTS = Path(__file__).parent / "results" / "query"
 EPOCHS = 100
+
+#: Name of a pair -> the batches of its reference and of its query. What `Query.typicality` does to a new batch was
+#: chosen on the first three, at seed 0.
+PROTOCOLS = {
+    "10x v3 to pbmc3k": (["pbmc10k", "pbmc5k"], ["pbmc3k"]),
+    "pbmc3k to pbmc5k": (["pbmc3k"], ["pbmc5k"]),
+    "10x v1 to SCP424": (["pbmc3k", "frozen_donorA"], [f"SCP424_pbmc{i}_{j}" for i in (1, 2) for j in (1, 2)]),
+    "pbmc5k and pbmc3k to Kang": (["pbmc5k", "pbmc3k"], ["kang_control"]),
+    "pbmc3k and Kang to pbmc10k": (["pbmc3k", "kang_control", "kang_stimulated"], ["pbmc10k"]),
+    "pbmc10k to frozen": (["pbmc10k"], ["frozen_donorA"]),
+}
+REFERENCE_CELLS, QUERY_CELLS, FEWEST, LARGEST_SHARE = 3000, 1500, 20, 0.4
 
 
 def cells() -> anndata.AnnData:
@@ -143,6 +162,50 @@ def type_figures(cell_type: str, seed: int) -> dict[str, float]:
     }
 
 
+def protocol_sets(pair: str, seed: int) -> tuple[anndata.AnnData, anndata.AnnData]:
+    """Return cells of the reference's and of the query's protocol, of types that both have."""
+    adata, rng = anndata.read_h5ad(protocol.DATA / "pbmc_atlas_20batches.h5ad"), np.random.default_rng(seed)
+    adata = adata[adata.obs["cell_type"] != "unassigned"].copy()
+    for column in ("batch", "cell_type"):
+        adata.obs[column] = adata.obs[column].astype(str)
+    reference, query = (
+        adata[np.sort(rng.permutation(np.flatnonzero(adata.obs["batch"].isin(batches)))[:most])].copy()
+        for batches, most in zip(PROTOCOLS[pair], (REFERENCE_CELLS, QUERY_CELLS), strict=True)
+    )
+    known = reference.obs["cell_type"].value_counts()
+    return reference, query[query.obs["cell_type"].isin(known.index[known >= FEWEST])].copy()
+
+
+def protocol_figures(pair: str, seed: int) -> dict[str, float]:
+    reference, query = protocol_sets(pair, seed)
+    table = reference_of(reference, seed).query(query).typicality()
+    if not (table["compared_with"] == "own batch").all():
+        raise AssertionError("a batch of the query was not taken for a new one")
+    found = {"all known: below .05": float((table["typicality"] < 0.05).mean())}
+    n = query.obs["cell_type"].value_counts()
+    for cell_type in sorted(n.index[(n >= FEWEST) & (n <= LARGEST_SHARE * len(query))]):
+        model = reference_of(reference[reference.obs["cell_type"] != cell_type], seed)
+        typicality, novel = model.query(query).typicality()["typicality"], (query.obs["cell_type"] == cell_type)
+        found[f"{cell_type}: AUROC"] = float(roc_auc_score(novel, -typicality))
+        found[f"{cell_type}: share of the query"] = float(novel.mean())
+        found[f"{cell_type}: below .05"] = float((typicality[novel] < 0.05).mean())
+        found[f"{cell_type}: known below .05"] = float((typicality[~novel] < 0.05).mean())
+    return found
+
+
+def protocol_table() -> pd.DataFrame:
+    """Return one row for each pair, seed, and held-out type (none: all are known)."""
+    rows = []
+    for path in sorted(RESULTS.glob("protocols-*.json")):
+        one = json.loads(path.read_text())
+        by_type: dict[str, dict] = {}
+        for name, value in one["figures"].items():
+            cell_type, figure = name.split(": ")
+            by_type.setdefault(cell_type, {})[figure] = value
+        rows += [{"pair": one["what"], "seed": one["seed"], "held out": name} | of for name, of in by_type.items()]
+    return pd.DataFrame(rows).sort_values(["pair", "held out", "seed"]).set_index(["pair", "held out", "seed"])
+
+
 def table(kind: str) -> pd.DataFrame:
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{kind}-*.json"))]
     return pd.DataFrame([one["figures"] for one in found], index=[(one["what"], one["seed"]) for one in found])
@@ -156,12 +219,19 @@ if __name__ == "__main__":
             print(
                 shown.round(3).to_string(), "\n", shown.astype(float).agg(["mean", "median"]).round(4).to_string(), "\n"
             )
+        shown = protocol_table()
+        means = shown.groupby(level=["pair", "held out"]).agg(["mean", "std"])
+        print(means.round(3).to_string())
         sys.exit()
     commit = pairs.commit()
-    column, figures = {"donors": ("batch", donor_figures), "types": ("cell_type", type_figures)}[kind]
+    names, figures = {
+        "donors": (lambda: sorted(cells().obs["batch"].unique()), donor_figures),
+        "types": (lambda: sorted(cells().obs["cell_type"].unique()), type_figures),
+        "protocols": (lambda: list(PROTOCOLS), protocol_figures),
+    }[kind]
     RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
-        for what in sorted(cells().obs[column].unique()):
+        for what in names():
             result = {"what": what, "seed": seed, "commit": commit, "figures": figures(what, seed)}
             print(json.dumps(result), flush=True)
             name = f"{kind}-{what.replace(' ', '_')}-{seed}.json"

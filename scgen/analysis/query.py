@@ -114,26 +114,25 @@ def _compared(
     compared_with = np.empty(len(ours), object)
     of_known = _all_against(known.log_total, theirs, known.log_total, theirs)
     columns = (slice(0, n_first), slice(n_first, None))
-    from_known = [np.column_stack([of_known, known.residuals[:, own]]) for own in columns]
-    nulls = [np.sort(_without_self(_mahalanobis(each, each), len(each))) for each in from_known]
     for batch in np.unique(new_batch):
         rows = np.flatnonzero(new_batch == batch)
         with_itself = batch >= 0 and len(rows) >= MIN_BATCH
         compared_with[rows] = "reference" if batch < 0 else "own batch" if with_itself else "nothing"
         place = (new.log_total[rows], ours[rows]) if with_itself else (known.log_total, theirs)
         values[rows] = _all_against(new.log_total[rows], ours[rows], *place)
-        for half, null in enumerate(nulls):
-            from_new = np.column_stack([values[rows], new.residuals[rows, columns[half]]])
-            if with_itself:
-                found = _from_bulk(from_new)
-                found *= np.median(null) / (np.median(found) + 1e-12)
-            else:
-                found = _mahalanobis(from_new, from_known[half])
+        for half, own in enumerate(columns):
             judged = halves[rows] == half
-            distance[rows[judged]] = found[judged]
-            if batch < 0 or with_itself:
-                further = len(null) - np.searchsorted(null, found[judged])
-                share[rows[judged]] = (1 + further) / (1 + len(null))
+            if with_itself:
+                far, odd = _among_themselves(
+                    values[rows, 1], new.residuals[rows, own], of_known[:, 1], known.residuals[:, own]
+                )
+            else:
+                from_known = np.column_stack([of_known, known.residuals[:, own]])
+                far = _mahalanobis(np.column_stack([values[rows], new.residuals[rows, own]]), from_known)
+                odd = _share(far, _without_self(_mahalanobis(from_known, from_known), len(from_known)))
+            distance[rows[judged]] = far[judged]
+            if compared_with[rows[0]] != "nothing":
+                share[rows[judged]] = odd[judged]
     return pd.DataFrame(
         {
             "typicality": share,
@@ -143,6 +142,29 @@ def _compared(
             "compared_with": pd.Categorical(compared_with, ["reference", "own batch", "nothing"]),
         }
     )
+
+
+def _among_themselves(
+    density: np.ndarray, residuals: np.ndarray, known_density: np.ndarray, known_residuals: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return how far out each cell of a new batch lies in its batch, and the share of known cells at least as odd.
+
+    A cell is as odd as the odder of two things: its distance from the bulk of the batch's residuals, scaled so that
+    the median is the known cells', and how much fewer neighbours it has in z than the batch's cells usually have. The
+    two are taken apart, because a type that the residuals do not tell may lie far from the reference's cells, and what
+    a batch does to its residuals is much more than what it does to these.
+    """
+    known_distance = _without_self(_mahalanobis(known_residuals, known_residuals), len(known_residuals))
+    distance = _from_bulk(residuals)
+    distance *= np.median(known_distance) / (np.median(distance) + 1e-12)
+    smaller = np.minimum(_share(distance, known_distance), _share(-density, -known_density))
+    known_smaller = np.minimum(_share(known_distance, known_distance), _share(-known_density, -known_density))
+    return distance, _share(-smaller, -known_smaller)
+
+
+def _share(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return the share of the known values, and the value itself, that are at least as large as each value."""
+    return (1 + len(known) - np.searchsorted(np.sort(known), values)) / (1 + len(known))
 
 
 def _part(loader: CellLoader, rows: np.ndarray) -> CellLoader:

@@ -165,14 +165,15 @@ class Query:
         hardly anything is seen. A type that the model cannot tell from a known one is typical.
 
         A new batch differs from the reference in all of its cells. Its cells are therefore compared with each other:
-        the four fifths that lie closest together say what is usual in the batch, and the distances are scaled so that
-        their median is that of the reference's cells. This assumes that most cells of the batch are of types that the
-        reference knows. A type that makes up much of a new batch is taken for what is usual there, and is not found.
-        What the batch does to all cells alike is not seen either, such as a treatment's effect. A batch with fewer
-        than 50 cells cannot be compared with itself: its typicality is NaN (not calibrated), and only the ranks of
-        its distances mean something. A new value of a categorical covariate counts as a new batch. Where the model
-        has no batches, all cells are compared with the reference: name the column of the new cells' batches in
-        ``model.query(adata, batch_key=...)``.
+        the four fifths whose residuals lie closest together say what is usual in the batch, and the distances are
+        scaled so that their median is that of the reference's cells. A cell is as odd as the odder of two things: this
+        distance, and how far it lies from the reference's cells in z, beside others of its batch. All this assumes
+        that most cells of the batch are of types that the reference knows. A type that makes up much of a new batch (a
+        third, say) is taken for what is usual there, and is not found. Nor is a change of all cells alike, such as a
+        treatment's effect. A batch with fewer than 50 cells cannot be compared with itself: its typicality is NaN (not
+        calibrated), and only the ranks of its distances mean something. A new value of a categorical covariate counts
+        as a new batch. Where the model has no batches, all cells are compared with the reference: name the column of
+        the new cells' batches in ``model.query(adata, batch_key=...)``.
 
         Parameters
         ----------
@@ -182,10 +183,11 @@ class Query:
         Returns
         -------
         By cell: "typicality", the share of the reference's cells that lie at least as far out, even from 0 to 1 for
-        cells like them and small for others; "distance", the Mahalanobis distance that this is of; "elbo" and
-        "density", by how many deviations they are above those of compared cells with a like library;
-        "compared_with", what the cell was compared with: "reference", "own batch", or "nothing" in a new batch of too
-        few cells (its other columns are then relative to the reference).
+        cells like them and small for others; "distance", the Mahalanobis distance (in a new batch, of its residuals
+        alone); "elbo" and "density", by how many deviations they are above those of compared cells with a like library
+        (negative density: further from the reference's cells); "compared_with", what the cell was compared with:
+        "reference", "own batch", or "nothing" in a new batch of too few cells (its other columns are then relative to
+        the reference).
 
         Raises
         ------
