@@ -225,6 +225,9 @@ def modelled_part(adata: AnnData, setup: Setup, n_top_genes: int | None) -> tupl
     kept = _counted(matrix, setup)
     if len(kept) and n_top_genes is not None and n_top_genes < adata.n_vars:
         genes = highly_variable(matrix[kept], adata.obs[setup.batch_key].to_numpy()[kept], n_top_genes)
+        if len(genes) < n_top_genes:
+            text = f"n_top_genes={n_top_genes}, but only {len(genes)} genes vary within the batches; these are modelled"
+            warnings.warn(text, stacklevel=3)
         matrix = matrix[:, genes]
         kept = _counted(matrix, setup)
     if not len(kept):

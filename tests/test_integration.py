@@ -108,6 +108,17 @@ def test_a_batch_whose_cells_are_alike_chooses_no_genes(cells, form):
         quick(cells, n_top_genes=10)
 
 
+def test_it_says_where_fewer_genes_vary_than_are_asked_for(cells):
+    x = cells.X.toarray()
+    x[:, 10:] = 0
+    x[:, 0] += 1  # no cell is without counts
+    cells.X = x
+    cells.obs["batch"] = "one"
+    with pytest.warns(UserWarning, match="n_top_genes=20, but only 10 genes vary"):
+        model = quick(cells, n_top_genes=20)
+    assert model.registry.genes == cells.var_names[:10].tolist()
+
+
 @pytest.mark.parametrize("form", ["dense", "csr", "csc"])
 def test_no_warning_about_our_own_copies_and_memory_that_is_only_read(cells, form):
     x = cells.X.toarray().astype(np.float32) if form == "dense" else getattr(cells.X.astype(np.float32), f"to{form}")()
