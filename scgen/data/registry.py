@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -410,4 +410,5 @@ def _setup(adata: AnnData, arguments: dict) -> Setup:
         taken[key] = () if listed is None else tuple(listed) if is_list else listed
     setup = Setup(**taken)
     check_types(adata, setup)
-    return setup
+    # A NumPy boolean, which anndata 0.11 makes of those in files, is nothing that JSON holds.
+    return replace(setup, counts=bool(setup.counts))

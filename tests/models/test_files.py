@@ -156,6 +156,14 @@ def test_numpy_arguments(cells, tmp_path, argument):
     assert scgen.SCVI.load(tmp_path / "model").arguments == model.arguments
 
 
+def test_a_numpy_boolean_in_the_setup(cells, tmp_path):
+    # anndata 0.11 reads True from a file as one.
+    adata = cells.copy()
+    scgen.setup_anndata(adata, batch_key="batch", counts=np.True_)
+    scgen.SCVI(adata, n_hidden=8).save(tmp_path / "model")
+    assert scgen.SCVI.load(tmp_path / "model").registry.setup.counts is True
+
+
 # Other cells
 
 
