@@ -111,27 +111,23 @@ def _compared(
     theirs = np.column_stack([known.elbo, -sparsity(known)])
     ours = np.column_stack([new.elbo, -sparsity(new)])
     values, distance, share = np.empty_like(ours, float), np.empty(len(ours)), np.full(len(ours), np.nan)
-    compared_with = np.empty(len(ours), object)
     of_known = _all_against(known.log_total, theirs, known.log_total, theirs)
-    columns = (slice(0, n_first), slice(n_first, None))
     for batch in np.unique(new_batch):
         rows = np.flatnonzero(new_batch == batch)
         with_itself = batch >= 0 and len(rows) >= MIN_BATCH
-        compared_with[rows] = "reference" if batch < 0 else "own batch" if with_itself else "nothing"
         place = (new.log_total[rows], ours[rows]) if with_itself else (known.log_total, theirs)
         values[rows] = _all_against(new.log_total[rows], ours[rows], *place)
-        for half, own in enumerate(columns):
+        for half, own in enumerate((slice(0, n_first), slice(n_first, None))):
             judged = halves[rows] == half
+            of_new, residuals = new.residuals[rows, own], known.residuals[:, own]
             if with_itself:
-                far, odd = _among_themselves(
-                    values[rows, 1], new.residuals[rows, own], of_known[:, 1], known.residuals[:, own]
-                )
+                far, odd = _among_themselves(values[rows, 1], of_new, of_known[:, 1], residuals)
             else:
-                from_known = np.column_stack([of_known, known.residuals[:, own]])
-                far = _mahalanobis(np.column_stack([values[rows], new.residuals[rows, own]]), from_known)
+                from_known = np.column_stack([of_known, residuals])
+                far = _mahalanobis(np.column_stack([values[rows], of_new]), from_known)
                 odd = _share(far, _without_self(_mahalanobis(from_known, from_known), len(from_known)))
             distance[rows[judged]] = far[judged]
-            if compared_with[rows[0]] != "nothing":
+            if batch < 0 or with_itself:
                 share[rows[judged]] = odd[judged]
     return pd.DataFrame(
         {
@@ -139,7 +135,7 @@ def _compared(
             "distance": distance,
             "elbo": values[:, 0],
             "density": values[:, 1],
-            "compared_with": pd.Categorical(compared_with, ["reference", "own batch", "nothing"]),
+            "new_batch": new_batch >= 0,
         }
     )
 
@@ -237,7 +233,8 @@ def _from_bulk(values: np.ndarray) -> np.ndarray:
 def _mahalanobis(values: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Return the distance of each row from the known rows, in units of their spread along every direction."""
     centred = values - known.mean(0)
-    return np.sqrt(np.einsum("ni,ij,nj->n", centred, np.linalg.pinv(np.cov(known.T)), centred))
+    inverse = np.linalg.pinv(np.atleast_2d(np.cov(known.T)))  # cov of one column is no matrix
+    return np.sqrt(np.einsum("ni,ij,nj->n", centred, inverse, centred))
 
 
 def _without_self(distance: np.ndarray, n: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """New cells mapped onto a trained model: its weights for their genes and batches, and what it says of them."""
 
+import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -169,11 +170,14 @@ class Query:
         scaled so that their median is that of the reference's cells. A cell is as odd as the odder of two things: this
         distance, and how far it lies from the reference's cells in z, beside others of its batch. All this assumes
         that most cells of the batch are of types that the reference knows. A type that makes up much of a new batch (a
-        third, say) is taken for what is usual there, and is not found. Nor is a change of all cells alike, such as a
-        treatment's effect. A batch with fewer than 50 cells cannot be compared with itself: its typicality is NaN (not
-        calibrated), and only the ranks of its distances mean something. A new value of a categorical covariate counts
-        as a new batch. Where the model has no batches, all cells are compared with the reference: name the column of
-        the new cells' batches in ``model.query(adata, batch_key=...)``.
+        third, say) is taken for what is usual there, and may not be found; nor are types that differ by less than
+        the batches do. A change of all cells alike, such as a treatment's effect, is not seen. A batch with fewer than
+        50 cells cannot be compared with itself: its typicality is NaN (not calibrated), with a warning, and only the
+        ranks of its distances mean something.
+
+        A new value of a categorical covariate counts as a new batch. Where the model has no batches, all cells are
+        compared with the reference: name the column of the new cells' batches in
+        ``model.query(adata, batch_key=...)``.
 
         Parameters
         ----------
@@ -185,9 +189,8 @@ class Query:
         By cell: "typicality", the share of the reference's cells that lie at least as far out, even from 0 to 1 for
         cells like them and small for others; "distance", the Mahalanobis distance (in a new batch, of its residuals
         alone); "elbo" and "density", by how many deviations they are above those of compared cells with a like library
-        (negative density: further from the reference's cells); "compared_with", what the cell was compared with:
-        "reference", "own batch", or "nothing" in a new batch of too few cells (its other columns are then relative to
-        the reference).
+        (negative density: further from the reference's cells); "new_batch", whether the cell is of a new batch, and so
+        compared with its own batch, or, where typicality is NaN, with nothing.
 
         Raises
         ------
@@ -209,6 +212,14 @@ class Query:
             self._new_batch(),
             seed,
         )
+        missing = int(table["typicality"].isna().sum())
+        if missing:
+            warnings.warn(
+                f"the typicality of {missing} of {len(table)} cells is not calibrated (NaN): they are of new batches "
+                f"with fewer than {analysis.MIN_BATCH} cells, too few to tell the batch's effect from a cell's own. "
+                'Compare the ranks of their "distance" or "density" with each other.',
+                stacklevel=2,
+            )
         return table.set_index(self.model.adata.obs_names)
 
     def _reference_adata(self) -> AnnData:

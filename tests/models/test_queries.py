@@ -301,7 +301,7 @@ def test_columns_of_typicality_say_which_way():
     assert abs(table["elbo"].mean()) < 0.5
     table = compared(cells(400, 0, 0))
     assert abs(table["typicality"].mean() - 0.5) < 0.05
-    assert (table["compared_with"] == "reference").all()
+    assert not table["new_batch"].any()
 
 
 def of_another_protocol(adata, genes, depth, seed):
@@ -337,7 +337,7 @@ def test_known_types_by_another_protocol_are_typical_of_their_batch(without_type
     if trained:
         query.train(progress=False)
     table = query.typicality()
-    assert (table["compared_with"] == "own batch").all()
+    assert table["new_batch"].all()
     assert (table["typicality"] < 0.05).mean() < 0.15
     assert abs(table["typicality"].median() - 0.5) < 0.1
     assert query.transfer_labels("cell_type")["label"].astype(str).eq(known.obs["cell_type"].astype(str)).mean() > 0.8
@@ -355,8 +355,9 @@ def test_an_unseen_type_stands_out_among_the_cells_of_another_protocol(without_t
 def test_a_new_batch_of_few_cells_is_not_calibrated(without_type_2):
     model, new = without_type_2
     few = anndata.concat([new[new.obs["cell_type"] != "type_2"][:30], model.adata[:100]])
-    table = model.query(few).typicality()
-    assert table["compared_with"].tolist() == ["nothing"] * 30 + ["reference"] * 100
+    with pytest.warns(UserWarning, match=r"typicality of 30 of 130 cells is not calibrated \(NaN\)"):
+        table = model.query(few).typicality()
+    assert table["new_batch"].tolist() == [True] * 30 + [False] * 100
     assert table["typicality"][:30].isna().all()
     assert table["typicality"][30:].between(0, 1).all()
     assert np.isfinite(table["distance"]).all()
@@ -370,7 +371,7 @@ def test_a_new_value_of_a_covariate_is_a_new_batch(without_type_2):
     query = model.query(known)
     table = query.typicality()
     assert query._new_batch().tolist() == [0] * 200 + [1] * (known.n_obs - 200)
-    assert (table["compared_with"] == "own batch").all()
+    assert table["new_batch"].all()
     assert (table["typicality"] < 0.05).mean() < 0.15
 
 
