@@ -52,6 +52,7 @@ def conditions(
     registry: Registry,
     batch: str | Sequence[str] | None,
     covariates: Mapping[str, str | float | Sequence[str] | Sequence[float]] | None,
+    argument: str = "batch",
 ) -> list[Condition]:
     """Return all combinations of what is asked of batch and covariates; an answer is the mean over them.
 
@@ -61,6 +62,8 @@ def conditions(
         What the model knows.
     batch, covariates
         As in `Model.get_normalized_expression`.
+    argument
+        The name that the batch was given by.
 
     Raises
     ------
@@ -71,7 +74,7 @@ def conditions(
     """
     columns = _columns(registry)
     # None is the batch's: a covariate may be named "batch".
-    chosen: dict[str | None, list] = {None: codes_of("batch", registry.batches, batch)}
+    chosen: dict[str | None, list] = {None: codes_of(argument, registry.batches, batch)}
     for name, asked in _named(registry, covariates).items():
         what = f"covariates={{{name!r}: ...}}"
         if columns[name][0] == "continuous":
@@ -117,9 +120,15 @@ class Asked:
         batch: str | Sequence[str] | None,
         covariates: Mapping | None,
         gene_list: Iterable[str] | None,
+        transform_batch: str | Sequence[str] | None = None,
     ) -> "Asked":
         """Look up what `conditions` does, and the genes: TypeError for no list, ValueError for none or unknown ones."""
-        found, known = conditions(registry, batch, covariates), pd.Index(registry.genes)
+        argument = "batch" if transform_batch is None else "transform_batch"
+        if transform_batch is not None:
+            if not (isinstance(batch, str) and batch == "observed"):
+                raise ValueError("batch and transform_batch are the same thing; give one of them.")
+            batch = transform_batch
+        found, known = conditions(registry, batch, covariates, argument), pd.Index(registry.genes)
         if gene_list is None:
             return cls(found, known, None)
         genes = check_names("gene_list", gene_list)
@@ -136,15 +145,6 @@ class Asked:
     def of_genes(self, values: Tensor) -> Tensor:
         """Return the columns of (..., G) values that are wanted."""
         return values if self.columns is None else values[..., torch.from_numpy(self.columns)]
-
-
-def batch_asked(batch: str | Sequence[str] | None, transform_batch: str | Sequence[str] | None):
-    """Return what is asked of the batch, by either of its names; ValueError where both are given."""
-    if transform_batch is None:
-        return batch
-    if not (isinstance(batch, str) and batch == "observed"):
-        raise ValueError("batch and transform_batch are the same thing; give one of them.")
-    return transform_batch
 
 
 def one_condition(registry: Registry, batch: str | None, covariates: Mapping[str, str | float] | None) -> Condition:

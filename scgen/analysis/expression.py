@@ -90,6 +90,9 @@ def answer(
     elif sparse_below is None:
         fewer = "Ask for their mean, about fewer cells or genes, or pass out=numpy.memmap(...)."
         check_memory("n_samples", settings.n_samples, 4 * math.prod(shape), fewer)
+    if settings.weights == "importance":  # all draws of a minibatch are held: z, l and their densities
+        n_bytes = 32 * settings.n_samples * min(loader.batch_size, len(loader.index))
+        check_memory("n_samples", settings.n_samples, n_bytes, "Ask for fewer, or a smaller batch_size.")
     with seeded(settings.seed):
         blocks = _blocks(vae, loader, settings)
         if sparse_below is not None:

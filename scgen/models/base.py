@@ -10,7 +10,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from scgen.analysis import correlation, differential_expression, expression, inference, sampling, thinning
-from scgen.analysis.counterfactual import Asked, batch_asked, one_condition
+from scgen.analysis.counterfactual import Asked, one_condition
 from scgen.analysis.likelihood_parameters import likelihood_parameters
 from scgen.arguments import check_choice, check_draws, check_number
 from scgen.data.loader import CellLoader
@@ -485,7 +485,7 @@ class Model:
         >>> model.get_normalized_expression(library_size=1e4, sparse_below=1.0).format
         'csr'
         """
-        asked = Asked.of(self.registry, batch_asked(batch, transform_batch), covariates, gene_list)
+        asked = Asked.of(self.registry, batch, covariates, gene_list, transform_batch)
         settings = expression.Settings(
             asked, library_size, n_samples, return_mean, weights, seed, return_numpy, sparse_below
         )

@@ -1,0 +1,581 @@
+"""Wrong values for every argument of every public call: an error that names it, from the door, and nothing changed.
+
+`KINDS` says what each argument takes, and `WRONG` what is wrong with that. A public call, or an argument of one, that
+is in neither table fails `test_every_argument_has_a_kind`.
+"""
+
+import argparse
+import hashlib
+import inspect
+import traceback
+from decimal import Decimal
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+
+import scgen
+from scgen import arguments, cli, integration, plots
+from scgen.models.base import Model
+from scgen.models.queries import Query
+
+PACKAGE = Path(scgen.__file__).parent
+NAN, INF = float("nan"), float("inf")
+
+NO_TEXT = [3, 1.5, True, b"text", ["text"], (), {}, {"text"}, np.array(["a", "b"]), object(), 3j, NAN, pd.NA]
+NO_NUMBER = ["5", "many", "", b"5", [5], (), {}, np.array([5, 6]), pd.Series([5]), 5j, object(), True, np.True_]
+NO_NUMBER += [Decimal(5), Fraction(1, 2), np.datetime64("2020"), np.timedelta64(5), pd.NA, torch.tensor(5), AnnData()]
+NO_WHOLE = [*NO_NUMBER, 2.5, 5.0, np.float32(2.5), NAN, INF, -INF, -1, np.int64(-5), -(10**30)]
+NO_NAMES = [3, 1.5, True, object(), b"text", [3], [None], ["gene_1", 3], [["gene_1"]], np.zeros((2, 2)), NAN]
+
+#: By kind of argument, what is none.
+WRONG = {
+    "adata": ["a.h5ad", Path("a.h5ad"), 3, True, np.zeros((3, 3)), pd.DataFrame({"a": [1]}), [], {}, b"", AnnData, NAN],
+    "flag": [
+        "no",
+        "False",
+        "True",
+        "",
+        0,
+        1,
+        None,
+        0.0,
+        NAN,
+        [True],
+        (),
+        {},
+        np.array([True, False]),
+        b"x",
+        1j,
+        object(),
+    ],
+    "whole": [*NO_WHOLE, 0, None],
+    "optional whole": [*NO_WHOLE, 0],
+    "draws": [*NO_WHOLE, 0, None, 10**9],
+    "optional draws": [*NO_WHOLE, 0, 10**9],
+    "epochs": [*NO_WHOLE, 0, 10**9],
+    "count": [*NO_WHOLE, None],
+    "size": [*NO_WHOLE, 0, None, 10**15],
+    "n_hidden": [*NO_WHOLE, 0, None, 10**6],
+    "n_flows": [*NO_WHOLE, 0, 3, 10**6],  # for posterior="normal" there is none
+    "devices": [*NO_WHOLE, 0, None, 2, "auto"],
+    "seed": [*NO_WHOLE, None, 2**63, 2**64, 10**400],
+    "positive": [*NO_NUMBER, None, 0, -1, NAN, INF, -INF, 1e300, 10**400],
+    "optional positive": [*NO_NUMBER, 0, -1, NAN, INF, 10**400],
+    "from 0": [*NO_NUMBER, None, -1, -1e-9, NAN, INF, -INF, 10**400],
+    "effect": [*NO_NUMBER, None, -1, NAN, INF, -INF, 1e308, 10**400],
+    "share": [*NO_NUMBER, None, -0.1, 1.1, NAN, INF, -INF, 1e300],
+    "open share": [*NO_NUMBER, None, 0, 1, -0.1, 1.1, NAN, INF],
+    "share below 1": [*NO_NUMBER, None, 1, -0.1, 1.1, NAN, INF],
+    "train share": [*NO_NUMBER, None, 0, -0.1, 1.1, NAN, INF],
+    "library": ["Latent", "", b"latent", None, 0, -1, True, NAN, INF, 1e300, [1], np.array([1, 2]), 1j, object()],
+    "choice": [*NO_TEXT, None, "", "Normal ", "auto ", "GPU"],
+    "accelerator": [*NO_TEXT, None, "", "Auto", "tpu", "mps"],
+    "rows": ["a", b"ab", 1.5, [0.5], [NAN], ["x"], [[0], [1]], [[0, 1], [2]], np.array([2**64 - 1], np.uint64), [120]],
+    "path": [None, 3, 1.5, True, "", b"folder", [], ["a"], {}, "a\0b", NAN, object()],
+    "names": [*NO_NAMES, "gene_1", [], ["nope"], np.array("gene_1")],
+    "batch": ["nope", "", ["nope"], [], b"batch_1", object(), [None], [["batch_1"]], 1.5, NAN, True, [b"batch_1"]],
+    "covariates": ["donor", 3, [("donor", "a")], b"", object(), {"nope": 1}, {3: 1}, {"donor": "z"}, {"donor": []}],
+    "column": [*NO_TEXT, "nope", ""],
+    "kind of column": NO_TEXT,
+    "columns": [*NO_NAMES, "donor", ["nope"], [""]],
+    "kind of columns": [*NO_NAMES, "donor"],
+    "key": [*NO_TEXT, "", "a/b", "/", "a\0b"],
+    "required key": [*NO_TEXT, None, "", "a/b", "/", "a\0b"],
+    "integrated": [
+        None,
+        3,
+        1.5,
+        True,
+        b"batch",
+        [None],
+        [3],
+        [],
+        "",
+        "nope",
+        ["batch", "nope"],
+        {"nope"},
+        object(),
+        NAN,
+    ],
+    "group": [b"type_1", "nope", "", 3, ["nope"], [None], [["type_1"]], object(), NAN, np.zeros((2, 2)), True],
+    "out": [
+        3,
+        "x",
+        [],
+        np.zeros(3),
+        np.zeros((120, 30), int),
+        np.zeros((120, 30), np.float16),
+        pd.DataFrame({"a": [1]}),
+    ],
+    "presets": [3, "nb", b"nb", True, [], {}, [None], [3], [["nb"]], ["nope"], {"nb"}, object(), {3: {}}, {"a": 3}],
+    "model": [None, 3, "model", b"", [], {}, True, object(), AnnData(), torch.nn.Linear(1, 1), Model, NAN],
+    "prefix": [None, 3, 1.5, True, b"p_", [], {}, object(), NAN],
+    "maps": [None, 3, "xy", [], {}, {"a": 3}, {"a": "xy"}, {"a": np.zeros(4)}, {"a": np.zeros((4, 3))}, {"a": None}],
+    "colours": [None, 3, "red", [], {}, {"a": 3}, {"a": None}, {"a": [1] * 4}, {"a": pd.Series([1])}],
+    "table": [None, 3, "table", [], {}, True, np.zeros((2, 2)), pd.DataFrame(), object()],
+}
+WRONG["rows"] += [[-121], [2**70], [True] * 3, True, [], (), {}, object(), np.zeros((2, 2), int), [None], 3j, {1, 2}]
+WRONG["rows"] += [pd.NA, pd.Series([0.5]), np.array(["a"]), pd.array([True, None]), 120, NAN, np.datetime64("2020")]
+WRONG["batch"] += [np.array([["batch_1"]]), AnnData(), pd.NA, 3j]
+WRONG["covariates"] += [{"donor": 3}, {"donor": [None]}, {"donor": b"a"}, {"age": "old"}, {"age": NAN}, {"age": True}]
+WRONG["covariates"] += [
+    {"age": 1e300},
+    {"age": []},
+    {"age": [1, INF]},
+    {"age": 1j},
+    {"age": 10**400},
+    {"batch": "batch_1"},
+]
+WRONG["presets"] += [{"a": {"nope": 1}}, {"a": {"n_latent": "3"}}, {"a": {"n_latent": True}}, {"a": {"seed": 1}}]
+
+ADATA_KEYS = {"layer": "column", "batch_key": "column", "labels_key": "column", "size_factor_key": "column"}
+ADATA_KEYS |= {"categorical_covariate_keys": "columns", "continuous_covariate_keys": "columns", "counts": "flag"}
+#: What arguments take wherever they are; `CALLS` has what differs.
+KINDS = ADATA_KEYS | {
+    "adata": "adata",
+    "indices": "rows",
+    "idx1": "rows",
+    "idx2": "rows",
+    "seed": "seed",
+    "batch_size": "whole",
+    "n_samples": "draws",
+    "n_mc_samples": "draws",
+    "n_cells": "whole",
+    "n": "size",
+    "max_epochs": "epochs",
+    "patience": "optional whole",
+    "n_importance_samples": "size",
+    "devices": "devices",
+    "n_top_genes": "optional whole",
+    "n_neighbors": "whole",
+    "n_labels": "count",
+    "max_categories": "count",
+    "n_latent": "n_hidden",
+    "n_hidden": "n_hidden",
+    "n_layers": "n_hidden",
+    "n_flows": "n_flows",
+    "n_components": "n_flows",
+    "dropout_rate": "share below 1",
+    "learning_rate": "positive",
+    "kl_start": "from 0",
+    "train_size": "train share",
+    "held_out": "open share",
+    "fdr_target": "open share",
+    "threshold": "from 0",
+    "delta": "from 0",
+    "resolution": "from 0",
+    "min_overlap": "share",
+    "unknown_below": "share",
+    "sparse_below": "optional positive",
+    "library_size": "library",
+    "accelerator": "accelerator",
+    "batch": "batch",
+    "transform_batch": "batch",
+    "covariates": "covariates",
+    "gene_list": "names",
+    "folder": "path",
+    "path": "path",
+    "groupby": "column",
+    "group1": "group",
+    "group2": "group",
+    "key_added": "key",
+    "adjusted_basis": "required key",
+    "key": "integrated",
+    "out": "out",
+    "presets": "presets",
+    "model": "model",
+    "prefix": "prefix",
+    "maps": "maps",
+    "colours": "colours",
+    "history": "table",
+    "table": "table",
+    "check": "table",
+}
+FLAGS = ("progress", "overwrite", "early_stopping", "give_mean", "return_dist", "return_mean", "return_ess")
+FLAGS += ("return_numpy", "batch_correction", "use_observed_lib_size", "encode_covariates", "library_residual")
+CHOICES = ("precision", "mode", "weights", "correlation_type", "gene_likelihood", "dispersion", "posterior", "prior")
+KINDS |= dict.fromkeys(FLAGS, "flag") | dict.fromkeys(CHOICES, "choice")
+
+#: Every public call, by name: how it is called rightly, and the arguments that are of another kind than elsewhere.
+CALLS = {
+    "setup_anndata": (lambda on, **given: scgen.setup_anndata(**{"adata": on.new} | given), {}),
+    "check": (
+        lambda on, **given: scgen.check(**{"adata": on.new} | given),
+        # Of names that are not there, its table tells.
+        dict.fromkeys(("layer", "batch_key", "labels_key", "size_factor_key"), "kind of column")
+        | dict.fromkeys(("categorical_covariate_keys", "continuous_covariate_keys"), "kind of columns"),
+    ),
+    "simulate_cells": (
+        lambda on, **given: scgen.simulate_cells(**{"n_cells": 20, "n_genes": 10} | given),
+        dict.fromkeys(("n_cells", "n_genes", "n_batches", "n_types", "n_latent"), "size")
+        | {"batch_effect": "effect", "type_effect": "effect", "zero_inflation": "share below 1"}
+        | {"mean_library": "positive"},
+    ),
+    "integrate": (
+        lambda on, **given: scgen.integrate(**{"adata": on.new, "key": "batch", "max_epochs": 1} | given),
+        {},
+    ),
+    "tune": (lambda on, **given: scgen.tune(**{"adata": on.cells} | given), {}),
+    "posterior_predictive_check": (
+        lambda on, **given: scgen.posterior_predictive_check(**{"model": on.model} | given),
+        {},
+    ),
+    "integration.cluster": (
+        lambda on, **given: integration.cluster(**{"adata": on.cells, "basis": "z"} | given),
+        {"basis": "column", "suffix": "required key"},
+    ),
+    "SCVI": (lambda on, **given: scgen.SCVI(**{"adata": on.cells} | given), {}),
+    "SCVI.load": (lambda on, **given: scgen.SCVI.load(**{"folder": "saved"} | given), {}),
+    "SCVI.from_scvi_tools": (
+        lambda on, **given: scgen.SCVI.from_scvi_tools(**{"folder": "theirs"} | given),
+        {},
+    ),
+    "SCVI.train": (
+        lambda on, **given: on.model.train(**{"max_epochs": 1} | given),
+        {"batch_size": "optional whole"},
+    ),
+    "SCVI.differential_expression": (
+        lambda on, **given: on.model.differential_expression(
+            **({} if {"idx1", "idx2"} & given.keys() else {"groupby": "cell_type"})
+            | ({"idx1": [0]} if "idx2" in given else {})
+            | given
+        ),
+        {},
+    ),
+    "SCVI.get_likelihood_parameters": (
+        lambda on, **given: on.model.get_likelihood_parameters(**given),
+        {"n_samples": "optional draws"},
+    ),
+    "SCVI.query": (lambda on, **given: on.model.query(**{"adata": on.new} | given), {}),
+    "SCVI.setup_anndata": (lambda on, **given: scgen.SCVI.setup_anndata(**{"adata": on.new} | given), {}),
+    "Query.train": (lambda on, **given: on.query.train(**{"max_epochs": 1} | given), {}),
+    "Query.transfer_labels": (
+        lambda on, **given: on.query.transfer_labels(**{"labels_key": "cell_type"} | given),
+        {},
+    ),
+    "Query.typicality": (lambda on, **given: on.query.typicality(**given), {}),
+    "plots.scatters": (
+        lambda on, **given: plots.scatters(
+            **{"path": "a.png", "maps": {"a": np.zeros((4, 2))}, "colours": {"a": pd.Series([1] * 4)}} | given
+        ),
+        {},
+    ),
+    "plots.training_curve": (
+        lambda on, **given: plots.training_curve(**{"path": "a.png", "history": on.model.history} | given),
+        {},
+    ),
+    "plots.volcano": (lambda on, **given: plots.volcano(**{"path": "a.png", "table": on.table} | given), {}),
+    "plots.posterior_predictive": (
+        lambda on, **given: plots.posterior_predictive(**{"path": "a.png", "check": on.check} | given),
+        {},
+    ),
+}
+#: Questions, which need nothing.
+QUESTIONS = (
+    *("get_latent_representation", "get_latent_library_size", "get_elbo", "get_reconstruction_error"),
+    *("get_marginal_ll", "get_thinned_ll", "active_units", "get_normalized_expression", "get_cluster_probs"),
+    *("get_feature_correlation_matrix", "posterior_predictive_sample", "sample_prior", "save"),
+)
+
+
+def asked(name: str, on: SimpleNamespace, **given):
+    model = on.mixture if name == "get_cluster_probs" else on.model
+    return getattr(model, name)(**({"folder": "new"} if name == "save" else {}) | given)
+
+
+CALLS |= {f"SCVI.{name}": (partial(asked, name), {}) for name in QUESTIONS}
+#: What is public and takes nothing of a user's: data, what calls return, and what models are made by.
+OTHERS = {"PRESETS", "PosteriorPredictiveCheck", "Tuning", "SCVI.assemble", "SCVI.build", "SCVI.checked"}
+OTHERS |= {"SCVI.require_training", "Query.get_latent_representation"}
+
+
+def function_of(call: str):
+    *of, name = call.split(".")
+    homes = {"plots": plots, "integration": integration, "SCVI": scgen.SCVI, "Query": Query}
+    return getattr(homes[of[0]] if of else scgen, name)
+
+
+def kinds_of(call: str) -> dict[str, str]:
+    """Return the kind of each argument of a call."""
+    names = [name for name in inspect.signature(function_of(call)).parameters if name not in ("self", "cls")]
+    return {name: CALLS[call][1].get(name) or KINDS[name] for name in names}
+
+
+ARGUMENTS = [(call, name) for call in CALLS for name in kinds_of(call)]
+
+
+def test_every_argument_has_a_kind():
+    public = set(scgen.__all__)
+    for prefix, home in (("SCVI", scgen.SCVI), ("Query", Query), ("plots", plots)):
+        names = [name for name in dir(home) if not name.startswith("_")]
+        public |= {f"{prefix}.{name}" for name in names if inspect.isroutine(getattr(home, name))}
+    known = {call for call in CALLS if not call.startswith("integration.")}
+    public -= {"plots.check_path", "plots.check_whole", "plots.shown"}  # of scgen.arguments
+    assert public == known | OTHERS
+    for call in CALLS:
+        parameters = inspect.signature(function_of(call)).parameters.values()
+        assert not [one for one in parameters if one.kind in (one.VAR_KEYWORD, one.VAR_POSITIONAL)], call
+        assert set(CALLS[call][1]) <= set(kinds_of(call)), call
+    assert sum(len(WRONG[kinds_of(call)[name]]) for call, name in ARGUMENTS) > 4000
+
+
+@pytest.fixture(scope="module")
+def on(tmp_path_factory):
+    """Cells and models to call with, and a folder for files, which is the current one."""
+    cells = scgen.simulate_cells(n_cells=120, n_genes=30, n_batches=2, n_types=2, seed=1)
+    cells.obs["donor"], cells.obs["age"] = ["a", "b", "c"] * 40, np.linspace(20, 80, 120)
+    cells.layers["more"] = cells.X.copy()
+    new = cells.copy()
+    covariates = {"categorical_covariate_keys": ["donor"], "continuous_covariate_keys": ["age"]}
+    scgen.setup_anndata(cells, batch_key="batch", labels_key="cell_type", **covariates)
+    on = SimpleNamespace(cells=cells, new=new)
+    for name, prior in (("model", "normal"), ("mixture", "mog")):
+        model = scgen.SCVI(cells, n_latent=3, n_hidden=8, prior=prior, n_components=2 if prior == "mog" else None)
+        model.train(max_epochs=1, accelerator="cpu", progress=False)
+        setattr(on, name, model)
+    other = new[:60].copy()
+    other.obs["batch"] = "other"
+    on.query = on.model.query(other)
+    on.table = on.model.differential_expression("cell_type", n_samples=10, n_cells=10)
+    on.check = scgen.posterior_predictive_check(on.model, n_samples=2)
+    cells.obsm["z"] = on.model.get_latent_representation()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("files"))
+        on.model.save("saved")
+        cells.write_h5ad("cells.h5ad")
+        yield on
+
+
+def of_cells(adata: AnnData) -> list:
+    arrays = [adata.X.data, adata.X.indices, adata.X.indptr, *adata.obsm.values()]
+    arrays += [matrix.data for matrix in adata.layers.values() if hasattr(matrix, "indptr")]
+    tables = [(list(table.index), table.to_dict("list")) for table in (adata.obs, adata.var)]
+    keys = [list(of) for of in (adata.obsm, adata.obsp, adata.varm, adata.layers)]
+    return [np.asarray(array).tobytes() for array in arrays] + [repr((tables, keys, adata.uns))]
+
+
+def of_model(model: Model) -> list:
+    weights = [weight.detach().numpy().tobytes() for weight in model.vae.state_dict().values()]
+    rows = [np.asarray(rows).tobytes() for rows in (model.train_indices, model.validation_indices)]
+    return [*weights, *rows, repr((model.trainings, model.history.to_dict("list"), model.arguments, model.registry))]
+
+
+def everything(on: SimpleNamespace) -> bytes:
+    """Return a hash of all that a wrong call must leave as it is: cells, models, files and global generators."""
+    parts = [*of_cells(on.cells), *of_cells(on.new), *of_cells(on.query.model.adata)]
+    for model in (on.model, on.mixture, on.query.model):
+        parts += of_model(model)
+    parts += [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(Path().rglob("*"))]
+    _, state, position, *_ = np.random.get_state()  # noqa: NPY002
+    parts += [torch.get_rng_state().numpy().tobytes(), state.tobytes(), f"{position} {torch.get_default_dtype()}"]
+    return hashlib.sha256(b"".join(part if isinstance(part, bytes) else part.encode() for part in parts)).digest()
+
+
+@pytest.fixture(scope="module")
+def before(on):
+    return everything(on)
+
+
+def complaint(error: BaseException | None, name: str, value) -> str | None:
+    """Return what is wrong with the error for a wrong value; None where it is as it should be."""
+    if error is None:
+        return "accepted in silence"
+    message, last = str(error), Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    # What numpy, torch or pandas say is of their arguments.
+    if not isinstance(error, TypeError | ValueError | MemoryError) or PACKAGE not in last.parents:
+        return f"from {last.name}: {type(error).__name__}: {message}"
+    if name not in message or len(message) > 1500:
+        return f"does not name it: {message}"
+    is_short = value is None or (isinstance(value, bool | int | float) and not abs(value) > 10**18)
+    if is_short and name not in ("adata", "indices", "idx1", "idx2") and str(value) not in message:
+        return f"does not tell the value: {message}"
+    return None
+
+
+@pytest.mark.parametrize(("call", "name"), ARGUMENTS, ids=["-".join(argument) for argument in ARGUMENTS])
+def test_wrong_values_are_refused_by_name(on, before, call, name):
+    complaints = {}
+    for i, value in enumerate(WRONG[kinds_of(call)[name]]):
+        error = None
+        try:
+            CALLS[call][0](on, **{name: value})
+        except Exception as raised:
+            error = raised
+        told = complaint(error, name, value)
+        if told is None and everything(on) != before:
+            told = "something was changed"
+        if told is not None:
+            complaints[f"{i}: {arguments.shown(value)}"] = told
+    assert not complaints
+
+
+#: What takes more memory than there is, where there is little.
+LARGE = {
+    "simulate_cells": {"n_cells": 1000},
+    "posterior_predictive_check": {"n_samples": 1000},
+    "SCVI": {"n_hidden": 3000},
+    "SCVI.train": {"n_importance_samples": 1000},
+    "SCVI.sample_prior": {"n": 10_000},
+    "SCVI.posterior_predictive_sample": {"n_samples": 1000},
+    "SCVI.get_likelihood_parameters": {"n_samples": 1000},
+    "SCVI.get_feature_correlation_matrix": {"n_samples": 1000},
+    "SCVI.differential_expression": {"n_samples": 100_000},
+    "SCVI.get_normalized_expression": {"n_samples": 1000, "return_mean": False},
+    "Query.transfer_labels": {"n_neighbors": 1000},
+}
+
+
+@pytest.mark.parametrize("call", LARGE)
+def test_what_memory_does_not_hold_is_said_before_it_is_tried(on, before, monkeypatch, call):
+    monkeypatch.setattr(arguments, "_memory", lambda: 1e5)
+    name, value = next(iter(LARGE[call].items()))
+    with pytest.raises(
+        MemoryError, match=rf"^{name}={value} takes about [0-9.e+-]+ GB of memory, and this machine has"
+    ):
+        CALLS[call][0](on, **LARGE[call])
+    assert everything(on) == before
+
+
+def test_memory_for_draws_that_are_weighed(on, monkeypatch):
+    monkeypatch.setattr(arguments, "_memory", lambda: 1e5)
+    with pytest.raises(MemoryError, match="n_samples=1000"):
+        on.model.get_normalized_expression(n_samples=1000, weights="importance")
+
+
+def numpys(given: dict) -> dict:
+    """Return the same as NumPy's scalars, of the smallest types."""
+    types = {bool: np.bool_, int: np.int8, float: np.float64, str: np.str_}
+    return {name: types[type(value)](value) for name, value in given.items()}
+
+
+def test_numpys_scalars_are_taken_as_pythons(on):
+    settings = {"n_latent": 3, "n_hidden": 8, "n_layers": 1, "dropout_rate": 0.25, "gene_likelihood": "nb", "seed": 1}
+    settings |= {"use_observed_lib_size": False, "prior": "mog", "n_components": 2}
+    options = {"max_epochs": 2, "batch_size": 64, "train_size": 0.75, "early_stopping": False, "patience": 1, "seed": 2}
+    options |= {"learning_rate": 0.015625, "kl_start": 2.0, "n_importance_samples": 2, "progress": False, "devices": 1}
+    found = []
+    for form in (dict, numpys):
+        model = scgen.SCVI(on.cells, **form(settings))
+        model.train(**form(options | {"accelerator": "cpu"}))
+        model.save("numpys", **form({"overwrite": True}))
+        loaded = scgen.SCVI.load("numpys", on.cells)
+        assert (loaded.arguments, loaded.trainings) == (model.arguments, model.trainings)
+        rows = np.uint8([1, 119])
+        few = form({"n_samples": 3, "batch_size": 100, "seed": 3})
+        query = loaded.query(on.new, **form({"min_overlap": 0.5}))
+        found.append(
+            [
+                model.arguments,
+                model.trainings,
+                loaded.get_latent_representation(**form({"give_mean": False, "batch_size": 7, "seed": 3})),
+                loaded.get_elbo(**form({"return_mean": True, "batch_size": 100})),
+                loaded.get_marginal_ll(**form({"n_mc_samples": 3})),
+                loaded.get_thinned_ll(**few, **form({"held_out": 0.5})),
+                loaded.get_normalized_expression(**few, **form({"library_size": 100, "weights": "importance"})),
+                loaded.get_normalized_expression(**form({"n_samples": 100, "return_mean": False}), indices=rows),
+                loaded.get_feature_correlation_matrix(**few),
+                loaded.get_likelihood_parameters(**few, gene_list=np.array(["gene_2"]))["mean"],
+                loaded.get_cluster_probs(**few),
+                loaded.differential_expression("cell_type", **form({"n_samples": 100, "n_cells": 50, "delta": 0.5})),
+                loaded.posterior_predictive_sample(**few)[-1].toarray(),
+                loaded.sample_prior(**form({"n": 100, "seed": 5, "batch": "batch_1"})).X.toarray(),
+                scgen.posterior_predictive_check(loaded, **form({"n_samples": 127})).genes,
+                query.transfer_labels(**form({"labels_key": "cell_type", "n_neighbors": 9, "unknown_below": 0.5})),
+                query.typicality(**form({"seed": 1})),
+                scgen.simulate_cells(**form({"n_cells": 100, "n_genes": 100, "seed": 1})).X.toarray(),
+            ]
+        )
+    for ours, theirs in zip(*found, strict=True):
+        assert repr(ours) == repr(theirs)
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+#: By flag of the command: wrong values, each an argument of the shell.
+WRONG_WHOLE = ["x", "", "1.5", "-1", "1e3", "nan", "inf", "0x10", " ", "True", "1,000", "1" * 30]
+WRONG_FILE = ["", "nowhere.h5ad", "saved", "notes.txt", "nowhere/cells.h5ad"]
+WRONG_OUT = ["", "saved", "nowhere/out.h5ad", "cells.h5ad", "notes.txt/out.h5ad"]
+WRONG_FLAGS = {
+    "integrate": {
+        "input": WRONG_FILE,
+        "--output": WRONG_OUT,
+        "--batch-key": ["", "nope", "Batch"],
+        "--labels-key": ["", "nope", "leiden_scgen"],
+        "--layer": ["", "nope"],
+        "--n-top-genes": [*WRONG_WHOLE[:-1], "0"],
+        "--report": ["", "notes.txt", "notes.txt/report"],
+        "--max-epochs": [*WRONG_WHOLE, "0"],
+        "--accelerator": ["", "tpu", "CPU", "mps"],
+        "--seed": [*WRONG_WHOLE, str(2**32)],
+        "--overwrite": None,
+        "--quiet": None,
+    },
+    "check": {
+        "input": WRONG_FILE,
+        "--batch-key": ["", "nope"],
+        "--labels-key": ["", "nope"],
+        "--layer": ["", "nope"],
+        "--covariate": ["", "nope", "batch"],
+    },
+    "simulate": {
+        "--output": WRONG_OUT,
+        "--n-cells": [*WRONG_WHOLE, "0"],
+        "--n-genes": [*WRONG_WHOLE, "0"],
+        "--n-batches": [*WRONG_WHOLE, "0"],
+        "--seed": [*WRONG_WHOLE, str(2**32)],
+        "--overwrite": None,
+    },
+    "convert": {
+        "input": ["", "nowhere", "saved", "notes.txt"],
+        "--output": [""],
+        "--prefix": ["nope"],
+        "--data": WRONG_FILE,
+        "--overwrite": None,
+    },
+}
+#: How each command is called rightly.
+RIGHT = {
+    "integrate": {"input": "cells.h5ad", "--output": "out.h5ad", "--batch-key": "batch", "--max-epochs": "1"},
+    "check": {"input": "cells.h5ad", "--batch-key": "batch"},
+    "simulate": {"--output": "out.h5ad", "--n-cells": "20", "--n-genes": "10"},
+    "convert": {"input": "theirs", "--output": "out"},
+}
+
+
+def test_every_flag_has_wrong_values():
+    commands = next(one for one in cli._parser()._actions if isinstance(one, argparse._SubParsersAction)).choices
+    assert commands.keys() == WRONG_FLAGS.keys()
+    for name, command in commands.items():
+        flags = {(one.option_strings or [one.dest])[-1] for one in command._actions} - {"--help"}
+        assert flags == WRONG_FLAGS[name].keys(), name
+
+
+@pytest.mark.parametrize("command", RIGHT)
+def test_wrong_flags_are_refused_by_name(on, capsys, monkeypatch, command):
+    Path("notes.txt").write_text("notes")
+    before, complaints = everything(on), {}
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli.warnings, "showwarning", cli.warnings.showwarning)  # restored after the test
+    for flag, values in WRONG_FLAGS[command].items():
+        for value in values or []:
+            given = RIGHT[command] | {flag: value}
+            line = [part for name, text in given.items() for part in ([text] if name == "input" else [name, text])]
+            try:
+                code = cli.main([command, *line])
+            except SystemExit as error:
+                code = error.code
+            out, told = capsys.readouterr()
+            last = (told if command != "check" or not out else out).strip().rpartition("\n")[2]
+            shown = {"convert": "SCVI_DIR"}.get(command, "IN.h5ad") if flag == "input" else flag
+            names = [shown, value.split("/")[0]]
+            if code not in (1, 2) or "Traceback" in told or not any(name and name in last for name in names):
+                complaints[f"{flag} {value!r}"] = f"{code}: {last}"
+            elif everything(on) != before:
+                complaints[f"{flag} {value!r}"] = "something was changed"
+    assert not complaints
