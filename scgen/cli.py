@@ -174,7 +174,7 @@ def _add_model_arguments(group) -> None:
         group.add_argument(f"--{name}", type=_whole(1), metavar="N")
     group.add_argument("--dropout-rate", type=float, metavar="SHARE")
     for name in ("gene-likelihood", "dispersion", "posterior", "prior"):
-        group.add_argument(f"--{name}", metavar="NAME")
+        group.add_argument(f"--{name}", type=_name, metavar="NAME")
     for name in ("use-observed-lib-size", "encode-covariates", "library-residual"):
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
 

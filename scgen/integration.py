@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from scgen.data.checks import Setup, check_types, raise_errors
 from scgen.data.findings import findings, matrix_of
 from scgen.data.registry import check_writable, setup_anndata
 from scgen.data.stores import open_store, totals
+from scgen.models import trainings
 from scgen.models.scvi import SCVI
 
 
@@ -133,6 +134,7 @@ accelerator, devices, precision
     if not keys:
         raise ValueError('key is empty; name the column of the batches: integrate(adata, "batch").')
     adjusted_basis = check_key("adjusted_basis", adjusted_basis, "X_scgen")
+    check_flag("counts", counts)
     check_flag("progress", progress)
     if n_top_genes is not None:
         n_top_genes = check_whole("n_top_genes", n_top_genes, 1)
@@ -141,21 +143,26 @@ accelerator, devices, precision
     if n_top_genes is not None and not counts:
         raise ValueError("n_top_genes chooses genes by their counts: with counts=False, select the genes before.")
     columns = _settings(setup_anndata, given) | {"batch_key": keys[0]}
-    columns["categorical_covariate_keys"] = [*keys[1:], *_listed(given, "categorical_covariate_keys")]
-    columns["continuous_covariate_keys"] = _listed(given, "continuous_covariate_keys")
+    for name in ("categorical_covariate_keys", "continuous_covariate_keys"):
+        columns[name] = check_names(name, given.get(name, []))
+    columns["categorical_covariate_keys"] = keys[1:] + columns["categorical_covariate_keys"]
     setup = Setup(**{name: tuple(value) if isinstance(value, list) else value for name, value in columns.items()})
     check_types(adata, setup)
     check_writable(adata)
     _check_basis(adata, adjusted_basis)
     chosen, training = _settings(SCVI, given), _settings(SCVI.train, given)
     SCVI.checked(chosen | {"seed": seed})
-    if tune is not False:
+    defaults = {name: of.default for name, of in inspect.signature(SCVI.train).parameters.items() if name != "self"}
+    trainings.checked(**defaults | training | {"seed": seed, "progress": progress})
+    presets = None if isinstance(tune, bool | np.bool_) else tune
+    is_tuned = bool(tune) if presets is None else True
+    if is_tuned:
+        tuning.check_presets("tune", presets)
         _check_tuned(chosen, training)
     raise_errors(findings(adata, setup, empty_cells=False), "integrate")
     modelled, kept = modelled_part(adata, setup, n_top_genes)
     setup_anndata(modelled, **columns)
-    if tune is not False:
-        presets = None if tune is True else tune
+    if is_tuned:
         tuned = tuning.tune(modelled, presets=presets, seed=seed, progress=progress, **training)
         model = tuned.model
     else:
@@ -170,7 +177,7 @@ accelerator, devices, precision
     parameters |= {name: value for name, value in columns.items() if value not in ([], None)}
     parameters |= {"key": keys, "n_genes": modelled.n_vars, "seed": seed, "epochs": len(model.history)}
     parameters |= {"adjusted_basis": adjusted_basis, "written": sorted({*_written(adata), adjusted_basis})}
-    parameters |= {"tuned": tuned.best} if tune is not False else {}
+    parameters |= {"tuned": tuned.best} if is_tuned else {}
     adata.uns["scgen"] = {**adata.uns.get("scgen", {}), "integrate": parameters}
     return model
 
@@ -179,11 +186,6 @@ def _settings(function: Callable, given: Mapping) -> dict:
     """Return what was given for a function's parameters, but for those that `integrate` has a say in."""
     taken = inspect.signature(function).parameters.keys() - {"adata", "seed", "progress"}
     return {name: value for name, value in given.items() if name in taken}
-
-
-def _listed(given: Mapping, name: str) -> list:
-    value = given.get(name, [])
-    return value if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
 
 
 def _written(adata: AnnData) -> list[str]:

@@ -175,7 +175,7 @@ def tune(
     check_flag("progress", progress)
     if max_epochs is not None:
         max_epochs = check_whole("max_epochs", max_epochs, 1, MOST_EPOCHS)
-    _check_presets(presets)
+    check_presets("presets", presets)
     candidates = _candidates(adata, presets)
     *short, full = _rungs(adata.n_obs, device, max_epochs)
     # All are made before any is trained, so that a wrong setting is told at once.
@@ -283,43 +283,43 @@ def _candidates(adata: AnnData, presets: Sequence[str] | Mapping[str, Mapping] |
     return {name: dict(arguments) for name, arguments in presets.items()}
 
 
-def _check_presets(presets: Sequence[str] | Mapping[str, Mapping] | None) -> None:
-    """Raise where a candidate is unknown, or no setting of `SCVI` for counts."""
+def check_presets(what: str, presets: Sequence[str] | Mapping[str, Mapping] | None) -> None:
+    """Raise where a candidate is unknown, or no setting of `SCVI` for counts; ``what`` is the argument's name."""
     if presets is None:
         return
     listed = isinstance(presets, Sequence) and not isinstance(presets, str)
     if not (isinstance(presets, Mapping) or (listed and all(isinstance(name, str) for name in presets))):
         raise TypeError(
-            f"presets={shown(presets)}; it takes a list of names, or a mapping of names to arguments of SCVI."
+            f"{what}={shown(presets)}; it takes a list of names, or a mapping of names to arguments of SCVI."
         )
     if not presets:
-        raise ValueError(f"presets is empty; choose among {', '.join(PRESETS)}, or None for all.")
+        raise ValueError(f"{what} is empty; choose among {', '.join(PRESETS)}, or None for all.")
     if isinstance(presets, Mapping):
         for name, arguments in presets.items():
-            _check_arguments(name, arguments)
+            _check_arguments(what, name, arguments)
         return
     for name in presets:
         if name not in PRESETS:
             hint = did_you_mean(name, list(PRESETS))
-            raise ValueError(f"presets: {name!r} is unknown; there are {', '.join(PRESETS)}.{hint}")
+            raise ValueError(f"{what}: {name!r} is unknown; there are {', '.join(PRESETS)}.{hint}")
 
 
-def _check_arguments(name: str, arguments: Mapping) -> None:
+def _check_arguments(what: str, name: str, arguments: Mapping) -> None:
     """Raise where a candidate has other arguments than those of `SCVI` for counts."""
     if not isinstance(name, str) or not isinstance(arguments, Mapping):
-        raise TypeError(f'presets: {shown(name)}: {shown(arguments)}; write it {{"name": {{"n_latent": 20}}}}.')
+        raise TypeError(f'{what}: {shown(name)}: {shown(arguments)}; write it {{"name": {{"n_latent": 20}}}}.')
     known = [key for key in inspect.signature(SCVI).parameters if key not in ("adata", "seed")]
     for key in arguments:
         if key not in known:
             hint = did_you_mean(str(key), known)
-            raise ValueError(f'presets["{name}"]: {key!r} is no setting of SCVI; these are {", ".join(known)}.{hint}')
+            raise ValueError(f'{what}["{name}"]: {key!r} is no setting of SCVI; these are {", ".join(known)}.{hint}')
     try:
         checked = SCVI.checked(dict(arguments))
     except (TypeError, ValueError) as error:
-        raise type(error)(f'presets: candidate "{name}": {error}') from error
+        raise type(error)(f'{what}: candidate "{name}": {error}') from error
     if checked.get("gene_likelihood") == "normal":
         raise ValueError(
-            f'presets["{name}"]: gene_likelihood="normal" is not one of counts, and cannot be compared with those that '
+            f'{what}["{name}"]: gene_likelihood="normal" is not one of counts, and cannot be compared with those that '
             "are. Leave it out."
         )
 

@@ -134,6 +134,7 @@ WRONG["covariates"] += [
     {"batch": "batch_1"},
 ]
 WRONG["presets"] += [{"a": {"nope": 1}}, {"a": {"n_latent": "3"}}, {"a": {"n_latent": True}}, {"a": {"seed": 1}}]
+WRONG["tune"] = [one for one in WRONG["presets"] if one is not True and one is not None] + ["True", 0, 1, NAN, 1.5]
 
 ADATA_KEYS = {"layer": "column", "batch_key": "column", "labels_key": "column", "size_factor_key": "column"}
 ADATA_KEYS |= {"categorical_covariate_keys": "columns", "continuous_covariate_keys": "columns", "counts": "flag"}
@@ -190,6 +191,7 @@ KINDS = ADATA_KEYS | {
     "key": "integrated",
     "out": "out",
     "presets": "presets",
+    "tune": "tune",
     "model": "model",
     "prefix": "prefix",
     "maps": "maps",
@@ -202,6 +204,11 @@ FLAGS = ("progress", "overwrite", "early_stopping", "give_mean", "return_dist", 
 FLAGS += ("return_numpy", "batch_correction", "use_observed_lib_size", "encode_covariates", "library_residual")
 CHOICES = ("precision", "mode", "weights", "correlation_type", "gene_likelihood", "dispersion", "posterior", "prior")
 KINDS |= dict.fromkeys(FLAGS, "flag") | dict.fromkeys(CHOICES, "choice")
+
+#: Settings of SCVI and of its training: None stands for the default where another call passes them on.
+PASSED_ON = [name for of in (scgen.SCVI, scgen.SCVI.train) for name in inspect.signature(of).parameters]
+PASSED_ON = {name: KINDS[name] for name in PASSED_ON if name not in ("self", "adata", "seed", "progress", "max_epochs")}
+WRONG |= {f"{kind} or None": [one for one in WRONG[kind] if one is not None] for kind in PASSED_ON.values()}
 
 #: Every public call, by name: how it is called rightly, and the arguments that are of another kind than elsewhere.
 CALLS = {
@@ -220,7 +227,7 @@ CALLS = {
     ),
     "integrate": (
         lambda on, **given: scgen.integrate(**{"adata": on.new, "key": "batch", "max_epochs": 1} | given),
-        {},
+        {name: f"{kind} or None" for name, kind in PASSED_ON.items()} | {"batch_size": "optional whole"},
     ),
     "tune": (lambda on, **given: scgen.tune(**{"adata": on.cells} | given), {}),
     "posterior_predictive_check": (
@@ -497,12 +504,28 @@ def test_numpys_scalars_are_taken_as_pythons(on):
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))
 
 
-#: By flag of the command: wrong values, each an argument of the shell.
+#: By flag of the command: wrong values, each an argument of the shell; None for a flag that takes no value.
 WRONG_WHOLE = ["x", "", "1.5", "-1", "1e3", "nan", "inf", "0x10", " ", "True", "1,000", "1" * 30]
 WRONG_FILE = ["", "nowhere.h5ad", "saved", "notes.txt", "nowhere/cells.h5ad"]
 WRONG_OUT = ["", "saved", "nowhere/out.h5ad", "cells.h5ad", "notes.txt/out.h5ad"]
+WRONG_NUMBER = ["x", "", "nan", "inf", "-1", "1,5", " "]
+WRONG_COLUMNS = {
+    "--covariate": ["", "nope", "batch"],
+    "--continuous-covariate": ["", "nope", "donor"],
+    "--size-factor-key": ["", "nope", "donor"],
+    "--no-counts": None,
+}
 WRONG_FLAGS = {
-    "integrate": {
+    "integrate": WRONG_COLUMNS
+    | {key: [*WRONG_WHOLE, "0"] for key in ("--n-latent", "--n-hidden", "--n-layers")}
+    | {key: [*WRONG_WHOLE, "0", "3"] for key in ("--n-flows", "--n-components")}
+    | {key: [*WRONG_WHOLE[:-1], "0"] for key in ("--batch-size", "--patience", "--n-importance-samples")}
+    | {key: ["", "nope"] for key in ("--gene-likelihood", "--dispersion", "--posterior", "--prior", "--precision")}
+    | {key: [*WRONG_NUMBER, "1.5"] for key in ("--dropout-rate", "--train-size")}
+    | dict.fromkeys(("--learning-rate", "--kl-start"), WRONG_NUMBER)
+    | dict.fromkeys(("--tune", "--no-use-observed-lib-size", "--no-encode-covariates", "--no-library-residual"))
+    | {"--no-early-stopping": None, "--devices": [*WRONG_WHOLE, "0", "2"], "--suffix": ["", "a/b"]}
+    | {
         "input": WRONG_FILE,
         "--output": WRONG_OUT,
         "--batch-key": ["", "nope", "Batch"],
@@ -516,12 +539,12 @@ WRONG_FLAGS = {
         "--overwrite": None,
         "--quiet": None,
     },
-    "check": {
+    "check": WRONG_COLUMNS
+    | {
         "input": WRONG_FILE,
         "--batch-key": ["", "nope"],
         "--labels-key": ["", "nope"],
         "--layer": ["", "nope"],
-        "--covariate": ["", "nope", "batch"],
     },
     "simulate": {
         "--output": WRONG_OUT,

@@ -18,7 +18,6 @@ from scgen.data.registry import Registry, setup_anndata
 from scgen.models import differences, files, loaders, queries, trainings
 from scgen.modules.vae import VAE
 from scgen.seeding import seeded
-from scgen.training import Options, choose_device
 
 
 class Model:
@@ -151,10 +150,21 @@ class Model:
         >>> model.history.index.tolist()
         [1, 2, 3]
         """
-        device = choose_device(accelerator)
-        plan = max_epochs, learning_rate, kl_start, n_importance_samples, early_stopping, patience
-        options = Options(*plan, device, precision, seed, progress)
-        options.check(batch_size, train_size, devices)
+        options = trainings.checked(
+            max_epochs,
+            batch_size,
+            train_size,
+            early_stopping,
+            patience,
+            learning_rate,
+            kl_start,
+            n_importance_samples,
+            accelerator,
+            devices,
+            precision,
+            seed,
+            progress,
+        )
         trainings.run(self, options, batch_size, train_size)
 
     def get_latent_representation(

@@ -6,7 +6,30 @@ import pandas as pd
 import torch
 
 from scgen.models import files, loaders
-from scgen.training import NonFiniteLoss, Options, fit
+from scgen.training import NonFiniteLoss, Options, choose_device, fit
+
+
+def checked(
+    max_epochs: int | None,
+    batch_size: int | None,
+    train_size: float,
+    early_stopping: bool,
+    patience: int | None,
+    learning_rate: float,
+    kl_start: float,
+    n_importance_samples: int,
+    accelerator: str,
+    devices: int,
+    precision: str,
+    seed: int,
+    progress: bool,
+) -> Options:
+    """Return the arguments of `Model.train`, in its order, as options; raise where one is wrong."""
+    device = choose_device(accelerator)
+    plan = max_epochs, learning_rate, kl_start, n_importance_samples, early_stopping, patience
+    options = Options(*plan, device, precision, seed, progress)
+    options.check(batch_size, train_size, devices)
+    return options
 
 
 def run(model, options: Options, batch_size: int | None, train_size: float) -> None:
