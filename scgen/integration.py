@@ -13,7 +13,8 @@ from scgen import tuning
 from scgen.arguments import MOST_EPOCHS, check_choice, check_flag, check_key, check_names, check_number, check_whole
 from scgen.data.categories import names_of
 from scgen.data.checks import Setup, check_types, raise_errors
-from scgen.data.findings import findings, matrix_of
+from scgen.data.counts import matrix_of
+from scgen.data.findings import findings
 from scgen.data.registry import check_writable, setup_anndata
 from scgen.data.stores import open_store, totals
 from scgen.models import trainings

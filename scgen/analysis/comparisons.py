@@ -8,7 +8,7 @@ import pandas as pd
 from anndata import AnnData
 
 from scgen.arguments import check_key, did_you_mean, shown
-from scgen.data.categories import name_of, names_of
+from scgen.data.categories import name_of, names_of, unhashable
 from scgen.data.checks import some
 from scgen.data.loader import rows_asked_for
 from scgen.data.registry import check_writable
@@ -79,6 +79,11 @@ def by_column(
             f"groupby={groupby!r} is no column of adata.obs (it has: {', '.join(columns)})."
             + did_you_mean(groupby, columns)
         )
+    if (n := list(obs.columns).count(groupby)) > 1:
+        raise ValueError(f"adata.obs has {n} columns named {groupby!r}: it takes one.")
+    if (row := unhashable(obs[groupby])) is not None:
+        kind = type(obs[groupby].iloc[row]).__name__
+        raise ValueError(f"adata.obs[{groupby!r}] holds a {kind}, first at {obs.index[row]}: it takes names of groups.")
     column = obs[groupby].astype("category").cat.remove_unused_categories()
     names = names_of(column.cat.categories)
     there = some(names, 20)

@@ -30,6 +30,25 @@ def names_of(values: Iterable) -> list[str]:
     return [name_of(value) for value in values]
 
 
+def unhashable(column: pd.Series) -> int | None:
+    """Return the first row of a column whose value cannot be a category, such as a list; None where all can be.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> unhashable(pd.Series([(1, 2), [1, 2]])), unhashable(pd.Series(["a", None]))
+    (1, None)
+    """
+    if column.dtype != object:
+        return None
+    for row, value in enumerate(column):
+        try:
+            hash(value)
+        except TypeError:
+            return row
+    return None
+
+
 def codes_of_values(values: Iterable, names: Sequence[str]) -> np.ndarray:
     """Return the place of each value's name among the names, (n,) int64; -1 where it is not among them.
 

@@ -1,8 +1,10 @@
 """The arguments of `setup_anndata`, and the form in which it is said what is wrong with an AnnData."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 
 #: Larger numbers are refused: what is made of them, squares among others, must stay within float32, which ends at 3e38.
@@ -57,9 +59,21 @@ class Finding:
 def check_types(adata: AnnData, setup: Setup) -> None:
     """Raise TypeError where an argument is of the wrong kind altogether."""
     if not isinstance(adata, AnnData):
+        for name, parts in (("mod", "modalities"), ("tables", "tables")):  # MuData, SpatialData
+            if isinstance(held := getattr(adata, name, None), Mapping) and len(held):
+                what = "mdata" if name == "mod" else "sdata.tables"
+                raise TypeError(
+                    f"adata is a {type(adata).__name__}, not an AnnData: pass one of its {parts} ({some(held)}), "
+                    f'{what}["{next(iter(held))}"].'
+                )
         raise TypeError(
             f"adata is a {type(adata).__name__}, not an AnnData. Read a file with anndata.read_h5ad(path), or wrap a "
             "matrix of cells x genes: AnnData(X)."
+        )
+    if not isinstance(adata.obs, pd.DataFrame):
+        raise TypeError(
+            f"adata was read lazily: its obs is a {type(adata.obs).__name__}, not a table in memory. Load it first: "
+            "adata = adata.to_memory()."
         )
     check_setup(setup)
 

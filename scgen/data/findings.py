@@ -8,15 +8,13 @@ from anndata import AnnData
 from scipy import sparse
 
 from scgen.arguments import nearest
-from scgen.data.categories import name_of, names_of
+from scgen.data.categories import name_of, names_of, unhashable
 from scgen.data.checks import LARGEST, Finding, Setup, some
-from scgen.data.stores import BackedStore, DamagedMatrix, MemoryStore, open_store
+from scgen.data.counts import NEEDS_COUNTS, are_counts, counts_are_in, layers_of, looks_like, matrix_of
+from scgen.data.stores import BackedStore, DamagedMatrix, MemoryStore, open_store, unreadable
 
 #: Fewer cells than this in a batch are warned of.
 FEW_CELLS = 10
-#: Values that all lie nearer to whole numbers than this are counts but for rounding.
-NEAR = 0.05
-NEEDS_COUNTS = 'Raw counts are needed; for normalised data say counts=False and SCVI(adata, gene_likelihood="normal").'
 
 
 def findings(
@@ -37,6 +35,8 @@ def findings(
     matrix = matrix_of(adata, setup.layer)
     if matrix is None:
         found.append(_no_matrix(adata, setup))
+    elif found_of_kind := list(_kind(setup, matrix)):
+        found += found_of_kind
     elif adata.n_obs and adata.n_vars:
         try:
             found += _values(adata, setup, open_store(matrix, columns), empty_cells)
@@ -45,25 +45,31 @@ def findings(
     return found
 
 
-def matrix_of(adata: AnnData, layer: str | None):
-    """Return the matrix that is read, or None where it is missing."""
-    return adata.X if layer is None else adata.layers.get(layer)
-
-
-def layers_of(adata: AnnData) -> list[str]:
-    """Return the names of the layers, without None, under which anndata 0.13 lists X among them."""
-    return [layer for layer in adata.layers if layer is not None]
-
-
 def _shape(adata: AnnData) -> Iterator[Finding]:
     if not adata.n_obs:
         yield Finding("error", "adata.obs", "adata has no cells (0 x genes)", 0, "Check the filter that made it.")
     if not adata.n_vars:
         yield Finding("error", "adata.var", "adata has no genes (cells x 0)", 0, "Check the filter that made it.")
+    for where, names in (("adata.obs_names", adata.obs_names), ("adata.var_names", adata.var_names)):
+        if len(names) and not _are_texts(names):
+            several = isinstance(names, pd.MultiIndex)
+            kind = "are a MultiIndex" if several else f"are not all strings (such as {_no_text(names)!r})"
+            made = f'["_".join(map(str, name)) for name in {where}]' if several else f"{where}.astype(str)"
+            yield Finding("error", where, f"{where} {kind}", len(names), f"Make them strings: {where} = {made}.")
     twice = adata.var_names[adata.var_names.duplicated()].unique()
     if len(twice):
         text = f"adata.var_names has {len(twice)} names more than once ({some(twice)})"
         yield Finding("error", "adata.var_names", text, len(twice), "Call adata.var_names_make_unique() first.")
+
+
+def _are_texts(names: pd.Index) -> bool:
+    """Say whether all names are strings."""
+    names = names.categories if isinstance(names, pd.CategoricalIndex) else names
+    return pd.api.types.infer_dtype(names, skipna=False) == "string"
+
+
+def _no_text(names: pd.Index):
+    return next((name for name in names if not isinstance(name, str)), None)
 
 
 def _columns(adata: AnnData, setup: Setup) -> Iterator[Finding]:
@@ -101,9 +107,11 @@ def _no_column(adata: AnnData, role: str, key: str) -> Finding:
 
 def _numbers(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
     where, argument = f'adata.obs["{key}"]', role.partition(" ")[0]
-    if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+    is_real = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_complex_dtype(column)
+    if not is_real or pd.api.types.is_bool_dtype(column):
         text = f"{argument}: {where} is not numeric (dtype {column.dtype})"
-        yield Finding("error", where, text, len(column), f'Convert it, or pass categorical_covariate_keys=["{key}"].')
+        convert = f"Convert it, {where} = {where}.astype(float)" if is_real else "Convert it"
+        yield Finding("error", where, text, len(column), f'{convert}, or pass categorical_covariate_keys=["{key}"].')
         return
     values = column.to_numpy(dtype=float, na_value=np.nan)
     bad = ~np.isfinite(values)
@@ -128,6 +136,11 @@ def _numbers(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
 
 def _categories(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
     where, argument = f'adata.obs["{key}"]', role.partition(" ")[0]
+    if (row := unhashable(column)) is not None:
+        kind = type(column.iloc[row]).__name__
+        text = f"{argument}: {where} holds values that cannot be categories: a {kind} (first at {column.index[row]})"
+        yield Finding("error", where, text, len(column), f"Make them strings: {where} = {where}.astype(str).")
+        return
     missing = column.isna().to_numpy()
     if missing.any():
         text = f"{argument}: {where} is NaN for {missing.sum()} cells (first: {some(column.index[missing])})"
@@ -156,13 +169,22 @@ def _categories(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
 def _no_matrix(adata: AnnData, setup: Setup) -> Finding:
     layers = layers_of(adata)
     if setup.layer is None:
-        layers = [layer for layer in layers if not setup.counts or _are_counts(adata.layers[layer])]
+        layers = [layer for layer in layers if not setup.counts or are_counts(adata.layers[layer])]
         call = f'setup_anndata(adata, layer="{layers[0]}")' if layers else 'adata.X = counts, or layer="..."'
         return Finding("error", "adata.X", "adata.X is empty (None)", 1, f"Say where the counts are: {call}.")
     closest = nearest(setup.layer, layers)
     hint = f'Did you mean setup_anndata(adata, layer="{closest}")?' if closest else "Leave layer out to read adata.X."
     text = f'layer="{setup.layer}" is no layer of adata (it has: {some(layers, 12) or "none"})'
     return Finding("error", "adata.layers", text, 1, hint)
+
+
+def _kind(setup: Setup, matrix) -> Iterator[Finding]:
+    """Say where a matrix is of a kind that is not read, or holds no real numbers."""
+    if reason := unreadable(matrix, setup.where):
+        yield Finding("error", setup.where, reason[0], 1, reason[1])
+    elif matrix.dtype.kind not in "biuf":
+        text = f"{setup.where} does not hold real numbers (dtype {matrix.dtype})"
+        yield Finding("error", setup.where, text, matrix.shape[0], "Convert it to numbers first.")
 
 
 def _damaged(adata: AnnData, setup: Setup, error: DamagedMatrix) -> Finding:
@@ -173,10 +195,6 @@ def _damaged(adata: AnnData, setup: Setup, error: DamagedMatrix) -> Finding:
 
 def _values(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, empty_cells: bool) -> Iterator[Finding]:
     """Look at every stored value, a block of cells at a time."""
-    if store.matrix.dtype.kind not in "biuf":
-        text = f"{setup.where} does not hold real numbers (dtype {store.matrix.dtype})"
-        yield Finding("error", setup.where, text, adata.n_obs, "Convert it to numbers first.")
-        return
     n = dict.fromkeys(("infinite", "large", "negative", "fractional"), 0)
     first: dict[str, str] = {}
     empty = []
@@ -198,12 +216,12 @@ def _values(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, empt
         )
     if n["negative"]:
         text = f"{setup.where} has {n['negative']} negative values (first at {first['negative']})"
-        yield Finding("error", setup.where, text, n["negative"], _counts_are_in(adata, setup, NEEDS_COUNTS))
+        yield Finding("error", setup.where, text, n["negative"], counts_are_in(adata, setup, NEEDS_COUNTS))
     if n["fractional"]:
         text = f"{setup.where} has {n['fractional']} values that are no integers (first at {first['fractional']})"
         sound = not (n["infinite"] or n["large"])
-        looks, otherwise = _looks_like(adata, setup, store) if sound else ("", NEEDS_COUNTS)
-        yield Finding("error", setup.where, text + looks, n["fractional"], _counts_are_in(adata, setup, otherwise))
+        looks, otherwise = looks_like(adata, setup, store) if sound else ("", NEEDS_COUNTS)
+        yield Finding("error", setup.where, text + looks, n["fractional"], counts_are_in(adata, setup, otherwise))
     if empty_cells and setup.counts and len(cells) and not sum(n.values()):
         text = f"{len(cells)} cells have no counts in {setup.where} (first: {some(adata.obs_names[cells[:5]])})"
         fix = "Drop them: sc.pp.filter_cells(adata, min_counts=1)"
@@ -237,84 +255,3 @@ def _place(adata: AnnData, block, mask: np.ndarray, start: int) -> str:
     else:
         row = np.argwhere(mask)[0][0]
     return f'cell "{adata.obs_names[start + row]}"'
-
-
-def _looks_like(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore) -> tuple[str, str]:
-    """Say what the values look like, counts but for rounding or a normalisation; and what to do where no counts are."""
-    distance = _distance(store)
-    if distance <= NEAR:
-        text = f"; all lie within {distance:.2g} of whole numbers"
-        return text, f"They are counts but for rounding: {_rounded(adata, setup, store)}."
-    _, block = next(iter(store.blocks(1000)))
-    values = np.asarray(block.toarray() if sparse.issparse(block) else block, dtype=float)
-    if values.min() < 0:
-        return "", NEEDS_COUNTS
-    if _distance(store, np.expm1) <= NEAR:
-        return "; they look like log1p of counts", f"Take it back: {_rounded(adata, setup, store, 'expm1')}."
-    for name, sums in (("log1p of counts", np.expm1(values.clip(max=80)).sum(1)), ("counts", values.sum(1))):
-        sums = sums[sums > 0]
-        if len(sums) > 1 and sums.std() < 1e-3 * sums.mean():
-            return f"; they look like {name} scaled to {sums.mean():.6g} a cell", NEEDS_COUNTS
-    if "log1p" in adata.uns:
-        return '; adata.uns["log1p"] says that X was log-transformed', NEEDS_COUNTS
-    text = f"; the farthest lies {distance:.2g} from a whole number"
-    return text, (
-        "Counts that a correction or an EM algorithm made fractional, such as those of SoupX, RSEM or salmon, can be "
-        f"rounded: {_rounded(adata, setup, store)}; better are the counts before it. {NEEDS_COUNTS}"
-    )
-
-
-def _distance(store: MemoryStore | BackedStore, function=None) -> float:
-    """Return how far from a whole number a value is at most, or a function of one."""
-    most = 0.0
-    for _, block in store.blocks():
-        values = (block.data if sparse.issparse(block) else np.asarray(block)).astype(float)
-        if function is not None:
-            if values.max(initial=0.0) > 30:  # the exponential of which has no digits left after the point
-                return np.inf
-            values = function(values)
-        most = max(most, float(np.abs(values - np.rint(values)).max(initial=0.0)))
-        if function is not None and most > NEAR:  # no more needs to be known of it
-            break
-    return most
-
-
-def _rounded(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, function: str | None = None) -> str:
-    """Return the call that makes a layer of the values, or a function of them, rounded."""
-    layer = next(name for name in ("counts", "rounded_counts", "scgen_counts") if name not in adata.layers)
-    if not isinstance(store, MemoryStore):
-        read = "adata = adata.to_memory(), "
-    else:
-        read = ""
-    if sparse.issparse(matrix_of(adata, setup.layer)) or getattr(store.matrix, "format", None) in ("csr", "csc"):
-        values = f"{setup.where}.{function}().rint()" if function else f"{setup.where}.rint()"
-    else:
-        values = f"np.rint(np.{function}({setup.where}))" if function else f"np.rint({setup.where})"
-    return f'{read}adata.layers["{layer}"] = {values}, then setup_anndata(adata, layer="{layer}")'
-
-
-def _counts_are_in(adata: AnnData, setup: Setup, otherwise: str) -> str:
-    """Say where counts are to be found instead; if nowhere, something else."""
-    for layer in layers_of(adata):
-        if layer != setup.layer and _are_counts(adata.layers[layer]):
-            return f'adata.layers["{layer}"] looks like counts: setup_anndata(adata, layer="{layer}").'
-    if setup.layer is not None and adata.X is not None and _are_counts(adata.X):
-        return "adata.X looks like counts: setup_anndata(adata), without layer."
-    if adata.raw is not None and _are_counts(adata.raw.X):
-        return (
-            'adata.raw looks like counts: adata.layers["counts"] = adata.raw[:, adata.var_names].X, then '
-            'setup_anndata(adata, layer="counts").'
-        )
-    return otherwise
-
-
-def _are_counts(matrix) -> bool:
-    """Whether the first thousand rows are all non-negative integers; enough for a suggestion."""
-    if matrix.dtype.kind not in "biuf":
-        return False
-    try:
-        _, block = next(iter(open_store(matrix).blocks(1000)))
-    except DamagedMatrix:
-        return False
-    values = block.data if sparse.issparse(block) else np.asarray(block)
-    return bool(values.size) and bool(np.isfinite(values).all() and (values >= 0).all() and (values % 1 == 0).all())

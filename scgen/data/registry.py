@@ -11,12 +11,15 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
+from scgen.arguments import shown
 from scgen.data.categories import codes_of_column, names_of
 from scgen.data.cells import Cells
 from scgen.data.checks import LARGEST, Finding, Setup, check_types, raise_errors, some
-from scgen.data.findings import findings, matrix_of
+from scgen.data.confounding import confounding
+from scgen.data.counts import matrix_of
+from scgen.data.findings import findings
 from scgen.data.genes import identifiers, places_of
-from scgen.data.stores import BackedStore, DamagedMatrix, MemoryStore, open_store, totals
+from scgen.data.stores import BackedStore, DamagedMatrix, MemoryStore, open_store, totals, unreadable
 
 
 def setup_anndata(
@@ -89,8 +92,18 @@ def check_writable(adata: AnnData) -> None:
             "adata is a view of a backed AnnData, to which nothing can be written. Set up the whole object and pass "
             "indices=, or load the view: adata = adata.to_memory()."
         )
-    if not isinstance(adata.uns.get("scgen", {}), Mapping):
-        raise ValueError(f'adata.uns["scgen"] holds {adata.uns["scgen"]!r}, not ours: del adata.uns["scgen"] first.')
+    check_ours(adata)
+
+
+def check_ours(adata: AnnData) -> None:
+    """Raise where ``adata.uns["scgen"]`` holds something else than what is written there."""
+    ours = adata.uns.get("scgen", {})
+    if not isinstance(ours, Mapping):
+        raise ValueError(f'adata.uns["scgen"] holds {shown(ours)}, not ours: del adata.uns["scgen"] first.')
+    if not isinstance(ours.get("setup", {}), Mapping | None):
+        raise ValueError(
+            f'adata.uns["scgen"]["setup"] holds {shown(ours["setup"])}, not what setup_anndata writes: call it again.'
+        )
 
 
 def check(
@@ -136,39 +149,6 @@ def check(
     return pd.DataFrame([asdict(finding) for finding in found], columns=columns)
 
 
-def confounding(obs: pd.DataFrame, setup: Setup) -> list[Finding]:
-    """Return notes and warnings on columns that cannot be told apart."""
-    once = [key for key in setup.categorical.values() if list(obs.columns).count(key) == 1]
-    keys = [key for key in once if len(obs) and not obs[key].isna().any()]
-    found = []
-    for i, one in enumerate(keys):
-        for other in keys[i + 1 :]:
-            v = cramers_v(obs[one], obs[other])
-            level = "warning" if v > 0.9 else "note"
-            text = f'Cramer\'s V of "{one}" and "{other}" is {v:.2f}'
-            fix = "The one nearly gives the other: removing its effect removes both." if v > 0.9 else "1 would be full."
-            found.append(Finding(level, f'adata.obs["{one}"], adata.obs["{other}"]', text, 1, fix))
-    design = [key for key in keys if key != setup.labels_key]
-    if len(design) > 1:
-        codes = obs[design].apply(lambda column: pd.Categorical(pd.factorize(column)[0]))
-        dummies = pd.get_dummies(codes, drop_first=True).to_numpy(float)
-        matrix = np.column_stack([np.ones(len(obs)), dummies])
-        missing = matrix.shape[1] - int(np.linalg.matrix_rank(matrix.T @ matrix))
-        if missing:
-            text = f"the design of {', '.join(design)} lacks {missing} of {matrix.shape[1]} ranks"
-            fix = "Some of their effects cannot be told apart; name fewer covariates."
-            found.append(Finding("warning", "adata.obs", text, missing, fix))
-    return found
-
-
-def cramers_v(one: pd.Series, other: pd.Series) -> float:
-    """Return Cramer's V of two categorical columns, from 0 (independent) to 1; 0 where a column has one value."""
-    table = pd.crosstab(pd.factorize(one)[0], pd.factorize(other)[0]).to_numpy(float)
-    expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
-    degrees = min(table.shape) - 1
-    return float(np.sqrt(((table - expected) ** 2 / expected).sum() / table.sum() / degrees)) if degrees else 0.0
-
-
 @dataclass(frozen=True)
 class Registry:
     """What a model knows of the data that it was made for; plain enough for JSON.
@@ -202,7 +182,10 @@ class Registry:
     @classmethod
     def of(cls, adata: AnnData, labels: bool = True) -> "Registry":
         """Read what `setup_anndata` recorded, with or without the labels, and check ``adata`` again as it is now."""
-        record = adata.uns.get("scgen", {}).get("setup") if isinstance(adata, AnnData) else {}
+        record = {}
+        if isinstance(adata, AnnData):
+            check_ours(adata)
+            record = adata.uns.get("scgen", {}).get("setup")
         if record is None:
             raise ValueError(
                 'adata.uns["scgen"]["setup"] is not there: this AnnData was not set up. Call '
@@ -234,8 +217,12 @@ class Registry:
 
     def store(self, adata: AnnData, rows: np.ndarray | None = None) -> MemoryStore | BackedStore:
         """Return the values of the model's genes, found by name, in the model's order; to read some rows of, or all."""
+        matrix = matrix_of(adata, self.setup.layer)
+        if matrix is None or (reason := unreadable(matrix, self.setup.where)):
+            what, fix = (f"{self.setup.where} is no longer there", "Put it back.") if matrix is None else reason
+            raise ValueError(f"{what}. {fix}")
         try:
-            return open_store(matrix_of(adata, self.setup.layer), self._gene_columns(adata, warn=True), rows)
+            return open_store(matrix, self._gene_columns(adata, warn=True), rows)
         except DamagedMatrix as error:
             raise ValueError(f"{self.setup.where} is a damaged sparse matrix: {error}.") from None
 
@@ -342,9 +329,7 @@ class Registry:
         """Return where the model's genes are in ``adata``, None if they are its genes as they stand."""
         if adata.var_names.equals(pd.Index(self.genes)):
             return None
-        if not adata.var_names.is_unique:
-            raise ValueError("adata.var_names has names more than once. Call adata.var_names_make_unique() first.")
-        columns, n_unversioned = places_of(self.genes, adata.var_names)
+        columns, n_unversioned = places_of(self.genes, adata.var_names[~adata.var_names.duplicated()])
         missing = [gene for gene, column in zip(self.genes, columns, strict=True) if column < 0]
         if missing:
             raise ValueError(
@@ -352,6 +337,8 @@ class Registry:
                 f"{', '.join(missing[:5])}; adata has {', '.join(adata.var_names[:3])}, ...). Pass the AnnData before "
                 "its genes were selected or renamed."
             )
+        if not adata.var_names.is_unique:
+            raise ValueError("adata.var_names has names more than once. Call adata.var_names_make_unique() first.")
         if n_unversioned and warn:
             warnings.warn(
                 f"{n_unversioned} of the model's {len(self.genes)} genes were found in adata.var_names by their "

@@ -12,6 +12,16 @@ from scgen.kernels import dispatch
 
 #: Entries of a file that are checked at a time.
 CHUNK = 2**24
+#: By package of an array that is not read: how it becomes one that is.
+LOADED = {
+    "dask": "Load it: adata = adata.to_memory().",
+    "cupy": "Copy it from the GPU: {where} = {where}.get().",
+    "cupyx": "Copy it from the GPU: {where} = {where}.get().",
+    "torch": "Make it an array: {where} = {where}.numpy(force=True).",
+    "jax": "Make it an array: {where} = numpy.asarray({where}).",
+    "xarray": "Make it an array: {where} = {where}.to_numpy().",
+    "sparse": "Make it a sparse matrix of scipy: {where} = {where}.tocsr().",
+}
 #: Rows are few where there are so many times as many.
 FEW = 8
 
@@ -209,6 +219,21 @@ def in_memory(matrix) -> bool:
     return sparse.issparse(matrix) or isinstance(matrix, np.ndarray)
 
 
+def unreadable(matrix, where: str) -> tuple[str, str] | None:
+    """Say why an object in place of a matrix is not read, and name the call that helps; None if it is read."""
+    package = type(matrix).__module__.partition(".")[0]
+    if np.ma.is_masked(matrix):
+        return f"{where} is a masked array with masked values", f"Fill them in: {where} = {where}.filled(0)."
+    if not in_memory(matrix) and package not in ("h5py", "zarr", "anndata"):
+        text = f"{where} is a {package}.{type(matrix).__name__}, not an array, a sparse matrix or one on disk"
+        return text, LOADED.get(package, "Make it an array: {where} = numpy.asarray({where}).").format(where=where)
+    if getattr(matrix, "format", None) in ("csr", "csc") and matrix.dtype == np.float16:
+        fix = f'Convert it: {where}.data = {where}.data.astype("float32").'
+        fix = fix if in_memory(matrix) else "Write the file with float32."
+        return f"{where} is a sparse matrix of float16, with which scipy does not compute", fix
+    return None
+
+
 def _check_rows(matrix: sparse.csr_matrix | sparse.csr_array, rows: np.ndarray) -> None:
     """Do for some rows what `check_structure` does for all; what they have is copied."""
     n_entries = len(matrix.indices)
@@ -264,12 +289,15 @@ def totals(store: MemoryStore | BackedStore, rows: np.ndarray | None = None) -> 
     """Return the sum of each row, (N,) float64; or those of some rows, in their order."""
     if rows is not None and FEW * len(rows) <= store.shape[0]:
         parts = np.array_split(rows, -(-len(rows) // 8192))
-        return np.concatenate([dispatch.row_sums(store.as_stored(part)) for part in parts])
+        sums = np.concatenate([dispatch.row_sums(store.as_stored(part)) for part in parts])
+        return sums.astype(np.float64, copy=False)
     if rows is not None:
         return totals(store)[rows]
     if isinstance(store, MemoryStore) and sparse.issparse(store.matrix):
-        return dispatch.row_sums(store.matrix)
-    return np.concatenate([dispatch.row_sums(block) for _, block in store.blocks()])
+        sums = dispatch.row_sums(store.matrix)
+    else:
+        sums = np.concatenate([dispatch.row_sums(block) for _, block in store.blocks()])
+    return sums.astype(np.float64, copy=False)  # sums of long doubles are some
 
 
 def _csr(rows: sparse.csr_matrix | sparse.csr_array) -> Tensor:

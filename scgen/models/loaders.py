@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scgen.arguments import check_flag, check_memory, check_seed, check_whole
 from scgen.data.checks import check_types
-from scgen.data.findings import matrix_of
+from scgen.data.counts import matrix_of
 from scgen.data.loader import CellLoader, rows_asked_for, split
 from scgen.data.registry import Registry
 from scgen.data.snapshot import Snapshot

@@ -140,6 +140,8 @@ class Query:
                 f"labels_key={shown(labels_key)} is no column of the reference's adata.obs (it has: {some(names, 12)})."
                 + (did_you_mean(labels_key, names) if kind is ValueError else "")
             )
+        if (n := list(obs.columns).count(labels_key)) > 1:
+            raise ValueError(f'the reference\'s adata.obs has {n} columns named "{labels_key}": it takes one.')
         n_voters = min(n_neighbors, n_cells)
         fewer = "Ask for fewer, such as n_neighbors=15."
         check_memory("n_neighbors", n_neighbors, 24 * n_voters * self.model.adata.n_obs, fewer)
@@ -263,7 +265,8 @@ def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, 
         names = [str(name) for name in adata.obs.columns]
         raise ValueError(
             f'batch_key="{setup.batch_key}" is no one column of adata.obs (it has: {some(names, 12)}). Name the column '
-            "of the new cells' batches: model.query(adata, batch_key=...)." + did_you_mean(setup.batch_key, names)
+            "of the new cells' batches: model.query(adata, batch_key=...)."
+            + ("" if setup.batch_key in names else did_you_mean(setup.batch_key, names))
         )
     if not adata.var_names.is_unique:
         raise ValueError("adata.var_names has names more than once. Call adata.var_names_make_unique() first.")

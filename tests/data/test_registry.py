@@ -13,9 +13,10 @@ from scipy import sparse
 from scipy.stats.contingency import association
 
 import scgen
-from scgen.data.findings import layers_of
+from scgen.data.confounding import cramers_v
+from scgen.data.counts import layers_of
 from scgen.data.loader import CellLoader
-from scgen.data.registry import Registry, cramers_v
+from scgen.data.registry import Registry
 from scgen.data.stores import totals
 
 N, G = 60, 20
