@@ -8,7 +8,7 @@ from anndata import AnnData
 
 from scgen import plots
 from scgen.analysis.scores import integration_scores
-from scgen.data.findings import matrix_of
+from scgen.data.counts import matrix_of
 from scgen.models.base import Model
 
 #: Scores are computed on at most so many cells, drawn at random.
