@@ -8,10 +8,10 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from scgen import __version__, h5ad
+from scgen import __version__, flags, h5ad
 
 #: What a shell sees: 0 done, 1 the data or a file are at fault, 2 the call is, 129, 130 and 143 ended by SIGHUP, Ctrl-C
 #: and SIGTERM, 141 nobody reads on.
@@ -90,140 +90,55 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     command = commands.add_parser("integrate", help="train on a file, embed, cluster, draw and score its cells")
-    _add_data_arguments(command, batch_required=True)
-    command.add_argument("-o", "--output", type=_path, required=True, metavar="OUT.h5ad", help="IN with the results")
+    flags.add_data_arguments(command, batch_required=True)
     command.add_argument(
-        "--n-top-genes", type=_whole(1), metavar="N", help="model so many highly variable genes (default all)"
+        "-o", "--output", type=flags.path, required=True, metavar="OUT.h5ad", help="IN with the results"
     )
-    command.add_argument("--report", type=_path, metavar="DIR", help="pictures, scores and model (default OUT_report)")
     command.add_argument(
-        "--suffix", type=_suffix, default="scgen", metavar="NAME", help="ends the names of all results (default scgen)"
+        "--n-top-genes", type=flags.whole(1), metavar="N", help="model so many highly variable genes (default all)"
     )
-    command.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0)
+    command.add_argument(
+        "--report", type=flags.path, metavar="DIR", help="pictures, scores and model (default OUT_report)"
+    )
+    command.add_argument(
+        "--suffix",
+        type=flags.suffix,
+        default="scgen",
+        metavar="NAME",
+        help="ends the names of all results (default scgen)",
+    )
+    command.add_argument("--seed", type=flags.whole(0, 2**32 - 1), default=0)
     command.add_argument("--overwrite", action="store_true", help="replace OUT, and the model in DIR, if they exist")
     command.add_argument("--quiet", action="store_true", help="no progress line")
-    _add_model_arguments(command.add_argument_group("model", "as the arguments of scgen.SCVI, with its defaults"))
-    _add_training_arguments(command.add_argument_group("training", "as those of SCVI.train, with its defaults"))
+    flags.add_model_arguments(command.add_argument_group("model", "as the arguments of scgen.SCVI, with its defaults"))
+    flags.add_training_arguments(command.add_argument_group("training", "as those of SCVI.train, with its defaults"))
     command.set_defaults(run=_integrate)
 
     command = commands.add_parser("check", help="say what is wrong or doubtful about a file")
-    _add_data_arguments(command)
+    flags.add_data_arguments(command)
     command.set_defaults(run=_check)
 
     command = commands.add_parser("simulate", help="write simulated cells with their truth")
-    command.add_argument("-o", "--output", type=_path, required=True, metavar="OUT.h5ad")
-    command.add_argument("--n-cells", type=_whole(1), default=2000, metavar="N")
-    command.add_argument("--n-genes", type=_whole(1), default=500, metavar="N")
-    command.add_argument("--n-batches", type=_whole(1), default=3, metavar="N")
-    command.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0)
+    command.add_argument("-o", "--output", type=flags.path, required=True, metavar="OUT.h5ad")
+    command.add_argument("--n-cells", type=flags.whole(1), default=2000, metavar="N")
+    command.add_argument("--n-genes", type=flags.whole(1), default=500, metavar="N")
+    command.add_argument("--n-batches", type=flags.whole(1), default=3, metavar="N")
+    command.add_argument("--seed", type=flags.whole(0, 2**32 - 1), default=0)
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     command.set_defaults(run=_simulate)
 
     command = commands.add_parser("convert", help="make a model that scvi-tools saved a model of scgen's")
-    command.add_argument("input", type=_path, metavar="SCVI_DIR", help="folder with model.pt; nothing in it is run")
-    command.add_argument("-o", "--output", type=_path, required=True, metavar="DIR", help="for SCVI.load")
+    command.add_argument(
+        "input", type=flags.path, metavar="SCVI_DIR", help="folder with model.pt; nothing in it is run"
+    )
+    command.add_argument("-o", "--output", type=flags.path, required=True, metavar="DIR", help="for SCVI.load")
     command.add_argument("--prefix", default="", help="the prefix that the model was saved with")
-    command.add_argument("--data", type=_path, metavar="IN.h5ad", help="cells it was trained on, for its library sizes")
+    command.add_argument(
+        "--data", type=flags.path, metavar="IN.h5ad", help="cells it was trained on, for its library sizes"
+    )
     command.add_argument("--overwrite", action="store_true", help="replace the model in DIR if there is one")
     command.set_defaults(run=_convert)
     return parser
-
-
-def _add_data_arguments(command: argparse.ArgumentParser, batch_required: bool = False) -> None:
-    """Add what says which parts of a file are read: the same for all commands that read one."""
-    command.add_argument("input", type=_path, metavar="IN.h5ad")
-    group = command.add_argument_group("data")
-    group.add_argument(
-        "--batch-key", required=batch_required, type=_name, metavar="COLUMN", help="column of obs with the batches"
-    )
-    group.add_argument(
-        "--labels-key",
-        type=_name,
-        metavar="COLUMN",
-        help="column of obs with cell types, to draw, to score, and for gene-label",
-    )
-    group.add_argument("--layer", type=_name, metavar="LAYER", help="layer with the counts (default X)")
-    group.add_argument(
-        "--covariate",
-        dest="categorical_covariate_keys",
-        action="append",
-        type=_name,
-        metavar="COLUMN",
-        help="further column whose effect is removed; may be repeated",
-    )
-    group.add_argument(
-        "--continuous-covariate",
-        dest="continuous_covariate_keys",
-        action="append",
-        type=_name,
-        metavar="COLUMN",
-        help="the same, of numbers; may be repeated",
-    )
-    group.add_argument(
-        "--size-factor-key", type=_name, metavar="COLUMN", help="column of obs that replaces the library size"
-    )
-    group.add_argument(
-        "--no-counts", dest="counts", action="store_false", help="values are normalised, for --gene-likelihood normal"
-    )
-
-
-def _add_model_arguments(group) -> None:
-    """Add the settings of `SCVI`; what is not given stays None, which stands for its default."""
-    group.add_argument("--tune", action="store_true", help="choose these among scgen.PRESETS, by held-out counts")
-    for name in ("n-latent", "n-hidden", "n-layers", "n-flows", "n-components"):
-        group.add_argument(f"--{name}", type=_whole(1), metavar="N")
-    group.add_argument("--dropout-rate", type=float, metavar="SHARE")
-    for name in ("gene-likelihood", "dispersion", "posterior", "prior"):
-        group.add_argument(f"--{name}", type=_name, metavar="NAME")
-    for name in ("use-observed-lib-size", "encode-covariates", "library-residual"):
-        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
-
-
-def _add_training_arguments(group) -> None:
-    """Add the settings of `SCVI.train`, in the same way."""
-    group.add_argument(
-        "--max-epochs", type=_whole(1, 1_000_000), metavar="N", help="passes over the cells (default by their number)"
-    )
-    for name in ("batch-size", "patience", "n-importance-samples", "devices"):
-        group.add_argument(f"--{name}", type=_whole(1), metavar="N")
-    for name in ("train-size", "learning-rate", "kl-start"):
-        group.add_argument(f"--{name}", type=float, metavar="X")
-    group.add_argument("--early-stopping", action=argparse.BooleanOptionalAction)
-    group.add_argument("--accelerator", choices=("auto", "cpu", "gpu"))
-    group.add_argument("--precision", choices=("auto", "32", "bf16"))
-
-
-def _path(text: str) -> Path:
-    """Return a path; an empty one would be the folder that the shell is in."""
-    return Path(_name(text))
-
-
-def _name(text: str) -> str:
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("it is empty" if not text else f"{text!r} has a null character")
-    return text
-
-
-def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Return what reads a whole number from a flag. Seeds are scanpy's too, whose generators take 32 bits."""
-
-    def number(text: str) -> int:
-        takes = f"{text!r}; it takes a whole number from {least}" + (f" to {most}" if most else "")
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(takes) from None
-        if value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(takes)
-        return value
-
-    return number
-
-
-def _suffix(text: str) -> str:
-    if not text or "/" in text:
-        raise argparse.ArgumentTypeError(f'{text!r}; a name without "/" is needed')
-    return text
 
 
 def _integrate(args: argparse.Namespace) -> int:

@@ -147,6 +147,20 @@ def test_the_global_generators_are_left_alone_by_every_call(arguments, tmp_path)
         assert all_generators() == before, f"call {number} drew from a global generator"
 
 
+def test_samples_of_normalised_values_leave_the_global_generators_alone():
+    adata = scgen.simulate_cells(n_cells=100, n_genes=30, seed=0)
+    scgen.setup_anndata(adata, batch_key="batch", counts=False)
+    before = all_generators()
+    model = scgen.SCVI(adata, gene_likelihood="normal")
+    model.train(1, progress=False)
+    one, two = model.posterior_predictive_sample(n_samples=2)
+    assert (one != two).nnz
+    assert (model.posterior_predictive_sample(n_samples=2)[1] != two).nnz == 0
+    model.sample_prior(10)
+    model.get_feature_correlation_matrix()
+    assert all_generators() == before
+
+
 def test_a_model_in_training_is_not_asked_by_another_thread():
     model, started = made(), threading.Event()
     told = []

@@ -2,7 +2,7 @@
 
 from scgen.distributions.counts import CellCounts, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from scgen.distributions.flowed import Flowed
-from scgen.distributions.gaussian import DiagonalNormal, GaussianMixture, PointMass
+from scgen.distributions.gaussian import DiagonalNormal, GaussianMixture, PointMass, SeededNormal
 
 __all__ = [
     "CellCounts",
@@ -12,5 +12,6 @@ __all__ = [
     "NegativeBinomial",
     "PointMass",
     "Poisson",
+    "SeededNormal",
     "ZeroInflatedNegativeBinomial",
 ]

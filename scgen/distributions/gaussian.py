@@ -4,7 +4,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Distribution, MixtureSameFamily, constraints, register_kl
+from torch.distributions import Categorical, Distribution, MixtureSameFamily, Normal, constraints, register_kl
 
 from scgen.seeding import generator
 
@@ -104,6 +104,22 @@ class GaussianMixture(MixtureSameFamily):
         draws = self.component_distribution.rsample(sample_shape)  # (*sample_shape, K, d)
         index = chosen.reshape(*sample_shape, 1, 1).expand(*sample_shape, 1, draws.shape[-1])
         return draws.gather(-2, index).squeeze(-2)
+
+
+class SeededNormal(Normal):
+    """torch's normal distribution, whose samples follow from scgen's seed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> SeededNormal(torch.zeros(3), torch.ones(3)).sample((5,)).shape
+    torch.Size([5, 3])
+    """
+
+    @torch.no_grad()
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        mean = self.loc.expand(self._extended_shape(sample_shape))
+        return torch.normal(mean, self.scale.expand(mean.shape), generator=generator(mean.device))
 
 
 class PointMass(Distribution):

@@ -18,6 +18,7 @@ from scgen.data.registry import Registry, setup_anndata
 from scgen.models import differences, files, loaders, queries, trainings
 from scgen.modules.vae import VAE
 from scgen.seeding import seeded
+from scgen.training import fit
 
 
 class Model:
@@ -150,22 +151,10 @@ class Model:
         >>> model.history.index.tolist()
         [1, 2, 3]
         """
-        options = trainings.checked(
-            max_epochs,
-            batch_size,
-            train_size,
-            early_stopping,
-            patience,
-            learning_rate,
-            kl_start,
-            n_importance_samples,
-            accelerator,
-            devices,
-            precision,
-            seed,
-            progress,
-        )
-        trainings.run(self, options, batch_size, train_size)
+        plan = max_epochs, batch_size, train_size, early_stopping, patience, learning_rate, kl_start
+        options = trainings.checked(*plan, n_importance_samples, accelerator, devices, precision, seed, progress)
+        with trainings.recorded(self, options, batch_size, train_size) as (training, validation, rows):
+            self.trainings[-1]["finished"] = fit(self.vae, training, validation, options, rows)
 
     def get_latent_representation(
         self,

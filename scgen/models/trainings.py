@@ -1,12 +1,15 @@
 """A training of a model: its cells, the loop, and what the model remembers of it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import pandas as pd
 import torch
 
+from scgen.data.loader import CellLoader
 from scgen.models import files, loaders
-from scgen.training import NonFiniteLoss, Options, choose_device, fit
+from scgen.training import NonFiniteLoss, Options, choose_device
 
 
 def checked(
@@ -32,28 +35,31 @@ def checked(
     return options
 
 
-def run(model, options: Options, batch_size: int | None, train_size: float) -> None:
-    """Train a model, whose history, trainings and split of the cells are then up to date; see `Model.train`."""
+@contextmanager
+def recorded(
+    model, options: Options, batch_size: int | None, train_size: float
+) -> Iterator[tuple[CellLoader, CellLoader | None, list[dict]]]:
+    """Give the block a model's cells to train on and to validate on, and the rows of its history.
+
+    No other thread may ask the model within the block. After it, the model's history, trainings and split of the cells
+    are up to date; `Model.train` says what is raised.
+    """
     # Gradients are needed, whatever mode of torch the caller is in.
     with model.vae.occupied(training=True), torch.inference_mode(False), torch.enable_grad():
-        _run(model, options, batch_size, train_size)
-
-
-def _run(model, options: Options, batch_size: int | None, train_size: float) -> None:
-    training, validation = loaders.of_training(model, options, batch_size, train_size)
-    rows: list[dict] = model.history.to_dict(orient="records")
-    started = {"device": str(options.device), "batch_size": training.batch_size, "finished": False}
-    model.trainings.append(files.plain(asdict(options) | started))
-    new_rows = model.registry.learned_rows(model.arguments["dispersion"])
-    try:
-        with model.vae.to(options.device).learning_rows(new_rows):
-            model.trainings[-1]["finished"] = fit(model.vae, training, validation, options, rows)
-    except NonFiniteLoss as error:
-        message = error.names(model.adata.obs_names, model.registry.genes, options.learning_rate)
-        raise FloatingPointError(message) from error
-    finally:
-        if len(rows) == len(model.history):  # not one epoch: as if nothing had been asked
-            model.trainings.pop()
-            if not rows:
-                model.train_indices = model.validation_indices = None
-        model.history = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="epoch"))
+        training, validation = loaders.of_training(model, options, batch_size, train_size)
+        rows: list[dict] = model.history.to_dict(orient="records")
+        started = {"device": str(options.device), "batch_size": training.batch_size, "finished": False}
+        model.trainings.append(files.plain(asdict(options) | started))
+        new_rows = model.registry.learned_rows(model.arguments["dispersion"])
+        try:
+            with model.vae.to(options.device).learning_rows(new_rows):
+                yield training, validation, rows
+        except NonFiniteLoss as error:
+            message = error.names(model.adata.obs_names, model.registry.genes, options.learning_rate)
+            raise FloatingPointError(message) from error
+        finally:
+            if len(rows) == len(model.history):  # not one epoch: as if nothing had been asked
+                model.trainings.pop()
+                if not rows:
+                    model.train_indices = model.validation_indices = None
+            model.history = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="epoch"))

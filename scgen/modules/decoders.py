@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
+from torch.distributions import Independent
 from torch.nn.functional import embedding, softmax, softplus
 
 from scgen.data.cells import Cells
-from scgen.distributions import CellCounts
+from scgen.distributions import CellCounts, SeededNormal
 from scgen.modules.networks import MLP, WideLinear
 from scgen.seeding import generator
 
@@ -176,5 +176,5 @@ class GaussianDecoder(nn.Module):
 
     def forward(self, latents: dict[str, Tensor], cells: Cells) -> Independent:
         scale = self.log_scale.clamp(-MAX_LOG, MAX_LOG).exp() + 1e-4
-        normal = Normal(self.expression(latents, cells), scale, validate_args=False)
+        normal = SeededNormal(self.expression(latents, cells), scale, validate_args=False)
         return Independent(normal, 1, validate_args=False)

@@ -197,5 +197,5 @@ def test_units_without_a_divergence_have_none(cells):
 
 @pytest.mark.parametrize("threshold", [-1, "0.1", np.nan, None])
 def test_wrong_thresholds(trained, threshold):
-    with pytest.raises(ValueError, match="threshold"):
+    with pytest.raises((TypeError, ValueError), match="threshold"):
         trained.active_units(threshold=threshold)

@@ -326,7 +326,10 @@ DESCRIPTIONS = {
     "deeper": (setting("arguments", "n_layers", to=2), ["weights and arguments disagree about", "layers.1"]),
     "very deep": (setting("arguments", "n_layers", to=5000), ["n_layers=5000"]),
     "other likelihood": (setting("arguments", "gene_likelihood", to="nb"), ["disagree about", "zi_logits"]),
-    "no likelihood": (setting("arguments", "gene_likelihood", to="cauchy"), ["gene_likelihood='cauchy'", "zinb, nb"]),
+    "no likelihood": (
+        setting("arguments", "gene_likelihood", to="cauchy"),
+        ["='cauchy'", '"zinb", "nb"'],
+    ),
     "likelihood a list": (setting("arguments", "gene_likelihood", to=["nb"]), ["gene_likelihood=['nb']"]),
     "unknown argument": (setting("arguments", "n_heads", to=8), ["n_heads"]),
     "missing argument": (setting("arguments", "n_latent", to=None), ["n_latent"]),

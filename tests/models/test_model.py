@@ -364,7 +364,7 @@ def test_wrong_training_options(small, options, words):
         ({"n_hidden": 1.5}, "n_hidden=1.5"),
         ({"n_layers": -1}, "n_layers=-1"),
         ({"dropout_rate": 1.0}, "dropout_rate"),
-        ({"gene_likelihood": "negative_binomial"}, "zinb, nb, poisson, normal"),
+        ({"gene_likelihood": "negative_binomial"}, '"zinb", "nb", "poisson" or "normal"'),
         ({"dispersion": "cell"}, "gene-batch"),
         ({"dispersion": "gene-label"}, "labels_key"),
     ],
