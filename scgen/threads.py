@@ -7,10 +7,10 @@ spins if it manages more threads than there are processors. So while the machine
 beside the others (`Crowd`). The number of threads that compute stays the same, and with it every bit of a result.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -87,12 +87,16 @@ class Crowd:
         ready.wait()
 
     def _gather(self, libraries: list[str], ready: threading.Event) -> None:
-        nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)  # free(NULL) does nothing
-        for library in libraries:
-            parallel = ctypes.CDLL(library).GOMP_parallel
-            parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-            parallel(nothing, None, (os.cpu_count() or 1) + 1, 0)
-        ready.set()
+        try:
+            nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)  # free(NULL) does nothing
+            for library in libraries:
+                # A library that cannot be opened is left out: its threads then spin, as they would without a crowd.
+                with contextlib.suppress(OSError, AttributeError):
+                    parallel = ctypes.CDLL(library).GOMP_parallel
+                    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+                    parallel(nothing, None, (os.cpu_count() or 1) + 1, 0)
+        finally:
+            ready.set()  # the training waits for it, whatever happened
         self._leave.wait()
 
     def disperse(self) -> None:
@@ -195,10 +199,12 @@ def adapted() -> Iterator[None]:
 def _gnu_openmp() -> list[str]:
     """Return the files of the GNU OpenMP libraries that this process has loaded: torch and numba may have one each."""
     try:
-        maps = Path("/proc/self/maps").read_text()
+        lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return []
-    return sorted(set(re.findall(r"/\S*libgomp\S*$", maps, re.MULTILINE)))
+    # The sixth field of a line is the file's path, which may have spaces.
+    paths = {fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6}
+    return sorted(path for path in paths if "libgomp" in path.rpartition("/")[2])
 
 
 def _after_fork() -> None:

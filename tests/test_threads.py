@@ -380,6 +380,28 @@ def test_a_crowd_changes_no_bits_and_leaves_nothing_behind(alone):
     assert tasks() <= before + 4
 
 
+def test_a_library_that_cannot_be_opened_stops_nothing(tmp_path):
+    (tmp_path / "libgomp.so").write_text("no library")
+    Crowd([str(tmp_path / "libgomp.so"), "/nowhere/libgomp.so"]).disperse()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not list what is loaded")
+def test_libraries_in_folders_with_spaces_are_found(tmp_path):
+    code = f"""
+import ctypes, shutil, torch
+from scgen import threads
+found = threads._gnu_openmp()
+folder = {str(tmp_path / "a folder")!r}
+for i, path in enumerate(found):
+    ctypes.CDLL(shutil.copy(path, f"{{folder}}/libgomp-copy-{{i}}.so"))
+copies = [path for path in threads._gnu_openmp() if path.startswith(folder)]
+threads.Crowd(copies).disperse()
+print(len(copies) == len(found))
+"""
+    (tmp_path / "a folder").mkdir()
+    assert run(code).split() == ["True"]
+
+
 class Machine:
     """A clock, a share of the processors and interruptions a second, as a test says."""
 
