@@ -1,4 +1,4 @@
-"""Seconds of an epoch beside other busy processes, and under a quota of one processor: ``python -m benchmarks.busy``.
+"""Seconds of an epoch beside other busy processes, and under a quota: ``python -m benchmarks.busy [ROUNDS]``.
 
 4,000 simulated cells x 2,000 genes, the defaults of both packages, each figure from a fresh process, in turns. A busy
 process is an endless loop in Python. The quota is one of a control group, which takes root. On a machine of two cores,
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from benchmarks.pairs import PACKAGES, RESULTS, commit, once, refuse_if_busy
 
-DATA, ROUNDS = "4000x2000", 3
+DATA = "4000x2000"
 #: scvi-tools trains fewer epochs: beside busy processes it takes seconds for each.
-EPOCHS = {"scgen": "12", "scvi-tools": "4"}
+EPOCHS = {"scgen": "12", "scvi-tools": "3"}
 CONDITIONS = ("quiet", "1 busy process", "2 busy processes", "quota of one core")
 
 
@@ -64,11 +64,11 @@ def under(condition: str):
     return quota_of_one() if condition.startswith("quota") else beside(CONDITIONS.index(condition))
 
 
-def main() -> None:
+def main(rounds: int) -> None:
     path = RESULTS / f"busy--{DATA}--{commit()}--{os.cpu_count()}cores.json"
     once("scgen", "load", DATA, [])
     found = {condition: {package: [] for package in PACKAGES} for condition in CONDITIONS}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for condition in CONDITIONS:
             for package in PACKAGES:
                 refuse_if_busy()
@@ -98,4 +98,4 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
