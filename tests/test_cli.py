@@ -4,6 +4,7 @@ import argparse
 import inspect
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -312,12 +313,12 @@ sys.exit(cli.main(["simulate", "-o", "out.h5ad"]))
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
 def test_closed_streams(source, tmp_path, closed):
-    call = " ".join(map(str, [*SCGEN, "check", source, "--batch-key", "batch"]))
+    call = shlex.join(map(str, [*SCGEN, "check", source, "--batch-key", "batch"]))
     done = subprocess.run(["sh", "-c", f"exec {call} {closed}"], capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     # What is told on stderr does not go to stdout instead.
-    call = " ".join(map(str, [*SCGEN, "check", "nothing.h5ad"]))
+    call = shlex.join([*SCGEN, "check", "nothing.h5ad"])
     done = subprocess.run(["sh", "-c", f"exec {call} {closed}"], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert ("is not there" in done.stderr) == ("2>&-" not in closed)
