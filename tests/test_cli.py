@@ -326,7 +326,7 @@ def test_closed_streams(source, tmp_path, closed):
 
 def test_closed_streams_do_not_reach_the_files(source, tmp_path):
     call = [*SCGEN, "integrate", source, "-o", "out.h5ad", "--batch-key", "batch", "--max-epochs", 1]
-    done = subprocess.run(["sh", "-c", f"exec {' '.join(map(str, call))} >&- 2>&- <&-"], cwd=tmp_path)
+    done = subprocess.run(["sh", "-c", f"exec {shlex.join(map(str, call))} >&- 2>&- <&-"], cwd=tmp_path)
     assert done.returncode == 0
     assert "X_scgen" in anndata.read_h5ad(tmp_path / "out.h5ad").obsm
 
