@@ -2,9 +2,10 @@
 
 Threads of an OpenMP pool that wait for the others spin for some milliseconds before they sleep. On a quiet machine this
 is the fastest way to wait. Beside another busy process, a thread that spins takes the processor from the one that it
-waits for, and training becomes up to twenty times slower. GNU's OpenMP, which torch and numba use on Linux, hardly
-spins if it manages more threads than there are processors. So while the machine is busy, a pool of idle threads is kept
-beside the others (`Crowd`). The number of threads that compute stays the same, and with it every bit of a result.
+waits for, and training becomes several times slower (benchmarks/NOTES.md). GNU's OpenMP, which torch and numba use on
+Linux, hardly spins if it manages more threads than there are processors. So while the machine is busy, a pool of idle
+threads is kept beside the others (`Crowd`). The number of threads that compute stays the same, and with it every bit of
+a result. Under a quota fewer threads compute, and the last bits may differ.
 """
 
 import contextlib
@@ -182,8 +183,7 @@ watch = Watch()
 @contextmanager
 def adapted() -> Iterator[None]:
     """Within the block, use no more threads than the quota has processors, and let them sleep where it is busy."""
-    global _used
-    _used = True
+    mark_used()
     n_threads = torch.get_num_threads()
     if n_threads > 1 and not any(name in os.environ for name in NUMBER_VARIABLES):
         torch.set_num_threads(max(1, int(min(n_threads, quota()))))
@@ -205,6 +205,12 @@ def _gnu_openmp() -> list[str]:
     # The sixth field of a line is the file's path, which may have spaces.
     paths = {fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6}
     return sorted(path for path in paths if "libgomp" in path.rpartition("/")[2])
+
+
+def mark_used() -> None:
+    """Remember that this process has used its threads: a process that is forked from it must leave them alone."""
+    global _used
+    _used = True
 
 
 def _after_fork() -> None:

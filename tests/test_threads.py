@@ -264,6 +264,22 @@ print(max(d for d, _ in found) < 1e-4, all(b for _, b in found))
     assert run(MODEL + code).split() == ["True", "True"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_process_forked_after_a_model_was_made_trains():
+    code = """
+import multiprocessing, scgen
+adata = scgen.simulate_cells(n_cells=600, n_genes=200, n_batches=2, seed=0)  # enough for the compiled kernels
+scgen.setup_anndata(adata, batch_key="batch")
+model = scgen.SCVI(adata)
+def train(i):
+    model.train(1, progress=False)
+    return model.get_elbo() < 0
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    print(all(pool.map_async(train, range(2)).get(timeout=60)))
+"""
+    assert run(code).split() == ["True"]
+
+
 def test_joblibs_threads_and_processes_give_the_same_bits():
     code = """
 import joblib, torch

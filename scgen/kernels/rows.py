@@ -2,13 +2,15 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
 from numba import config, get_num_threads, njit, prange, set_num_threads, threading_layer
 from scipy import sparse
 from torch import Tensor
+
+from scgen.threads import mark_used
 
 
 def _can_cache() -> bool:
@@ -46,25 +48,17 @@ def threads() -> Iterator[int]:
 
     Where numba's threads can serve only one thread at a time, others wait: the process would be killed.
     """
-    if _serves_several():
-        with _sized() as n_threads:
+    mark_used()
+    with nullcontext() if _serves_several() else _one_at_a_time:
+        n_torch, n_numba = torch.get_num_threads(), get_num_threads()
+        n_threads = min(n_torch, config.NUMBA_NUM_THREADS)
+        set_num_threads(n_threads)
+        if torch.get_num_threads() != n_torch:  # numba's first launch sets the number of the pool that they share
+            torch.set_num_threads(n_torch)
+        try:
             yield n_threads
-    else:
-        with _one_at_a_time, _sized() as n_threads:
-            yield n_threads
-
-
-@contextmanager
-def _sized() -> Iterator[int]:
-    n_torch, n_numba = torch.get_num_threads(), get_num_threads()
-    n_threads = min(n_torch, config.NUMBA_NUM_THREADS)
-    set_num_threads(n_threads)
-    if torch.get_num_threads() != n_torch:  # numba's first launch sets the number of the pool that they share
-        torch.set_num_threads(n_torch)
-    try:
-        yield n_threads
-    finally:
-        set_num_threads(n_numba)
+        finally:
+            set_num_threads(n_numba)
 
 
 def dense_rows(matrix: sparse.csr_matrix | sparse.csr_array, rows: np.ndarray) -> Tensor:
