@@ -62,9 +62,9 @@ def _end(number: int, frame) -> None:
 
 
 def _open_closed_streams() -> None:
-    """Give the streams that the command was started without an end in nothing.
+    """Open the null device for standard streams that were closed at the start.
 
-    Else the next file that is opened would get their number, and what libraries print would go into it.
+    Otherwise the next file that is opened would get their number, and what libraries print would go into it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -77,7 +77,7 @@ def _open_closed_streams() -> None:
 
 
 def _silence(stream) -> None:
-    """Let a stream that cannot be written to end in nothing, so that Python's last flush does not fail."""
+    """Send a stream that cannot be written to the null device, so that Python's last flush does not fail."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except (OSError, ValueError):  # it has no number, as where this is called from Python
@@ -253,8 +253,8 @@ def _check_results(adata, names: Mapping[str, Sequence[str]]) -> None:
     there = [f'{part}["{name}"]' for part, listed in names.items() for name in listed if name in getattr(adata, part)]
     if there:
         raise ValueError(
-            f"the input holds {', '.join(there)}, which OUT would have the new results in place of. Pass --suffix NAME "
-            "to write these under other names."
+            f"the input holds {', '.join(there)}, which the new results would replace in OUT. Pass --suffix NAME to "
+            "write the results under other names."
         )
 
 

@@ -19,22 +19,11 @@ def add_data_arguments(command: argparse.ArgumentParser, batch_required: bool = 
         help="column of obs with cell types, to draw, to score, and for gene-label",
     )
     group.add_argument("--layer", type=name, metavar="LAYER", help="layer with the counts (default X)")
-    group.add_argument(
-        "--covariate",
-        dest="categorical_covariate_keys",
-        action="append",
-        type=name,
-        metavar="COLUMN",
-        help="further column whose effect is removed; may be repeated",
-    )
-    group.add_argument(
-        "--continuous-covariate",
-        dest="continuous_covariate_keys",
-        action="append",
-        type=name,
-        metavar="COLUMN",
-        help="the same, of numbers; may be repeated",
-    )
+    for flag, argument, text in (
+        ("--covariate", "categorical_covariate_keys", "further column whose effect is removed; may be repeated"),
+        ("--continuous-covariate", "continuous_covariate_keys", "the same, of numbers; may be repeated"),
+    ):
+        group.add_argument(flag, dest=argument, action="append", type=name, metavar="COLUMN", help=text)
     group.add_argument(
         "--size-factor-key", type=name, metavar="COLUMN", help="column of obs that replaces the library size"
     )

@@ -43,7 +43,7 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 
 def try_to_write(adata, path: Path) -> None:
-    """Refuse, before any work, what the end could not write; of the matrices a single value is tried."""
+    """Raise now if the result could not be written later; of the matrices a single value is tried."""
     import anndata
 
     with warnings.catch_warnings():

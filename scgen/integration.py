@@ -10,7 +10,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from scgen import tuning
-from scgen.arguments import MOST_EPOCHS, check_choice, check_flag, check_key, check_names, check_number, check_whole
+from scgen.arguments import check_choice, check_flag, check_key, check_names, check_number, check_whole
 from scgen.data.categories import names_of
 from scgen.data.checks import Setup, check_types, raise_errors
 from scgen.data.counts import matrix_of
@@ -136,11 +136,8 @@ accelerator, devices, precision
         raise ValueError('key is empty; name the column of the batches: integrate(adata, "batch").')
     adjusted_basis = check_key("adjusted_basis", adjusted_basis, "X_scgen")
     check_flag("counts", counts)
-    check_flag("progress", progress)
     if n_top_genes is not None:
         n_top_genes = check_whole("n_top_genes", n_top_genes, 1)
-    if max_epochs is not None:
-        check_whole("max_epochs", max_epochs, 1, MOST_EPOCHS)
     if n_top_genes is not None and not counts:
         raise ValueError("n_top_genes chooses genes by their counts: with counts=False, select the genes before.")
     columns = _settings(setup_anndata, given) | {"batch_key": keys[0]}

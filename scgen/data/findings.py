@@ -238,8 +238,7 @@ def _wrong(values: np.ndarray, counts: bool) -> dict[str, np.ndarray]:
     if (0 if counts else -LARGEST) <= least and most <= LARGEST:
         if not counts or values.dtype.kind in "biu":
             return {}
-        fractional = values != np.floor(values)
-        return {"fractional": fractional}
+        return {"fractional": values != np.floor(values)}
     values = values.astype(float)
     finite = np.isfinite(values)
     wrong = {"infinite": ~finite, "large": finite & (np.abs(values) > LARGEST)}

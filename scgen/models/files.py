@@ -91,11 +91,6 @@ def give_cells(model, adata: AnnData) -> None:
         model.fingerprint, model.train_indices, model.validation_indices = fingerprint, None, None
 
 
-def plain(values: dict) -> dict:
-    """Return the values with NumPy's scalars, which JSON does not hold, as Python's."""
-    return {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
-
-
 def _split(tensors: dict[str, torch.Tensor], n_cells: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of training and validation, which must be all rows, each once."""
     training, validation = tensors["train_indices"].numpy(), tensors["validation_indices"].numpy()

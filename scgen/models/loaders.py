@@ -42,8 +42,8 @@ class _Seen:
         return self.matrix is None or self.matrix() is matrix_of(adata, registry.setup.layer)
 
 
-#: By model: what was seen of its own cells, under True, and of the last others, under False. Kept here and not in the
-#: model, of which copies and pickles are made.
+#: By model: what was seen of its "own" cells, and of the last "other" ones. It is kept here and not in the model, of
+#: which copies and pickles are made.
 _SEEN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -138,7 +138,8 @@ def _read(model, adata: AnnData, rows: np.ndarray | None) -> tuple[MemoryStore |
     model's own must then be what they were, others fit to be read.
     """
     registry, own, seen = model.registry, adata is model.adata, _SEEN.setdefault(model, {})
-    known = seen.get(own)
+    whose = "own" if own else "other"
+    known = seen.get(whose)
     if known is not None and known.is_of(adata, registry):
         store = registry.store(adata, rows)
         if known.snapshot.holds(registry, adata, store, rows):
@@ -149,5 +150,5 @@ def _read(model, adata: AnnData, rows: np.ndarray | None) -> tuple[MemoryStore |
     if own:
         registry.check_unchanged(registry.fingerprint(adata, snapshot.sums, snapshot.columns), model.fingerprint)
     if not adata.is_view:  # which makes its matrix anew whenever it is read
-        seen[own] = _Seen.of(adata, registry, snapshot)
+        seen[whose] = _Seen.of(adata, registry, snapshot)
     return store, snapshot.columns

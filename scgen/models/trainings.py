@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from scgen.data.loader import CellLoader
-from scgen.models import files, loaders
+from scgen.models import loaders
 from scgen.training import NonFiniteLoss, Options, choose_device
 
 
@@ -49,7 +49,7 @@ def recorded(
         training, validation = loaders.of_training(model, options, batch_size, train_size)
         rows: list[dict] = model.history.to_dict(orient="records")
         started = {"device": str(options.device), "batch_size": training.batch_size, "finished": False}
-        model.trainings.append(files.plain(asdict(options) | started))
+        model.trainings.append(asdict(options) | started)
         new_rows = model.registry.learned_rows(model.arguments["dispersion"])
         try:
             with model.vae.to(options.device).learning_rows(new_rows):

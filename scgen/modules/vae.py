@@ -51,7 +51,7 @@ class VAE(nn.Module):
     def occupied(self, training: bool = False) -> Iterator[None]:
         """Within the block, no other thread trains this module or asks it.
 
-        Another thread's question is waited for. RuntimeError if another thread trains it.
+        Waits while another thread asks the module. RuntimeError if another thread trains it.
         """
         if not self._lock.acquire(blocking=False):
             if self._in_training:
