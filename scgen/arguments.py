@@ -108,6 +108,8 @@ def check_number(
     """
     message = f"{name}={shown(value)}; it takes {takes}."
     _check_number(value, message)
+    if isinstance(value, np.floating):
+        value = float(value)  # NumPy would compare within the value's own type, in which the limits may be infinite
     if not (least <= value <= most and above < value < below):
         raise ValueError(message)
     return float(value)

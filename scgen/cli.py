@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import inspect
 import logging
 import os
@@ -13,8 +14,8 @@ from pathlib import Path
 
 from scgen import __version__, flags, h5ad
 
-#: What a shell sees: 0 done, 1 the data or a file are at fault, 2 the call is, 129, 130 and 143 ended by SIGHUP, Ctrl-C
-#: and SIGTERM, 141 nobody reads on.
+#: What a shell sees: 0 done; 1 the data, a file or a value are at fault; 2 an argument is unknown, missing or none of
+#: its choices; 129, 130 and 143 ended by SIGHUP, Ctrl-C and SIGTERM; 141 nobody reads on.
 OK, FAILED, UNREAD = 0, 1, 141
 
 
@@ -74,6 +75,34 @@ def _open_closed_streams() -> None:
             except OSError:
                 os.dup2(handle, number)
             setattr(sys, name, os.fdopen(handle, "r" if name == "stdin" else "w", encoding="utf-8"))
+
+
+class Lasting:
+    """A stream that can be written to when nobody reads it any more: what was asked for are files.
+
+    Its other methods are those of the stream that it stands for.
+    """
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or be silent from now on."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            _silence(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, or be silent from now on."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            _silence(self._stream)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
 
 
 def _silence(stream) -> None:
@@ -142,6 +171,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _integrate(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(Lasting(sys.stdout)), contextlib.redirect_stderr(Lasting(sys.stderr)):
+        return _integrated(args)
+
+
+def _integrated(args: argparse.Namespace) -> int:
+    say = functools.partial(print, flush=True)
     report = args.report or args.output.with_name(f"{args.output.stem}_report")
     h5ad.check_output(args.output, args.overwrite)
     existing = next(folder for folder in (report, *report.absolute().parents) if folder.exists())
@@ -161,7 +196,7 @@ def _integrate(args: argparse.Namespace) -> int:
     _check_labels(adata, args.labels_key)
     _check_results(adata, integration.names_of_results(args.suffix))
     h5ad.try_to_write(adata, args.output)
-    _say(f"{args.input}: {adata.n_obs} cells x {adata.n_vars} genes")
+    say(f"{args.input}: {adata.n_obs} cells x {adata.n_vars} genes")
     # An option of this command is named as the argument that it is of; labels may be missing where none are modelled.
     taken = inspect.signature(integration.integrate).parameters
     options = {name: value for name, value in vars(args).items() if name in taken and name != "labels_key"}
@@ -174,30 +209,30 @@ def _integrate(args: argparse.Namespace) -> int:
         **options,
     )
     if args.tune:
-        _say(f"chose {adata.uns['scgen']['integrate']['tuned']} among the presets")
+        say(f"chose {adata.uns['scgen']['integrate']['tuned']} among the presets")
     seconds = model.history["seconds"].sum()
-    _say(f"trained {len(model.history)} epochs on {model.adata.n_vars} genes in {seconds:.0f} s")
+    say(f"trained {len(model.history)} epochs on {model.adata.n_vars} genes in {seconds:.0f} s")
     (report / reporting.SCORES).unlink(missing_ok=True)  # of an earlier run
     model.save(report / "model", overwrite=args.overwrite)
     integration.cluster(adata, f"X_{args.suffix}", suffix=args.suffix, seed=args.seed)
-    h5ad.write(adata, args.output)
+    h5ad.write(adata, args.output, args.overwrite)
     leiden = f"leiden_{args.suffix}"
     n_clusters = adata.obs[leiden].nunique()
-    _say(f"wrote {args.output}: obsm X_{args.suffix} and X_umap_{args.suffix}, obs {leiden} ({n_clusters} clusters)")
+    say(f"wrote {args.output}: obsm X_{args.suffix} and X_umap_{args.suffix}, obs {leiden} ({n_clusters} clusters)")
     before = reporting.uncorrected(model)
     colours = [key for key in (args.batch_key, args.labels_key, leiden) if key is not None]
     drawn = reporting.draw(model, adata, before, report, colours, suffix=args.suffix)
-    _say(f"wrote {report / 'model'}, {', '.join(map(str, drawn))}")
+    say(f"wrote {report / 'model'}, {', '.join(map(str, drawn))}")
     if args.labels_key is None:
-        _say("no scores: they compare with known labels; name their column with --labels-key")
+        say("no scores: they compare with known labels; name their column with --labels-key")
         return OK
     try:
         logging.disable(logging.WARNING)  # scib-metrics tells of every small label
         keys = {"batch_key": args.batch_key, "labels_key": args.labels_key}
         table = reporting.scores(adata, before, report, suffix=args.suffix, **keys)
-        _say(table.to_string(float_format="{:.3f}".format))
+        say(table.to_string(float_format="{:.3f}".format))
     except (ImportError, ValueError) as error:
-        _say(f"no scores: {error}")
+        say(f"no scores: {error}")
     return OK
 
 
@@ -225,7 +260,8 @@ def _simulate(args: argparse.Namespace) -> int:
     h5ad.check_output(args.output, args.overwrite)
     from scgen.data.simulate import simulate_cells
 
-    h5ad.write(simulate_cells(args.n_cells, args.n_genes, n_batches=args.n_batches, seed=args.seed), args.output)
+    adata = simulate_cells(args.n_cells, args.n_genes, n_batches=args.n_batches, seed=args.seed)
+    h5ad.write(adata, args.output, args.overwrite)
     print(f"wrote {args.output}: {args.n_cells} cells x {args.n_genes} genes, batch_key batch, labels_key cell_type")
     return OK
 
@@ -256,14 +292,6 @@ def _check_results(adata, names: Mapping[str, Sequence[str]]) -> None:
             f"the input holds {', '.join(there)}, which the new results would replace in OUT. Pass --suffix NAME to "
             "write the results under other names."
         )
-
-
-def _say(text: str) -> None:
-    """Print; when nobody reads on, go on in silence, for the files are what was asked for."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        _silence(sys.stdout)
 
 
 def _one_line(message, category, filename, lineno, file=None, line=None) -> None:

@@ -4,6 +4,14 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+#: The names that `SCVI` takes, written here again: to read them there is to load torch, which takes seconds.
+CHOICES = {
+    "gene_likelihood": ("zinb", "nb", "poisson", "normal"),
+    "dispersion": ("gene", "gene-batch", "gene-label", "gene-cell"),
+    "posterior": ("normal", "planar", "iaf"),
+    "prior": ("normal", "mog", "vamp", "flow"),
+}
+
 
 def add_data_arguments(command: argparse.ArgumentParser, batch_required: bool = False) -> None:
     """Add what says which parts of a file are read: the same for all commands that read one."""
@@ -38,8 +46,8 @@ def add_model_arguments(group) -> None:
     for flag in ("n-latent", "n-hidden", "n-layers", "n-flows", "n-components"):
         group.add_argument(f"--{flag}", type=whole(1), metavar="N")
     group.add_argument("--dropout-rate", type=float, metavar="SHARE")
-    for flag in ("gene-likelihood", "dispersion", "posterior", "prior"):
-        group.add_argument(f"--{flag}", type=name, metavar="NAME")
+    for argument, names in CHOICES.items():
+        group.add_argument(f"--{argument.replace('_', '-')}", choices=names)
     for flag in ("use-observed-lib-size", "encode-covariates", "library-residual"):
         group.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction)
 

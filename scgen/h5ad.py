@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from scgen import atomic
+
 #: The signals that end a command.
 ENDING = [getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM") if hasattr(signal, name)]
 
@@ -54,14 +56,23 @@ def try_to_write(adata, path: Path) -> None:
             _write_apart(part, temporary)
 
 
-def write(adata, path: Path) -> None:
-    """Write beside the path and move there in one step: it never holds half a file."""
+def write(adata, path: Path, overwrite: bool) -> None:
+    """Write beside the path and move there in one step: it never holds half a file.
+
+    Raises
+    ------
+    FileExistsError
+        If there is a file now and ``overwrite`` is false. The result is then kept under another name, which is told.
+    """
     with _beside(path) as temporary:
         _write_apart(adata, temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
+        atomic.permit(temporary)
+        try:
+            (atomic.replace if overwrite else atomic.put)(temporary, path)
+        except FileExistsError:
+            other = path.with_stem(f"{path.stem}-{secrets.token_hex(4)}")
+            atomic.put(temporary, other)
+            raise FileExistsError(f"{path} was made by another program meanwhile; the result is in {other}") from None
 
 
 @contextlib.contextmanager
@@ -83,9 +94,12 @@ def _write_apart(adata, path: Path) -> None:
         return
     receiver, sender = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("fork").Process(target=_write_and_tell, args=(adata, path, sender))
+    reason = None
     try:
         child.start()
         sender.close()
+        with contextlib.suppress(EOFError):  # it ended without a word
+            reason = receiver.recv()  # before it is joined: it waits until a long message is read
         child.join()
     except BaseException:  # a signal ends the command: nothing is to be written any more
         if child.is_alive():
@@ -93,9 +107,7 @@ def _write_apart(adata, path: Path) -> None:
             child.join()
         raise
     if child.exitcode != 0:
-        try:
-            reason = receiver.recv()
-        except EOFError:
+        if reason is None:
             reason = f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free in {path.parent}"
         raise OSError(f"the result could not be written: {reason}")
 

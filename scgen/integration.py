@@ -10,7 +10,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from scgen import tuning
-from scgen.arguments import check_choice, check_flag, check_key, check_names, check_number, check_whole
+from scgen.arguments import check_choice, check_flag, check_key, check_names, check_number, check_whole, shown
 from scgen.data.categories import names_of
 from scgen.data.checks import Setup, check_types, raise_errors
 from scgen.data.counts import matrix_of
@@ -187,8 +187,14 @@ def _settings(function: Callable, given: Mapping) -> dict:
 
 
 def _written(adata: AnnData) -> list[str]:
-    """Return the keys of obsm that `integrate` has written."""
-    return list(adata.uns.get("scgen", {}).get("integrate", {}).get("written", []))
+    """Return the keys of obsm that `integrate` has written; ValueError where its record is something else."""
+    record = adata.uns.get("scgen", {}).get("integrate", {})
+    if not isinstance(record, Mapping):
+        raise ValueError(
+            f'adata.uns["scgen"]["integrate"] holds {shown(record)}, not what integrate writes: '
+            'del adata.uns["scgen"]["integrate"] first.'
+        )
+    return list(record.get("written", []))
 
 
 def _check_basis(adata: AnnData, adjusted_basis: str) -> None:

@@ -17,13 +17,14 @@ import os
 import re
 import secrets
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
+
+from scgen import atomic
 
 FORMAT = 1
 _WEIGHTS = re.compile(r"weights-[0-9a-f]{64}(-[0-9a-f]{16})?\.safetensors")
@@ -55,9 +56,9 @@ def write(folder: str | Path, description: dict, tensors: dict[str, Tensor], ove
     text = json.dumps({**description, "sha256": _digest(description)}, indent=1)
     weights = folder / name
     try:
-        _write_atomically(weights, data, _replace)
+        _write_atomically(weights, data, atomic.replace)
         written = weights.stat().st_mtime  # by the clock of the file system, as the times of the other files
-        replaced = _write_atomically(path, text.encode(), _replace_description if overwrite else _put_description)
+        replaced = _write_atomically(path, text.encode(), _replace_description if overwrite else atomic.put)
     except BaseException as error:
         # An interrupt may come after model.json was put in place: what it names is never deleted.
         with contextlib.suppress(OSError):
@@ -150,57 +151,32 @@ def found_in(folder: str | Path) -> str:
     return ", ".join(sorted(path.name for path in Path(folder).iterdir())[:8]) or "nothing"
 
 
-def _write_atomically(path: Path, data: bytes, put: Callable[[str, Path], str | None]) -> str | None:
+def _write_atomically(path: Path, data: bytes, put: Callable[[Path, Path], str | None]) -> str | None:
     """Write all of ``data`` to a file beside ``path``, let ``put`` move it there, and return what that returns.
 
     ``path`` holds either what it held before or all of ``data``, even after a power cut.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_PARTIAL)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_PARTIAL)
+    temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        atomic.permit(temporary)
         result = put(temporary, path)
         _sync_folder(path.parent)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     return result
 
 
-def _replace(temporary: str, path: Path) -> None:
-    """Move a file over another. Windows refuses it while a process reads the other, which is soon over."""
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            return os.replace(temporary, path)
-        except PermissionError:
-            if os.name != "nt" or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-
-
-def _replace_description(temporary: str, path: Path) -> str | None:
+def _replace_description(temporary: Path, path: Path) -> str | None:
     """Move a description over another, and return the name of the weights that are thereby replaced."""
     replaced = _weights_named(path.parent)
-    _replace(temporary, path)
+    atomic.replace(temporary, path)
     return replaced
-
-
-def _put_description(temporary: str, path: Path) -> None:
-    """Move a description to where there is none; FileExistsError if another process has put one there."""
-    try:
-        os.link(temporary, path)  # which never replaces anything, unlike a move
-    except FileExistsError:
-        raise
-    except OSError:  # the file system has no links
-        if path.exists():
-            raise FileExistsError(path) from None
-        _replace(temporary, path)
-    else:
-        os.unlink(temporary)
 
 
 def _weights_named(folder: Path) -> str | None:
@@ -228,9 +204,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -76,7 +76,7 @@ def _quota_of(folder: Path) -> float:
 
 
 class Crowd:
-    """Idle OpenMP threads, as many as there are processors, in every GNU OpenMP library that is loaded.
+    """Idle OpenMP threads, more than there are processors, in every GNU OpenMP library that is loaded.
 
     A thread of Python's opens a parallel region that does nothing; its pool of threads lives as long as it does.
     """
@@ -95,7 +95,7 @@ class Crowd:
                 with contextlib.suppress(OSError, AttributeError):
                     parallel = ctypes.CDLL(library).GOMP_parallel
                     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-                    parallel(nothing, None, (os.cpu_count() or 1) + 1, 0)
+                    parallel(nothing, None, _n_processors() + 1, 0)
         finally:
             ready.set()  # the training waits for it, whatever happened
         self._leave.wait()
@@ -104,6 +104,28 @@ class Crowd:
         """End the threads."""
         self._leave.set()
         self._thread.join()
+
+
+def _n_processors() -> int:
+    """Return how many processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _can_start(n: int) -> bool:
+    """Say whether so many more threads can be started: where one cannot, OpenMP would end the process."""
+    leave, started = threading.Event(), []
+    try:
+        for _ in range(n):
+            started.append(threading.Thread(target=leave.wait, daemon=True))
+            started[-1].start()
+    except RuntimeError:
+        started.pop()
+        return False
+    finally:
+        leave.set()
+        for thread in started:
+            thread.join()
+    return True
 
 
 class Watch:
@@ -120,7 +142,7 @@ class Watch:
             self._n_users += 1
             if self._n_users > 1:
                 return
-            self._n_threads = min(torch.get_num_threads(), os.cpu_count() or 1)
+            self._n_threads = min(torch.get_num_threads(), _n_processors())
             said = any(name in os.environ for name in WAITING_VARIABLES)
             self._usable = self._n_threads > 1 and resource is not None and not said
             self._n_busy, self._calm, self._calm_since = 0, CALM_SECONDS, None
@@ -163,8 +185,8 @@ class Watch:
 
     def _gather(self) -> None:
         libraries = _gnu_openmp()
-        self._usable = len(libraries) > 0
-        self._crowd, self._calm_since = Crowd(libraries) if libraries else None, None
+        self._usable = len(libraries) > 0 and _can_start((_n_processors() + 1) * len(libraries))
+        self._crowd, self._calm_since = Crowd(libraries) if self._usable else None, None
 
     def _disperse(self) -> None:
         if self._crowd is not None:
@@ -184,16 +206,17 @@ watch = Watch()
 def adapted() -> Iterator[None]:
     """Within the block, use no more threads than the quota has processors, and let them sleep where it is busy."""
     mark_used()
-    n_threads = torch.get_num_threads()
+    n_threads, process, used = torch.get_num_threads(), os.getpid(), watch
     if n_threads > 1 and not any(name in os.environ for name in NUMBER_VARIABLES):
         torch.set_num_threads(max(1, int(min(n_threads, quota()))))
-    watch.begin()
+    used.begin()
     try:
         yield
     finally:
-        watch.end()
-        if torch.get_num_threads() != n_threads:
-            torch.set_num_threads(n_threads)
+        if os.getpid() == process:  # a process that was forked in the block has no threads to give back
+            used.end()
+            if torch.get_num_threads() != n_threads:
+                torch.set_num_threads(n_threads)
 
 
 def _gnu_openmp() -> list[str]:

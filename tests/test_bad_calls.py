@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import inspect
 import traceback
+import warnings
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -602,3 +603,14 @@ def test_wrong_flags_are_refused_by_name(on, capsys, monkeypatch, command):
             elif everything(on) != before:
                 complaints[f"{flag} {value!r}"] = "something was changed"
     assert not complaints
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.longdouble])
+def test_numbers_of_all_of_numpys_kinds_are_taken(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert arguments.check_number("x", kind(0.5), "a number", least=0, below=1) == 0.5
+        with pytest.raises(ValueError, match="x="):
+            arguments.check_number("x", kind(np.inf), "a number")
+        with pytest.raises(ValueError, match="x="):
+            arguments.check_number("x", kind(1), "a number", below=1)

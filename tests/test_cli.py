@@ -19,7 +19,8 @@ import pandas as pd
 import pytest
 
 import scgen
-from scgen import cli, h5ad
+from scgen import cli, flags, h5ad
+from scgen.models.scvi import CHOICES
 
 SCGEN = [sys.executable, "-m", "scgen.cli"]
 # The copy of the package that is tested, and not one that is installed.
@@ -143,6 +144,54 @@ def test_a_broken_pipe_is_quiet(source):
     os.close(writer)
     assert done.returncode == 141
     assert done.stderr == ""
+
+
+def test_nobody_reads_on_and_the_files_are_written(source, tmp_path):
+    """As in ``scgen integrate ... 2>&1 | head -1``: warnings and the progress line have nowhere to go."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    out = tmp_path / "out.h5ad"
+    # One cell has no counts, and so there is a warning.
+    command = [*SCGEN, "integrate", source, "-o", out, "--batch-key", "batch", "--max-epochs", 2]
+    done = subprocess.run(list(map(str, command)), stdout=writer, stderr=writer)
+    os.close(writer)
+    assert done.returncode == 0
+    assert "leiden_scgen" in anndata.read_h5ad(out).obs
+    assert (tmp_path / "out_report" / "umap.png").exists()
+
+
+def test_choices_are_those_of_the_model(source, tmp_path):
+    assert flags.CHOICES == CHOICES
+    done = run("integrate", source, "-o", tmp_path / "out.h5ad", "--batch-key", "batch", "--prior", "nonsense")
+    assert done.returncode == 2
+    assert "vamp" in done.stderr
+
+
+def test_an_output_made_meanwhile_is_left_and_the_result_kept(tmp_path):
+    adata = scgen.simulate_cells(n_cells=60, n_genes=20, seed=0)
+    out = tmp_path / "out.h5ad"
+    out.write_text("another's")
+    with pytest.raises(FileExistsError, match="made by another program meanwhile") as told:
+        h5ad.write(adata, out, overwrite=False)
+    assert out.read_text() == "another's"
+    (other,) = set(tmp_path.iterdir()) - {out}
+    assert str(other) in str(told.value)
+    np.testing.assert_array_equal(anndata.read_h5ad(other).X.toarray(), adata.X.toarray())
+    h5ad.write(adata, out, overwrite=True)
+    assert anndata.read_h5ad(out).shape == (60, 20)
+
+
+def test_a_long_reason_why_nothing_was_written(tmp_path, monkeypatch):
+    """It is longer than what a pipe holds."""
+
+    def fail(*_, **__):
+        raise ValueError("reason " * 100_000)
+
+    monkeypatch.setattr(anndata.io, "write_h5ad", fail)
+    with pytest.raises(OSError, match="reason") as told:
+        h5ad.write(scgen.simulate_cells(n_cells=60, n_genes=20, seed=0), tmp_path / "out.h5ad", overwrite=False)
+    assert len(str(told.value)) > 700_000
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_leaves_no_half_file(tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 import scgen
 from scgen.data.loader import CellLoader
+from scgen.data.snapshot import Snapshot
 from scgen.data.stores import DeviceStore, MemoryStore, on_device
 from scgen.kernels import dispatch, reference
 from scgen.training import Adam
@@ -108,10 +109,10 @@ def test_training_from_the_device_is_that_from_the_host(monkeypatch, arguments):
 def test_no_step_waits_for_the_device(arguments, reduced):
     adata = simulated(2000, 600)
     model = scgen.SCVI(adata, **arguments)
-    store, columns, _ = model.registry.read(adata)
+    store, snapshot = Snapshot.of(model.registry, adata)
     vae = model.vae.cuda().train()
     cells_loader = CellLoader(
-        DeviceStore(store, "cuda"), columns, batch_size=256, rng=np.random.default_rng(0), device="cuda"
+        DeviceStore(store, "cuda"), snapshot.columns, batch_size=256, rng=np.random.default_rng(0), device="cuda"
     )
     optimizer = Adam(vae)
 

@@ -300,3 +300,11 @@ def test_many_cells_have_neighbours():
     adata = anndata.AnnData(obsm={"X_scgen": np.random.default_rng(0).normal(size=(9000, 5)).astype(np.float32)})
     sc.pp.neighbors(adata, use_rep="X_scgen")
     assert adata.obsp["connectivities"].shape == (9000, 9000)
+
+
+def test_a_record_that_is_none_of_ours_is_refused():
+    cells = scgen.simulate_cells(n_cells=60, n_genes=20, n_batches=2, seed=0)
+    cells.uns["scgen"] = {"integrate": 5}
+    with pytest.raises(ValueError, match=r'uns\["scgen"\]\["integrate"\] holds 5.* del adata'):
+        scgen.integrate(cells, "batch", max_epochs=1, progress=False)
+    assert cells.uns["scgen"] == {"integrate": 5}

@@ -21,7 +21,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from scgen import storage
+from scgen import atomic, storage
 from scgen.storage import ModelFileError
 
 OLD, NEW = 1.0, 2.0
@@ -199,7 +199,7 @@ def test_windows_lets_no_file_be_replaced_that_is_read(folder, monkeypatch):
     moved = folder / "moved.json"
     with monkeypatch.context() as patch:
         patch.setattr(os, "name", "nt")
-        storage._replace(str(folder / "model.json"), moved)
+        atomic.replace(folder / "model.json", moved)
     assert len(refused) == 3
     assert moved.exists()
 

@@ -280,6 +280,79 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
     assert run(code).split() == ["True"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.parametrize(("training", "expected"), [(False, "answered"), (True, "while the model was being trained")])
+def test_a_process_forked_while_another_thread_uses_the_model(training, expected):
+    code = f"""
+import multiprocessing, threading
+entered, leave = threading.Event(), threading.Event()
+def use():
+    with model.vae.occupied(training={training}):
+        entered.set()
+        leave.wait()
+user = threading.Thread(target=use)
+user.start()
+entered.wait()
+def ask(i):
+    try:
+        return "answered" if model.get_elbo() < 0 else "wrong"
+    except RuntimeError as error:
+        return str(error)
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    print(pool.map_async(ask, range(2)).get(timeout=60))
+leave.set()
+user.join()
+print(model.get_elbo() < 0)
+"""
+    found, ours = run(MODEL + code).splitlines()
+    assert found.count(expected) == 2
+    assert ours == "True"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_process_forked_within_a_block_leaves_it():
+    code = """
+import os
+from scgen import threads
+with model.vae.occupied():
+    child = os.fork()
+if child == 0:
+    print(threads.forked, model.get_elbo() < 0, threads.watch._n_users, flush=True)
+    os._exit(0)
+print(os.waitpid(child, 0)[1], model.get_elbo() < 0, threads.watch._n_users)
+"""
+    assert run(MODEL + code).splitlines() == ["True True 0", "0 True 0"]
+
+
+def test_a_question_does_not_wait_for_a_training_that_begins_before_its_turn():
+    model = trained()
+    asking, go_on, done = threading.Event(), threading.Event(), threading.Event()
+    told = []
+
+    def use():  # a question, and then a training of the same thread
+        with model.vae.occupied():
+            asking.set()
+            go_on.wait()
+            with model.vae.occupied(training=True):
+                done.wait()
+
+    def ask():
+        try:
+            model.get_elbo()
+        except RuntimeError as error:
+            told.append(str(error))
+
+    user, other = threading.Thread(target=use), threading.Thread(target=ask)
+    user.start()
+    asking.wait()
+    other.start()
+    go_on.set()
+    other.join(timeout=30)
+    done.set()
+    user.join()
+    assert "being trained in another thread" in told[0]
+
+
 def test_joblibs_threads_and_processes_give_the_same_bits():
     code = """
 import joblib, torch
@@ -387,7 +460,7 @@ def test_a_crowd_changes_no_bits_and_leaves_nothing_behind(alone):
         pytest.skip("no GNU OpenMP is loaded")
     before = tasks()
     crowd = Crowd(libraries)
-    assert tasks() >= before + os.cpu_count()
+    assert tasks() >= before + len(os.sched_getaffinity(0))
     np.testing.assert_array_equal(asked(trained()), alone)
     crowd.disperse()
     deadline = time.monotonic() + 10
@@ -399,6 +472,25 @@ def test_a_crowd_changes_no_bits_and_leaves_nothing_behind(alone):
 def test_a_library_that_cannot_be_opened_stops_nothing(tmp_path):
     (tmp_path / "libgomp.so").write_text("no library")
     Crowd([str(tmp_path / "libgomp.so"), "/nowhere/libgomp.so"]).disperse()
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid") or os.getuid() != 0, reason="root alone can become a user of its own")
+def test_no_crowd_where_its_threads_cannot_be_started():
+    """GNU OpenMP ends the process where it cannot start a thread."""
+    code = """
+import os, resource
+from scgen import threads
+libraries = threads._gnu_openmp()
+os.setuid(54_321)
+n = len(os.listdir("/proc/self/task"))
+resource.setrlimit(resource.RLIMIT_NPROC, (n + 1, n + 1))
+watch = threads.Watch()
+watch.begin()
+watch._gather()
+watch.end()
+print(threads._can_start(1), threads._can_start(2), watch._crowd, watch._usable)
+"""
+    assert run(MODEL + code).split() == ["True", "False", "None", "False"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not list what is loaded")
@@ -442,7 +534,7 @@ class Machine:
         monkeypatch.setattr(threads.time, "process_time", lambda: self.cpu)
         monkeypatch.setattr(Watch, "_interruptions", staticmethod(lambda: self.switches))
         monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 2)
-        monkeypatch.setattr(threads.os, "cpu_count", lambda: 2)
+        monkeypatch.setattr(threads, "_n_processors", lambda: 2)
 
     def goes_on(self, watch: Watch, seconds: float, share: float, interruptions: float) -> None:
         for _ in range(round(seconds / 0.05)):

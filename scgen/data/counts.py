@@ -1,5 +1,6 @@
 """Whether values are counts, where counts are to be found, and what values look like that are none."""
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -26,15 +27,15 @@ def layers_of(adata: AnnData) -> list[str]:
 
 def looks_like(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore) -> tuple[str, str]:
     """Say what the values look like, counts but for rounding or a normalisation; and what to do where no counts are."""
-    distance = _distance(store)
-    if distance <= NEAR:
+    distance, lost = _rounding(store)
+    if max(distance, lost) <= NEAR:
         text = f"; all lie within {distance:.2g} of whole numbers"
         return text, f"They are counts but for rounding: {_rounded(adata, setup, store)}."
     _, block = next(iter(store.blocks(1000)))
     values = np.asarray(block.toarray() if sparse.issparse(block) else block, dtype=float)
     if values.min() < 0:
         return "", NEEDS_COUNTS
-    if _distance(store, np.expm1) <= NEAR:
+    if max(_rounding(store, np.expm1)) <= NEAR:
         return "; they look like log1p of counts", f"Take it back: {_rounded(adata, setup, store, 'expm1')}."
     for name, sums in (("log1p of counts", np.expm1(values.clip(max=80)).sum(1)), ("counts", values.sum(1))):
         sums = sums[sums > 0]
@@ -43,30 +44,38 @@ def looks_like(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore) -
     if "log1p" in adata.uns:
         return '; adata.uns["log1p"] says that X was log-transformed', NEEDS_COUNTS
     text = f"; the farthest lies {distance:.2g} from a whole number"
+    if lost > 0.5:
+        return text, NEEDS_COUNTS
     return text, (
         "Counts that a correction or an EM algorithm made fractional, such as those of SoupX, RSEM or salmon, can be "
         f"rounded: {_rounded(adata, setup, store)}; better are the counts before it. {NEEDS_COUNTS}"
     )
 
 
-def _distance(store: MemoryStore | BackedStore, function: Callable | None = None) -> float:
-    """Return how far from a whole number a value is at most, or a function of one."""
-    most = 0.0
+def _rounding(store: MemoryStore | BackedStore, function: Callable | None = None) -> tuple[float, float]:
+    """Return how far a value, or a function of it, is from a whole number at most, and what share rounding loses.
+
+    The share is that of the sum of all values: proportions are near to whole numbers, too, but to 0.
+    """
+    most = total = rounded = 0.0
     for _, block in store.blocks():
         values = (block.data if sparse.issparse(block) else np.asarray(block)).astype(float)
         if function is not None:
             if values.max(initial=0.0) > 30:  # the exponential of which has no digits left after the point
-                return np.inf
+                return np.inf, np.inf
             values = function(values)
-        most = max(most, float(np.abs(values - np.rint(values)).max(initial=0.0)))
+        whole = np.rint(values)
+        most = max(most, float(np.abs(values - whole).max(initial=0.0)))
+        total, rounded = total + np.abs(values).sum(), rounded + np.abs(whole).sum()
         if function is not None and most > NEAR:  # no more needs to be known of it
             break
-    return most
+    return most, abs(total - rounded) / total if total else 0.0
 
 
 def _rounded(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, function: str | None = None) -> str:
     """Return the call that makes a layer of the values, or a function of them, rounded."""
-    layer = next(name for name in ("counts", "rounded_counts", "scgen_counts") if name not in adata.layers)
+    names = itertools.chain(("counts", "rounded_counts"), (f"rounded_counts_{i}" for i in itertools.count(2)))
+    layer = next(name for name in names if name not in adata.layers)
     if not isinstance(store, MemoryStore):
         read = "adata = adata.to_memory(), "
     else:

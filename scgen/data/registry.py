@@ -1,6 +1,5 @@
 """What of an AnnData the models read: recorded by `setup_anndata`, and remembered by a model as a `Registry`."""
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +18,7 @@ from scgen.data.confounding import confounding
 from scgen.data.counts import matrix_of
 from scgen.data.findings import findings
 from scgen.data.genes import identifiers, places_of
-from scgen.data.stores import BackedStore, DamagedMatrix, MemoryStore, open_store, totals, unreadable
+from scgen.data.stores import BackedStore, DamagedMatrix, MemoryStore, open_store, unreadable
 
 
 def setup_anndata(
@@ -226,33 +225,6 @@ class Registry:
         except DamagedMatrix as error:
             raise ValueError(f"{self.setup.where} is a damaged sparse matrix: {error}.") from None
 
-    def fingerprint(self, adata: AnnData, sums: np.ndarray, columns: dict[str, Tensor]) -> dict[str, int | str]:
-        """Return number of cells and a hash of their names, totals and columns: equal for the same cells in order."""
-        digest = hashlib.sha256("\n".join(adata.obs_names).encode())
-        for values in (sums, *(column.numpy() for column in columns.values())):
-            digest.update((np.round(values, 3) + 0.0).tobytes())  # no -0
-        return {"n_cells": adata.n_obs, "sha256": digest.hexdigest()}
-
-    def read(
-        self, adata: AnnData, expected: dict[str, int | str] | None = None
-    ) -> tuple[MemoryStore | BackedStore, dict[str, Tensor], dict[str, int | str]]:
-        """Return the values, the columns and the fingerprint of all cells; ValueError if another one is expected."""
-        store = self.store(adata)
-        sums = totals(store)
-        columns = self.columns(adata, sums)
-        fingerprint = self.fingerprint(adata, sums, columns)
-        self.check_unchanged(fingerprint, expected)
-        return store, columns, fingerprint
-
-    def check_unchanged(self, fingerprint: dict[str, int | str], expected: dict[str, int | str] | None) -> None:
-        """Raise ValueError if another fingerprint is expected; None expects none."""
-        if expected not in (None, fingerprint):
-            raise ValueError(
-                "the model's AnnData has changed since the model was made: other or renamed cells, other values in "
-                f"{self.setup.where} or in the columns that the model reads. Keep the counts in a layer of their own, "
-                'setup_anndata(adata, layer="counts"), or pass adata= with the counts.'
-            )
-
     def check_new(self, adata: AnnData) -> None:
         """Raise where another AnnData lacks what the model reads, or has it in a wrong form."""
         check_types(adata, self.setup)
@@ -263,7 +235,7 @@ class Registry:
         setup, n = self.setup, len(sums)
         obs = _columns_of(adata.obs, [*setup.categorical.values(), *setup.numeric.values()], rows)
         if setup.size_factor_key is not None:
-            size = obs[setup.size_factor_key].to_numpy(float)
+            size = _numbers(obs, setup.size_factor_key)
         else:
             size = sums if setup.counts else np.ones(n)
         codes = [self._codes(obs, key, n) for key in setup.categorical_covariate_keys]
@@ -349,7 +321,7 @@ class Registry:
 
     def _standardised(self, obs: dict[str, pd.Series], key: str) -> np.ndarray:
         mean, sd = self.scaling[key]
-        values = (obs[key].to_numpy(float) - mean) / sd
+        values = (_numbers(obs, key) - mean) / sd
         if (far := np.abs(values) > LARGEST).any():
             raise ValueError(
                 f'adata.obs["{key}"] has {far.sum()} values more than {LARGEST:g} standard deviations from the mean of '
@@ -360,7 +332,13 @@ class Registry:
     def _codes(self, obs: dict[str, pd.Series], key: str | None, n: int) -> np.ndarray:
         if key is None:
             return np.zeros(n, np.int64)
-        codes = codes_of_column(obs[key], self.categories[key])
+        try:
+            codes = codes_of_column(obs[key], self.categories[key])
+        except TypeError:  # lists, and others that have no hash
+            raise ValueError(
+                f'adata.obs["{key}"] holds values that cannot be categories: make them strings, '
+                f'adata.obs["{key}"] = adata.obs["{key}"].astype(str), with the names that the model knows.'
+            ) from None
         if (codes < 0).any():
             unknown = names_of(obs[key][codes < 0].unique())
             raise ValueError(
@@ -377,6 +355,16 @@ def _columns_of(obs: pd.DataFrame, keys: Iterable[str], rows: np.ndarray | slice
         if (n := list(obs.columns).count(key)) != 1:
             raise ValueError(f'adata.obs has {n} columns named "{key}", which the model reads; it needs one.')
     return {key: obs[key].iloc[rows] for key in keys}
+
+
+def _numbers(obs: dict[str, pd.Series], key: str) -> np.ndarray:
+    try:
+        return obs[key].to_numpy(float)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f'adata.obs["{key}"] is of type {obs[key].dtype} and holds values that are no numbers; the model reads '
+            "numbers there."
+        ) from None
 
 
 def standard(values: np.ndarray) -> tuple[float, float]:

@@ -1,5 +1,7 @@
 """What was read of cells when all of them were checked, to tell whether some of them are still the same."""
 
+import functools
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +24,8 @@ class Snapshot:
     names
         The names of the N cells.
     sums
-        (N,) float64: the sum of each cell's values.
+        (2, N) float64: the sum of each cell's values, and that of each value times a number of its gene's, which tells
+        of changes that leave the first as it is.
     columns
         The other fields of `Cells`.
     """
@@ -35,8 +38,18 @@ class Snapshot:
     def of(cls, registry: Registry, adata: AnnData) -> tuple[MemoryStore | BackedStore, "Snapshot"]:
         """Read all cells; return their values, too."""
         store = registry.store(adata)
-        sums = totals(store)
-        return store, cls(adata.obs_names, sums, registry.columns(adata, sums))
+        sums = totals(store, None, _weights(store.shape[1]))
+        return store, cls(adata.obs_names, sums, registry.columns(adata, sums[0]))
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """Return number of cells and a hash of their names, totals and columns: equal for the same cells in order.
+
+        It is stored in files of models.
+        """
+        digest = hashlib.sha256("\n".join(self.names).encode())
+        for values in (self.sums[0], *(column.numpy() for column in self.columns.values())):
+            digest.update((np.round(values, 3) + 0.0).tobytes())  # no -0
+        return {"n_cells": len(self.names), "sha256": digest.hexdigest()}
 
     def holds(
         self, registry: Registry, adata: AnnData, store: MemoryStore | BackedStore, rows: np.ndarray | None
@@ -45,11 +58,17 @@ class Snapshot:
         # The index of a table cannot be changed in place: the same one has the same names.
         if adata.obs_names is not self.names and not adata.obs_names.equals(self.names):
             return False
-        sums, rows = totals(store, rows), slice(None) if rows is None else rows
-        if not _same(sums, self.sums[rows]):
+        sums, rows = totals(store, rows, _weights(store.shape[1])), slice(None) if rows is None else rows
+        if not _same(sums, self.sums[:, rows]):
             return False
-        found = registry.columns(adata, sums, rows)
+        found = registry.columns(adata, sums[0], rows)
         return all(_same(values.numpy(), self.columns[name][rows].numpy()) for name, values in found.items())
+
+
+@functools.cache
+def _weights(n_genes: int) -> np.ndarray:
+    """Return whole numbers in no order, a different one for each gene: sums of counts times these are exact."""
+    return np.random.default_rng(0).permutation(n_genes).astype(float)
 
 
 def _same(found: np.ndarray, expected: np.ndarray) -> bool:

@@ -285,18 +285,22 @@ def check_structure(matrix, first_row: int = 0) -> None:
         raise DamagedMatrix(f"indices has {chunk[first]}; the {n_minor} {what} have the numbers from 0", row)
 
 
-def totals(store: MemoryStore | BackedStore, rows: np.ndarray | None = None) -> np.ndarray:
-    """Return the sum of each row, (N,) float64; or those of some rows, in their order."""
-    if rows is not None and FEW * len(rows) <= store.shape[0]:
-        parts = np.array_split(rows, -(-len(rows) // 8192))
-        sums = np.concatenate([dispatch.row_sums(store.as_stored(part)) for part in parts])
-        return sums.astype(np.float64, copy=False)
+def totals(
+    store: MemoryStore | BackedStore, rows: np.ndarray | None = None, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the sum of each row, (N,) float64; or those of some rows, in their order.
+
+    With ``weights`` of the columns, (G,) float64, return (2, N): these sums, and those of the weighted values.
+    """
+    if rows is not None and FEW * len(rows) > store.shape[0]:
+        return totals(store, None, weights)[..., rows]
     if rows is not None:
-        return totals(store)[rows]
-    if isinstance(store, MemoryStore) and sparse.issparse(store.matrix):
-        sums = dispatch.row_sums(store.matrix)
+        parts = (store.as_stored(part) for part in np.array_split(rows, -(-len(rows) // 8192)))
+    elif isinstance(store, MemoryStore) and sparse.issparse(store.matrix):
+        parts = [store.matrix]
     else:
-        sums = np.concatenate([dispatch.row_sums(block) for _, block in store.blocks()])
+        parts = (block for _, block in store.blocks())
+    sums = np.concatenate([dispatch.row_sums(part, weights) for part in parts], axis=-1)
     return sums.astype(np.float64, copy=False)  # sums of long doubles are some
 
 

@@ -63,12 +63,18 @@ def log1p(counts: Tensor, dtype: torch.dtype) -> Tensor:
     return listing.log1p(counts, dtype) if listing else torch.log1p(counts.to_dense()).to(dtype)
 
 
-def row_sums(matrix: np.ndarray | sparse.csr_matrix | sparse.csr_array) -> np.ndarray:
-    """Return the sum of each row, (n,) float64, added in float64."""
+def row_sums(
+    matrix: np.ndarray | sparse.csr_matrix | sparse.csr_array, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the sum of each row, (n,) float64, added in float64.
+
+    With ``weights`` of the columns, (G,) float64, return (2, n): these sums, and those of the weighted values.
+    """
     if sparse.issparse(matrix) and _known(matrix) and (rows := _compiled("rows", matrix.nnz)):
-        return rows.row_sums(matrix)
+        return rows.row_sums(matrix, weights)
     # A product, since scipy's sum would add float32 values in float32, whatever dtype is asked for.
-    return matrix @ np.ones(matrix.shape[1])
+    ones = np.ones(matrix.shape[1])
+    return matrix @ ones if weights is None else (matrix @ np.stack([ones, weights], 1)).T
 
 
 def cells_log_prob(

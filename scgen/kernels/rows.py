@@ -69,12 +69,16 @@ def dense_rows(matrix: sparse.csr_matrix | sparse.csr_array, rows: np.ndarray) -
     return torch.from_numpy(dense)
 
 
-def row_sums(matrix: sparse.csr_matrix | sparse.csr_array) -> np.ndarray:
-    """Return the sum of each row, (n,) float64, added in float64."""
+def row_sums(matrix: sparse.csr_matrix | sparse.csr_array, weights: np.ndarray | None = None) -> np.ndarray:
+    """Return what the function of this name in `dispatch` returns."""
     sums = np.empty(matrix.shape[0])
     with threads():
-        _sum_rows(matrix.indptr, matrix.data, sums)
-    return sums
+        if weights is None:
+            _sum_rows(matrix.indptr, matrix.data, sums)
+            return sums
+        weighted = np.empty(matrix.shape[0])
+        _sum_rows_twice(matrix.indptr, matrix.indices, matrix.data, weights, sums, weighted)
+    return np.stack([sums, weighted])
 
 
 @njit(parallel=True, **ADDING)
@@ -84,6 +88,18 @@ def _sum_rows(indptr, data, sums):
         for k in range(indptr[i], indptr[i + 1]):
             total += np.float64(data[k])
         sums[i] = total
+
+
+@njit(parallel=True, **ADDING)
+def _sum_rows_twice(indptr, indices, data, weights, sums, weighted):
+    for i in prange(len(sums)):
+        total = total_weighted = 0.0
+        for k in range(indptr[i], indptr[i + 1]):
+            value = np.float64(data[k])
+            total += value
+            total_weighted += value * weights[indices[k]]
+        sums[i] = total
+        weighted[i] = total_weighted
 
 
 @njit(parallel=True, **COMPILED)

@@ -50,7 +50,7 @@ class Model:
 
     def __init__(self, adata: AnnData, registry: Registry, arguments: dict):
         self.assemble(registry, arguments)
-        self.adata, (_, _, self.fingerprint) = adata, registry.read(adata)
+        loaders.set_cells(self, adata)
 
     def assemble(self, registry: Registry, arguments: dict) -> None:
         """Make the module, without cells."""

@@ -14,6 +14,7 @@ from scgen import storage
 from scgen.arguments import check_flag, check_path
 from scgen.data.checks import Setup, check_setup, check_types
 from scgen.data.registry import Registry
+from scgen.models import loaders
 from scgen.storage import ModelFileError
 
 
@@ -86,9 +87,10 @@ def assembled(cls: type, registry: Registry, arguments: dict, weights: dict[str,
 def give_cells(model, adata: AnnData) -> None:
     """Make ``adata`` the model's own cells."""
     model.registry.check_new(adata)
-    model.adata, (_, _, fingerprint) = adata, model.registry.read(adata)
-    if fingerprint != model.fingerprint:  # other cells: the split is not theirs
-        model.fingerprint, model.train_indices, model.validation_indices = fingerprint, None, None
+    before = model.fingerprint
+    loaders.set_cells(model, adata)
+    if model.fingerprint != before:  # other cells: the split is not theirs
+        model.train_indices = model.validation_indices = None
 
 
 def _split(tensors: dict[str, torch.Tensor], n_cells: int) -> tuple[np.ndarray, np.ndarray]:

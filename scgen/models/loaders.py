@@ -35,16 +35,29 @@ class _Seen:
         matrix = matrix_of(adata, registry.setup.layer)
         return cls(weakref.ref(adata), weakref.ref(matrix) if in_memory(matrix) else None, snapshot)
 
-    def is_of(self, adata: AnnData, registry: Registry) -> bool:
-        """Say whether this is the AnnData, with the same matrix."""
+    def read(
+        self, adata: AnnData, registry: Registry, rows: np.ndarray | None
+    ) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]] | None:
+        """Return values and columns if this is the AnnData and these rows of it are what they were; else None."""
         if self.adata() is not adata or adata.is_view:
-            return False
-        return self.matrix is None or self.matrix() is matrix_of(adata, registry.setup.layer)
+            return None
+        if self.matrix is not None and self.matrix() is not matrix_of(adata, registry.setup.layer):
+            return None
+        store = registry.store(adata, rows)
+        return (store, self.snapshot.columns) if self.snapshot.holds(registry, adata, store, rows) else None
 
 
 #: By model: what was seen of its "own" cells, and of the last "other" ones. It is kept here and not in the model, of
 #: which copies and pickles are made.
 _SEEN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def set_cells(model, adata: AnnData) -> Snapshot:
+    """Make an AnnData the model's own cells, and return what was read of them."""
+    _, snapshot = Snapshot.of(model.registry, adata)
+    model.adata, model.fingerprint = adata, snapshot.fingerprint()
+    _remember(model, adata, snapshot)
+    return snapshot
 
 
 def of_training(
@@ -53,11 +66,11 @@ def of_training(
     """Return the cells to train on and to validate on; the first time, split them and start the module from them."""
     device = options.device
     adata = cells_of(model)
-    n_at_once = min(batch_size or default_batch_size(adata.n_obs, device), adata.n_obs)
+    n_at_once = min(int(batch_size or default_batch_size(adata.n_obs, device)), adata.n_obs)
     n_bytes = 8 * options.n_importance_samples * n_at_once * len(model.registry.genes)  # rates, and their gradients
     fewer = "Train with fewer, or a smaller batch_size."
     check_memory("n_importance_samples", options.n_importance_samples, n_bytes, fewer)
-    store, columns, _ = model.registry.read(adata, model.fingerprint)
+    store, columns = _read(model, adata, None)
     store = on_device(store, device)
     rng = np.random.default_rng(options.seed)
     if model.train_indices is None:
@@ -138,17 +151,28 @@ def _read(model, adata: AnnData, rows: np.ndarray | None) -> tuple[MemoryStore |
     model's own must then be what they were, others fit to be read.
     """
     registry, own, seen = model.registry, adata is model.adata, _SEEN.setdefault(model, {})
-    whose = "own" if own else "other"
-    known = seen.get(whose)
-    if known is not None and known.is_of(adata, registry):
-        store = registry.store(adata, rows)
-        if known.snapshot.holds(registry, adata, store, rows):
-            return store, known.snapshot.columns
+    known = seen.get("own" if own else "other")
+    if known is not None and (found := known.read(adata, registry, rows)) is not None:
+        return found
     if not own:
         registry.check_new(adata)
     store, snapshot = Snapshot.of(registry, adata)
-    if own:
-        registry.check_unchanged(registry.fingerprint(adata, snapshot.sums, snapshot.columns), model.fingerprint)
-    if not adata.is_view:  # which makes its matrix anew whenever it is read
-        seen[whose] = _Seen.of(adata, registry, snapshot)
+    # A copy of a model, or one read from a file, has only the fingerprint to tell its cells by.
+    changed = own and (
+        snapshot.fingerprint() != model.fingerprint
+        or (known is not None and not known.snapshot.holds(registry, adata, store, None))
+    )
+    if changed:
+        raise ValueError(
+            "the model's AnnData has changed since the model was made: other or renamed cells, other values in "
+            f"{registry.setup.where} or in the columns that the model reads. Keep the counts in a layer of their own, "
+            'setup_anndata(adata, layer="counts"), or pass adata= with the counts.'
+        )
+    _remember(model, adata, snapshot)
     return store, snapshot.columns
+
+
+def _remember(model, adata: AnnData, snapshot: Snapshot) -> None:
+    if not adata.is_view:  # which makes its matrix anew whenever it is read
+        whose = "own" if adata is model.adata else "other"
+        _SEEN.setdefault(model, {})[whose] = _Seen.of(adata, model.registry, snapshot)

@@ -16,6 +16,7 @@ from scgen.data.checks import Setup, check_types, some
 from scgen.data.genes import identifiers, matched
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry
+from scgen.data.snapshot import Snapshot
 from scgen.models import files, loaders
 
 #: The batch of a reference that has none: no value of a column is named so.
@@ -245,10 +246,10 @@ class Query:
         """Return cells of the reference as the query sees cells: of the genes that were measured for both."""
         missing = set(self.model.registry.missing)
         genes = [gene for gene in self.reference.registry.genes if gene not in missing]  # in the query's order
-        store, columns, _ = replace(self.reference.registry, genes=genes).read(self.reference.adata)
+        store, snapshot = Snapshot.of(replace(self.reference.registry, genes=genes), self.reference.adata)
         complete = self.model.vae.complete if missing else None
         as_sparse = self.model.vae.reads_sparse(self.model.vae.device)
-        return CellLoader(store, columns, rows, 1024, as_sparse=as_sparse, complete=complete)
+        return CellLoader(store, snapshot.columns, rows, 1024, as_sparse=as_sparse, complete=complete)
 
 
 def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, min_overlap: float) -> Query:
@@ -347,7 +348,7 @@ def _fit_new_libraries(model, adata: AnnData) -> None:
     if "library" not in model.vae.priors or (n_known is None and not model.registry.missing):
         return
     prior = model.vae.priors["library"]
-    _, columns, _ = model.registry.read(adata)
+    columns = Snapshot.of(model.registry, adata)[1].columns
     kept = slice(0, 0 if model.registry.missing else n_known)
     mean, variance = prior.mean[kept].clone(), prior.variance[kept].clone()
     prior.fit(columns["library"], columns["batch"])

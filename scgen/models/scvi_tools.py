@@ -16,7 +16,7 @@ from scgen.data.categories import names_of
 from scgen.data.checks import Setup, check_types
 from scgen.data.genes import identifiers
 from scgen.data.registry import Registry, standard
-from scgen.models import files, pickles
+from scgen.models import files, loaders, pickles
 from scgen.modules.networks import MLP
 from scgen.modules.vae import VAE
 from scgen.storage import ModelFileError, found_in
@@ -82,7 +82,7 @@ def load(cls: type, folder: str | Path, adata: AnnData | None, prefix: str):
         files.give_cells(model, adata)
         scaling = _standardised(model.vae, adata.obs[list(registry.scaling)].astype(float))
         model.registry = replace(registry, scaling=scaling, gene_ids=identifiers(adata.var.loc[registry.genes]))
-        _, columns, model.fingerprint = model.registry.read(adata)
+        columns = loaders.set_cells(model, adata).columns
         if "library_log_means" not in weights:
             model.vae.priors["library"].fit(columns["library"], columns["batch"])
     return model

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,16 @@ from scgen.data.cells import Cells
 from scgen.distributions import PointMass
 from scgen.modules.elbo import Elbo, draw_and_kl
 from scgen.modules.networks import WideLinear
+
+#: A thread that waits for its turn looks so often, in seconds, whether the module is being trained meanwhile.
+SECONDS_A_TURN = 0.05
+
+
+class Turns:
+    """Whose turn it is to use a module: one thread's at a time, of one process."""
+
+    def __init__(self):
+        self.lock, self.training, self.process = threading.RLock(), False, os.getpid()
 
 
 class VAE(nn.Module):
@@ -37,37 +48,46 @@ class VAE(nn.Module):
         self.priors = nn.ModuleDict(priors)
         self.decoder = decoder
         self.frozen = False
-        self._lock, self._in_training = threading.RLock(), False
+        self._turns = Turns()
 
     def __getstate__(self) -> dict:
         """Leave the lock out of copies and pickles: each process and each copy has its own."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_in_training")}
+        return {name: value for name, value in self.__dict__.items() if name != "_turns"}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._lock, self._in_training = threading.RLock(), False
+        self._turns = Turns()
 
     @contextmanager
     def occupied(self, training: bool = False) -> Iterator[None]:
         """Within the block, no other thread trains this module or asks it.
 
-        Waits while another thread asks the module. RuntimeError if another thread trains it.
+        Waits while another thread asks the module. RuntimeError if another thread trains it, or trained it when this
+        process was forked.
         """
-        if not self._lock.acquire(blocking=False):
-            if self._in_training:
+        if self._turns.process != os.getpid():
+            # The threads of the process that this one was forked from are not here, and would never release the lock.
+            if self._turns.training:
+                raise RuntimeError(
+                    "this process was forked while the model was being trained, and has weights of an unfinished step. "
+                    "Fork when the training is done, or load a saved model in this process."
+                )
+            self._turns = Turns()
+        turns = self._turns
+        while not turns.lock.acquire(timeout=SECONDS_A_TURN):
+            if turns.training:
                 raise RuntimeError(
                     "the model is being trained in another thread: its weights change. Ask it, train it or save it "
                     "when that training is done."
                 )
-            self._lock.acquire()
-        before = self._in_training
-        self._in_training = before or training
+        before = turns.training
+        turns.training = before or training
         try:
             with threads.adapted():
                 yield
         finally:
-            self._in_training = before
-            self._lock.release()
+            turns.training = before
+            turns.lock.release()
 
     @property
     def device(self) -> torch.device:

@@ -111,3 +111,24 @@ def test_normalised_values_are_not_to_be_rounded(adata):
     x = adata.X.toarray()
     adata.X = x / x.sum(1, keepdims=True) * 1e4
     assert "rint" not in refusal(adata)
+
+
+@pytest.mark.parametrize("scale", [1, 0.3])
+def test_proportions_are_not_to_be_rounded(scale):
+    """They all lie near to 0, which is a whole number."""
+    adata = scgen.simulate_cells(n_cells=60, n_genes=400, n_batches=2, seed=0)
+    x = np.random.default_rng(0).poisson(5.0, adata.shape)
+    adata.X = scale * x / x.sum(1, keepdims=True)
+    assert adata.X.max() < 0.05 / 2
+    for values in (adata.X, np.log1p(adata.X), adata.X * np.random.default_rng(0).uniform(0.5, 1, (60, 1))):
+        adata.X = values
+        message = refusal(adata)
+        assert "rint" not in message
+        assert "but for rounding" not in message
+
+
+def test_all_names_for_a_layer_of_counts_are_taken(adata):
+    for name in ("counts", "rounded_counts", "rounded_counts_2"):
+        adata.layers[name] = adata.X.toarray() + 0.3
+    adata.X = adata.X.toarray() * 1.001
+    assert 'adata.layers["rounded_counts_3"] = np.rint(adata.X)' in refusal(adata)

@@ -7,13 +7,14 @@ import weakref
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import scanpy as sc
 from scipy import sparse
 
 import scgen
 from scgen.data import findings
-from scgen.data.registry import Registry
+from scgen.data.snapshot import Snapshot
 from scgen.data.stores import open_store, totals
 from scgen.models import loaders
 
@@ -50,6 +51,27 @@ def one_value(adata, cell):
         ] += 1
     else:
         adata.X[cell, 0] += 1
+
+
+def moved(adata, cell):
+    """Leave the cell's sum as it is, and make a count negative, or one that is no whole number."""
+    dense = adata.X.toarray() if sparse.issparse(adata.X) else adata.X
+    dense = dense.astype(np.float32)
+    dense[cell, :3] += (1.5, -3, 1.5)
+    adata.X = dense if isinstance(adata.X, np.ndarray) else type(adata.X)(dense)
+
+
+def moved_in_place(adata, cell):
+    """Two genes change places."""
+    if sparse.issparse(adata.X):
+        of = adata.X.indices if adata.X.format == "csc" else None
+        entries = np.flatnonzero(of == cell) if of is not None else range(*adata.X.indptr[cell : cell + 2])
+        values = adata.X.data
+        first, second = next((a, b) for a in entries for b in entries if values[a] != values[b])
+        values[[first, second]] = values[[second, first]]
+    else:
+        first, second = 0, np.flatnonzero(adata.X[cell] != adata.X[cell, 0])[0]
+        adata.X[cell, [first, second]] = adata.X[cell, [second, first]]
 
 
 def doubled(adata, cell):
@@ -93,6 +115,8 @@ def renamed(adata, cell):
 
 CHANGES = (
     one_value,
+    moved,
+    moved_in_place,
     doubled,
     doubled_in_place,
     normalised,
@@ -140,7 +164,7 @@ def test_replaced_by_the_same(monkeypatch):
         adata.obs["batch"].astype(str),
     )
     np.testing.assert_array_equal(model.get_latent_representation(), before)
-    monkeypatch.setattr(Registry, "fingerprint", None)
+    monkeypatch.setattr(Snapshot, "fingerprint", None)
     np.testing.assert_array_equal(model.get_latent_representation(), before)
 
 
@@ -171,6 +195,15 @@ def test_other_cells_that_become_unfit_are_refused(form):
     for indices in (None, [5]):
         with pytest.raises(ValueError, match="no integers"):
             model.get_latent_representation(other, indices=indices)
+    other = cells_of(form)
+    model.get_latent_representation(other)
+    values = other.X.data if sparse.issparse(other.X) else other.X[5]
+    first = other.X.indptr[5] if getattr(other.X, "format", "") == "csr" else 0
+    values[first : first + 3] += np.array(
+        [-500, 0, 500], values.dtype
+    )  # the sum of the cell stays, where it is by rows
+    with pytest.raises(ValueError, match="negative"):
+        model.get_latent_representation(other, indices=None)
     other = cells_of(form)
     model.get_latent_representation(other)
     (other.X.data if sparse.issparse(other.X) else other.X)[...] = np.nan
@@ -253,3 +286,20 @@ def test_what_was_seen_is_no_part_of_the_model():
     del model, made
     gc.collect()
     assert kept() is None
+
+
+@pytest.mark.parametrize(("column", "values", "told"), [
+    ("batch", [["b"]] * N, "cannot be categories"),
+    ("age", [["b"]] * N, "no numbers"),
+    ("age", ["old"] * N, "no numbers"),
+])  # fmt: skip
+def test_columns_that_become_of_another_kind(column, values, told):
+    adata, other = cells_of(), cells_of()
+    model = model_of(adata)
+    for cells in (adata, other):
+        model.get_latent_representation(cells)
+        cells.obs[column] = pd.Series(values, index=cells.obs_names, dtype=object)
+        for indices in ([3], None):
+            with pytest.raises(ValueError, match=told) as error:
+                model.get_latent_representation(cells, indices=indices)
+            assert f'adata.obs["{column}"]' in str(error.value)
