@@ -2,7 +2,10 @@
 
 import hashlib
 import os
+import signal
+import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,3 +30,23 @@ def trained(cells):
     model = scgen.SCVI(cells, n_latent=4, n_hidden=16)
     model.train(max_epochs=3, accelerator="cpu", progress=False)
     return model
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start processes that signals end, and end those that a test that failed has left."""
+    children = []
+
+    def default() -> None:
+        """Undo what was ignored where the tests were started, as ``nohup`` and a shell's ``&`` make it."""
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+
+    def start(command: list[str], **options) -> subprocess.Popen:
+        children.append(subprocess.Popen(command, text=True, preexec_fn=default, **options))
+        return children[-1]
+
+    yield start
+    for child in children:
+        child.kill()
+        child.wait()

@@ -207,11 +207,11 @@ def test_a_full_disk_leaves_no_half_file(tmp_path):
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_interrupted_or_killed_the_old_output_stays(source, tmp_path, sent, code):
+def test_interrupted_or_killed_the_old_output_stays(source, tmp_path, sent, code, start):
     out = tmp_path / "out.h5ad"
     out.write_bytes(b"what was there before")
     args = ["integrate", source, "-o", out, "--batch-key", "batch", "--overwrite", "--max-epochs", "100000"]
-    child = subprocess.Popen([*SCGEN, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = start([*SCGEN, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert "150 cells" in child.stdout.readline()
     time.sleep(3)
     child.send_signal(sent)
@@ -221,7 +221,7 @@ def test_interrupted_or_killed_the_old_output_stays(source, tmp_path, sent, code
     assert out.read_bytes() == b"what was there before"
 
 
-def test_killed_while_writing_leaves_old_or_new(tmp_path):
+def test_killed_while_writing_leaves_old_or_new(tmp_path, start):
     out = tmp_path / "out.h5ad"
     assert run("simulate", "-o", out, "--n-cells", 50, "--n-genes", 20).returncode == 0
     code = f"""
@@ -231,12 +231,13 @@ from scgen.h5ad import write
 adata = scgen.simulate_cells(n_cells=400, n_genes=200)
 print("ready", flush=True)
 while True:
-    write(adata, Path({str(out)!r}))
+    write(adata, Path({str(out)!r}), overwrite=True)
 """
     for delay in (0.01, 0.05, 0.13, 0.2, 0.31):
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        child = start([sys.executable, "-c", code], stdout=subprocess.PIPE)
         child.stdout.readline()
         time.sleep(delay)
+        assert child.poll() is None
         child.kill()
         child.wait()
         assert anndata.read_h5ad(out).n_obs in (50, 400)
@@ -313,7 +314,7 @@ def test_what_cannot_be_written_is_said_before_training(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(("sent", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
-def test_ended_while_writing_it_leaves_nothing(tmp_path, sent, code):
+def test_ended_while_writing_it_leaves_nothing(tmp_path, sent, code, start):
     # What is written is begun, and never ends.
     slow = """
 import sys, time
@@ -331,7 +332,7 @@ anndata.io.write_h5ad = write_h5ad
 sys.exit(main(["simulate", "-o", "out.h5ad", "--n-cells", "60", "--n-genes", "20"]))
 """
     command = [sys.executable, "-c", slow]
-    child = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | ROOT)
+    child = start(command, cwd=tmp_path, stderr=subprocess.PIPE, env=os.environ | ROOT)
     for _ in range(1800):
         if any(path.stat().st_size for path in tmp_path.glob(".*.partial")):
             break

@@ -130,9 +130,10 @@ def test_no_warning_about_our_own_copies_and_memory_that_is_only_read(cells, for
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            # Said once a process, where our stores leave it unsaid; and of scanpy to itself.
+            # Said once a process, where our stores leave it unsaid; and of scanpy and anndata to themselves.
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
             warnings.filterwarnings("ignore", category=FutureWarning, module="scanpy|anndata")
+            warnings.filterwarnings("ignore", "The 'future.infer_string' option is deprecated")
             for n_top_genes in (None, 10):
                 model = quick(cells, n_top_genes=n_top_genes)
                 cluster(cells)
@@ -297,7 +298,8 @@ def test_bad_calls_change_nothing(cells, options, error, words):
 
 def test_many_cells_have_neighbours():
     # Beyond 8,000 cells scanpy asks another library for neighbours.
-    adata = anndata.AnnData(obsm={"X_scgen": np.random.default_rng(0).normal(size=(9000, 5)).astype(np.float32)})
+    z = np.random.default_rng(0).normal(size=(9000, 5)).astype(np.float32)
+    adata = anndata.AnnData(shape=(9000, 0), obsm={"X_scgen": z})
     sc.pp.neighbors(adata, use_rep="X_scgen")
     assert adata.obsp["connectivities"].shape == (9000, 9000)
 

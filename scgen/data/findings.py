@@ -65,7 +65,7 @@ def _shape(adata: AnnData) -> Iterator[Finding]:
 def _are_texts(names: pd.Index) -> bool:
     """Say whether all names are strings."""
     names = names.categories if isinstance(names, pd.CategoricalIndex) else names
-    return pd.api.types.infer_dtype(names, skipna=False) == "string"
+    return pd.api.types.infer_dtype(names, skipna=False) == "string" and not names.hasnans
 
 
 def _no_text(names: pd.Index):

@@ -249,7 +249,11 @@ def test_a_covariate_of_booleans(adata, values):
 
 BAD_NAMES = {
     "integers": (pd.Index(np.arange(N)), "are not all strings (such as 0)", ".astype(str)"),
-    "one None": (pd.Index([*map(str, range(N - 1)), None]), "are not all strings (such as None)", ".astype(str)"),
+    "one missing": (  # None, but of pandas 3 NaN
+        pd.Index([*map(str, range(N - 1)), None]),
+        f"are not all strings (such as {pd.Index(['a', None])[1]!r})",
+        ".astype(str)",
+    ),
     "pairs": (pd.MultiIndex.from_arrays([["a"] * N, range(N)]), "are a MultiIndex", '"_".join(map(str, name))'),
     "days": (pd.date_range("2020", periods=N), "are not all strings (such as Timestamp(", ".astype(str)"),
 }
@@ -261,7 +265,7 @@ def test_names_that_are_no_strings(model, tmp_path, name, axis):
     adata = model.adata.copy()
     index, words, fix = BAD_NAMES[name]
     getattr(adata, axis).index = (
-        index[: adata.shape[axis == "var"]] if name != "one None" else index[-adata.shape[axis == "var"] :]
+        index[: adata.shape[axis == "var"]] if name != "one missing" else index[-adata.shape[axis == "var"] :]
     )
     for call, run in calls(adata, model, tmp_path).items():
         if axis == "var" and call in ("question", "query", "load"):

@@ -567,7 +567,7 @@ def test_samples_look_like_the_data():
     assert prior.X.sum(1).mean() < prior.obs["library"].mean()
 
 
-def test_kill_during_training_leaves_files_alone(tmp_path):
+def test_kill_during_training_leaves_files_alone(tmp_path, start):
     code = f"""
     import scgen
     adata = scgen.simulate_cells(n_cells=300, n_genes=30)
@@ -579,7 +579,7 @@ def test_kill_during_training_leaves_files_alone(tmp_path):
     print("saved", flush=True)
     model.train(max_epochs=100000, early_stopping=False, progress=False)
     """
-    run = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    run = start([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
     assert run.stdout.readline() == "saved\n"
     threading.Event().wait(0.5)
     run.kill()
