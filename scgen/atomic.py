@@ -18,7 +18,10 @@ def replace(temporary: Path, path: Path) -> None:
 
 
 def put(temporary: Path, path: Path) -> None:
-    """Move a file to where there is none; FileExistsError if another process has put one there."""
+    """Move a file to where there is none; FileExistsError if another process has put one there.
+
+    On a file system without hard links, one that is put there at the very same moment is replaced.
+    """
     try:
         os.link(temporary, path)  # which never replaces anything, unlike a move
     except FileExistsError:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from scgen import __version__, flags, h5ad
 
-#: What a shell sees: 0 done; 1 the data, a file or a value are at fault; 2 an argument is unknown, missing or none of
-#: its choices; 129, 130 and 143 ended by SIGHUP, Ctrl-C and SIGTERM; 141 nobody reads on.
+#: What a shell sees: 0 done; 1 the data, a file or a value are at fault; 2 an argument is unknown or missing, or not
+#: one of its choices; 129, 130 and 143 ended by SIGHUP, Ctrl-C and SIGTERM; 141 nobody reads on.
 OK, FAILED, UNREAD = 0, 1, 141
 
 
@@ -29,7 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in before:
         signal.signal(number, _end)
     try:
-        with warnings.catch_warnings():
+        # What `integrate` is for are its files; of the others, somebody is to read the answer.
+        stdout = Lasting(sys.stdout) if args.run is _integrate else sys.stdout
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(stdout),
+            contextlib.redirect_stderr(Lasting(sys.stderr)),
+        ):
             warnings.showwarning = _one_line
             code = args.run(args)
         sys.stdout.flush()
@@ -78,9 +84,9 @@ def _open_closed_streams() -> None:
 
 
 class Lasting:
-    """A stream that can be written to when nobody reads it any more: what was asked for are files.
+    """A stream that falls silent when it cannot be written to any more, instead of ending the work.
 
-    Its other methods are those of the stream that it stands for.
+    Its reader or its terminal may have gone, or its disk may be full. Its other methods are those of the stream.
     """
 
     def __init__(self, stream):
@@ -90,7 +96,7 @@ class Lasting:
         """Write, or be silent from now on."""
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
+        except OSError:
             _silence(self._stream)
             return len(text)
 
@@ -98,7 +104,7 @@ class Lasting:
         """Flush, or be silent from now on."""
         try:
             self._stream.flush()
-        except BrokenPipeError:
+        except OSError:
             _silence(self._stream)
 
     def __getattr__(self, name: str):
@@ -171,11 +177,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _integrate(args: argparse.Namespace) -> int:
-    with contextlib.redirect_stdout(Lasting(sys.stdout)), contextlib.redirect_stderr(Lasting(sys.stderr)):
-        return _integrated(args)
-
-
-def _integrated(args: argparse.Namespace) -> int:
     say = functools.partial(print, flush=True)
     report = args.report or args.output.with_name(f"{args.output.stem}_report")
     h5ad.check_output(args.output, args.overwrite)
@@ -212,10 +213,13 @@ def _integrated(args: argparse.Namespace) -> int:
         say(f"chose {adata.uns['scgen']['integrate']['tuned']} among the presets")
     seconds = model.history["seconds"].sum()
     say(f"trained {len(model.history)} epochs on {model.adata.n_vars} genes in {seconds:.0f} s")
-    (report / reporting.SCORES).unlink(missing_ok=True)  # of an earlier run
-    model.save(report / "model", overwrite=args.overwrite)
     integration.cluster(adata, f"X_{args.suffix}", suffix=args.suffix, seed=args.seed)
     h5ad.write(adata, args.output, args.overwrite)
+    try:
+        model.save(report / "model", overwrite=args.overwrite)
+    except FileExistsError:
+        raise FileExistsError(f"{report} was written by another program meanwhile; {args.output} is written") from None
+    (report / reporting.SCORES).unlink(missing_ok=True)  # of an earlier run
     leiden = f"leiden_{args.suffix}"
     n_clusters = adata.obs[leiden].nunique()
     say(f"wrote {args.output}: obsm X_{args.suffix} and X_umap_{args.suffix}, obs {leiden} ({n_clusters} clusters)")

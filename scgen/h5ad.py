@@ -38,7 +38,7 @@ def check_output(path: Path, overwrite: bool) -> None:
     """Refuse, before any work, an output that could not be written at its end."""
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{path} is a folder." if path.is_dir() else f"the folder {path.parent} does not exist.")
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:  # a link to nowhere, too
         raise ValueError(f"{path} exists; pass --overwrite to replace it.")
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"the folder {path.parent} cannot be written to.")
@@ -98,7 +98,7 @@ def _write_apart(adata, path: Path) -> None:
     try:
         child.start()
         sender.close()
-        with contextlib.suppress(EOFError):  # it ended without a word
+        with contextlib.suppress(EOFError, OSError):  # it ended without a word, or in the middle of one
             reason = receiver.recv()  # before it is joined: it waits until a long message is read
         child.join()
     except BaseException:  # a signal ends the command: nothing is to be written any more

@@ -189,7 +189,7 @@ def _settings(function: Callable, given: Mapping) -> dict:
 def _written(adata: AnnData) -> list[str]:
     """Return the keys of obsm that `integrate` has written; ValueError where its record is something else."""
     record = adata.uns.get("scgen", {}).get("integrate", {})
-    if not isinstance(record, Mapping):
+    if not isinstance(record, Mapping) or not isinstance(record.get("written", []), list | np.ndarray):
         raise ValueError(
             f'adata.uns["scgen"]["integrate"] holds {shown(record)}, not what integrate writes: '
             'del adata.uns["scgen"]["integrate"] first.'

@@ -107,8 +107,10 @@ class Crowd:
 
 
 def _n_processors() -> int:
-    """Return how many processors this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many processors this process may run on; at least as many as torch uses threads."""
+    # OpenMP may bind this very thread to one of them, as with OMP_PROC_BIND.
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(n, min(torch.get_num_threads(), os.cpu_count() or 1))
 
 
 def _can_start(n: int) -> bool:
@@ -116,10 +118,10 @@ def _can_start(n: int) -> bool:
     leave, started = threading.Event(), []
     try:
         for _ in range(n):
-            started.append(threading.Thread(target=leave.wait, daemon=True))
-            started[-1].start()
+            thread = threading.Thread(target=leave.wait, daemon=True)
+            thread.start()
+            started.append(thread)
     except RuntimeError:
-        started.pop()
         return False
     finally:
         leave.set()

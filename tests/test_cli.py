@@ -1,7 +1,9 @@
 """The command as a shell user meets it."""
 
 import argparse
+import errno
 import inspect
+import io
 import os
 import resource
 import shlex
@@ -158,6 +160,50 @@ def test_nobody_reads_on_and_the_files_are_written(source, tmp_path):
     assert done.returncode == 0
     assert "leiden_scgen" in anndata.read_h5ad(out).obs
     assert (tmp_path / "out_report" / "umap.png").exists()
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError(errno.EIO, "gone"), OSError(errno.ENOSPC, "full")])
+def test_a_stream_that_cannot_be_written_to_is_silent(error):
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise error
+
+        def flush(self):
+            raise error
+
+    print("a line", file=cli.Lasting(Broken()), flush=True)
+
+
+def test_two_commands_with_one_output(source, tmp_path, monkeypatch, capsys):
+    """The other one ends first: what it wrote stays, and what this one made is kept."""
+    out, report = tmp_path / "out.h5ad", tmp_path / "out_report"
+    call = ["integrate", str(source), "-o", str(out), "--batch-key", "batch", "--max-epochs", "1", "--quiet"]
+    real = cli.h5ad.write
+
+    def write(adata, path, overwrite):
+        monkeypatch.setattr(cli.h5ad, "write", real)
+        assert cli.main(call) == 0
+        (report / "scores.csv").write_text("the other's")
+        real(adata, path, overwrite)
+
+    monkeypatch.setattr(cli.h5ad, "write", write)
+    assert cli.main(call) == 1
+    (kept,) = tmp_path.glob("out-*.h5ad")
+    assert str(kept) in capsys.readouterr().err
+    assert "X_scgen" in anndata.read_h5ad(kept).obsm
+    assert "X_scgen" in anndata.read_h5ad(out).obsm
+    assert (report / "scores.csv").read_text() == "the other's"
+    assert scgen.SCVI.load(report / "model").is_trained
+
+
+def test_an_output_that_is_a_link_to_nowhere(source, tmp_path):
+    out = tmp_path / "out.h5ad"
+    out.symlink_to(tmp_path / "nowhere.h5ad")
+    done = run("simulate", "-o", out, "--n-cells", 60, "--n-genes", 20)
+    assert done.returncode == 1
+    assert "--overwrite" in done.stderr
+    assert run("simulate", "-o", out, "--n-cells", 60, "--n-genes", 20, "--overwrite").returncode == 0
+    assert anndata.read_h5ad(out).shape == (60, 20)
 
 
 def test_choices_are_those_of_the_model(source, tmp_path):

@@ -304,9 +304,10 @@ def test_many_cells_have_neighbours():
     assert adata.obsp["connectivities"].shape == (9000, 9000)
 
 
-def test_a_record_that_is_none_of_ours_is_refused():
+@pytest.mark.parametrize("record", [5, {"written": 5}])
+def test_a_record_that_is_none_of_ours_is_refused(record):
     cells = scgen.simulate_cells(n_cells=60, n_genes=20, n_batches=2, seed=0)
-    cells.uns["scgen"] = {"integrate": 5}
-    with pytest.raises(ValueError, match=r'uns\["scgen"\]\["integrate"\] holds 5.* del adata'):
+    cells.uns["scgen"] = {"integrate": record}
+    with pytest.raises(ValueError, match=r'uns\["scgen"\]\["integrate"\] holds .*5.* del adata'):
         scgen.integrate(cells, "batch", max_epochs=1, progress=False)
-    assert cells.uns["scgen"] == {"integrate": 5}
+    assert cells.uns["scgen"] == {"integrate": record}

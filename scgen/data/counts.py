@@ -12,6 +12,8 @@ from scgen.data.stores import BackedStore, DamagedMatrix, MemoryStore, open_stor
 
 #: Values that all lie nearer to whole numbers than this are counts but for rounding.
 NEAR = 0.05
+#: Where rounding changes more than this share of the sum of all values, it is not offered.
+LARGE = 1 / 3
 NEEDS_COUNTS = 'Raw counts are needed; for normalised data say counts=False and SCVI(adata, gene_likelihood="normal").'
 
 
@@ -27,8 +29,8 @@ def layers_of(adata: AnnData) -> list[str]:
 
 def looks_like(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore) -> tuple[str, str]:
     """Say what the values look like, counts but for rounding or a normalisation; and what to do where no counts are."""
-    distance, lost = _rounding(store)
-    if max(distance, lost) <= NEAR:
+    distance, change = _rounding(store)
+    if max(distance, change) <= NEAR:
         text = f"; all lie within {distance:.2g} of whole numbers"
         return text, f"They are counts but for rounding: {_rounded(adata, setup, store)}."
     _, block = next(iter(store.blocks(1000)))
@@ -44,7 +46,7 @@ def looks_like(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore) -
     if "log1p" in adata.uns:
         return '; adata.uns["log1p"] says that X was log-transformed', NEEDS_COUNTS
     text = f"; the farthest lies {distance:.2g} from a whole number"
-    if lost > 0.5:
+    if change > LARGE:
         return text, NEEDS_COUNTS
     return text, (
         "Counts that a correction or an EM algorithm made fractional, such as those of SoupX, RSEM or salmon, can be "
@@ -53,23 +55,24 @@ def looks_like(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore) -
 
 
 def _rounding(store: MemoryStore | BackedStore, function: Callable | None = None) -> tuple[float, float]:
-    """Return how far a value, or a function of it, is from a whole number at most, and what share rounding loses.
+    """Return how far a value, or a function of it, is from a whole number at most, and how much rounding changes.
 
-    The share is that of the sum of all values: proportions are near to whole numbers, too, but to 0.
+    That is the sum of all changes, as a share of the sum of all values: proportions are near to whole numbers, too, but
+    to 0.
     """
-    most = total = rounded = 0.0
+    most = total = changes = 0.0
     for _, block in store.blocks():
         values = (block.data if sparse.issparse(block) else np.asarray(block)).astype(float)
         if function is not None:
             if values.max(initial=0.0) > 30:  # the exponential of which has no digits left after the point
                 return np.inf, np.inf
             values = function(values)
-        whole = np.rint(values)
-        most = max(most, float(np.abs(values - whole).max(initial=0.0)))
-        total, rounded = total + np.abs(values).sum(), rounded + np.abs(whole).sum()
+        changed = np.abs(values - np.rint(values))
+        most = max(most, float(changed.max(initial=0.0)))
+        total, changes = total + np.abs(values).sum(), changes + changed.sum()
         if function is not None and most > NEAR:  # no more needs to be known of it
             break
-    return most, abs(total - rounded) / total if total else 0.0
+    return most, changes / total if total else 0.0
 
 
 def _rounded(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, function: str | None = None) -> str:

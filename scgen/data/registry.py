@@ -336,8 +336,8 @@ class Registry:
             codes = codes_of_column(obs[key], self.categories[key])
         except TypeError:  # lists, and others that have no hash
             raise ValueError(
-                f'adata.obs["{key}"] holds values that cannot be categories: make them strings, '
-                f'adata.obs["{key}"] = adata.obs["{key}"].astype(str), with the names that the model knows.'
+                f'adata.obs["{key}"] holds values that cannot be categories, such as lists. Make it a column of names '
+                "that the model knows."
             ) from None
         if (codes < 0).any():
             unknown = names_of(obs[key][codes < 0].unique())
@@ -362,8 +362,8 @@ def _numbers(obs: dict[str, pd.Series], key: str) -> np.ndarray:
         return obs[key].to_numpy(float)
     except (TypeError, ValueError):
         raise ValueError(
-            f'adata.obs["{key}"] is of type {obs[key].dtype} and holds values that are no numbers; the model reads '
-            "numbers there."
+            f'adata.obs["{key}"] is of type {obs[key].dtype} and holds values that are missing or no numbers; the '
+            "model reads numbers there."
         ) from None
 
 

@@ -24,8 +24,8 @@ class Snapshot:
     names
         The names of the N cells.
     sums
-        (2, N) float64: the sum of each cell's values, and that of each value times a number of its gene's, which tells
-        of changes that leave the first as it is.
+        (2, N) float64: the sum of each cell's values, and the sum of each value times a number of its gene's. The
+        second shows changes that do not alter the first.
     columns
         The other fields of `Cells`.
     """
@@ -67,7 +67,7 @@ class Snapshot:
 
 @functools.cache
 def _weights(n_genes: int) -> np.ndarray:
-    """Return whole numbers in no order, a different one for each gene: sums of counts times these are exact."""
+    """Return a different whole number for each gene, shuffled: sums of counts times these are exact."""
     return np.random.default_rng(0).permutation(n_genes).astype(float)
 
 

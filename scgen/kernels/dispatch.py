@@ -73,8 +73,8 @@ def row_sums(
     if sparse.issparse(matrix) and _known(matrix) and (rows := _compiled("rows", matrix.nnz)):
         return rows.row_sums(matrix, weights)
     # A product, since scipy's sum would add float32 values in float32, whatever dtype is asked for.
-    ones = np.ones(matrix.shape[1])
-    return matrix @ ones if weights is None else (matrix @ np.stack([ones, weights], 1)).T
+    sums = matrix @ np.ones(matrix.shape[1])
+    return sums if weights is None else np.stack([sums, matrix @ weights])
 
 
 def cells_log_prob(

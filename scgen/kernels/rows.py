@@ -71,14 +71,13 @@ def dense_rows(matrix: sparse.csr_matrix | sparse.csr_array, rows: np.ndarray) -
 
 def row_sums(matrix: sparse.csr_matrix | sparse.csr_array, weights: np.ndarray | None = None) -> np.ndarray:
     """Return what the function of this name in `dispatch` returns."""
-    sums = np.empty(matrix.shape[0])
+    sums = np.empty((1 if weights is None else 2, matrix.shape[0]))
     with threads():
         if weights is None:
-            _sum_rows(matrix.indptr, matrix.data, sums)
-            return sums
-        weighted = np.empty(matrix.shape[0])
-        _sum_rows_twice(matrix.indptr, matrix.indices, matrix.data, weights, sums, weighted)
-    return np.stack([sums, weighted])
+            _sum_rows(matrix.indptr, matrix.data, sums[0])
+        else:
+            _sum_rows_twice(matrix.indptr, matrix.indices, matrix.data, weights, sums[0], sums[1])
+    return sums[0] if weights is None else sums
 
 
 @njit(parallel=True, **ADDING)

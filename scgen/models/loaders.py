@@ -157,17 +157,17 @@ def _read(model, adata: AnnData, rows: np.ndarray | None) -> tuple[MemoryStore |
     if not own:
         registry.check_new(adata)
     store, snapshot = Snapshot.of(registry, adata)
-    # A copy of a model, or one read from a file, has only the fingerprint to tell its cells by.
-    changed = own and (
-        snapshot.fingerprint() != model.fingerprint
-        or (known is not None and not known.snapshot.holds(registry, adata, store, None))
-    )
-    if changed:
-        raise ValueError(
-            "the model's AnnData has changed since the model was made: other or renamed cells, other values in "
-            f"{registry.setup.where} or in the columns that the model reads. Keep the counts in a layer of their own, "
-            'setup_anndata(adata, layer="counts"), or pass adata= with the counts.'
+    if own:
+        # A copy of a model has no more than the fingerprint to tell its cells by.
+        same = (
+            known.snapshot.holds(registry, adata, store, None) if known else snapshot.fingerprint() == model.fingerprint
         )
+        if not same:
+            raise ValueError(
+                "the model's AnnData has changed since the model was made: other or renamed cells, other values in "
+                f"{registry.setup.where} or in the columns that the model reads. Keep the counts in a layer of their "
+                'own, setup_anndata(adata, layer="counts"), or pass adata= with the counts.'
+            )
     _remember(model, adata, snapshot)
     return store, snapshot.columns
 

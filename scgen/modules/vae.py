@@ -26,7 +26,7 @@ class Turns:
     """Whose turn it is to use a module: one thread's at a time, of one process."""
 
     def __init__(self):
-        self.lock, self.training, self.process = threading.RLock(), False, os.getpid()
+        self.lock, self.training = threading.RLock(), False
 
 
 class VAE(nn.Module):
@@ -48,7 +48,7 @@ class VAE(nn.Module):
         self.priors = nn.ModuleDict(priors)
         self.decoder = decoder
         self.frozen = False
-        self._turns = Turns()
+        self._turns = {os.getpid(): Turns()}
 
     def __getstate__(self) -> dict:
         """Leave the lock out of copies and pickles: each process and each copy has its own."""
@@ -56,7 +56,7 @@ class VAE(nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._turns = Turns()
+        self._turns = {os.getpid(): Turns()}
 
     @contextmanager
     def occupied(self, training: bool = False) -> Iterator[None]:
@@ -65,15 +65,14 @@ class VAE(nn.Module):
         Waits while another thread asks the module. RuntimeError if another thread trains it, or trained it when this
         process was forked.
         """
-        if self._turns.process != os.getpid():
-            # The threads of the process that this one was forked from are not here, and would never release the lock.
-            if self._turns.training:
-                raise RuntimeError(
-                    "this process was forked while the model was being trained, and has weights of an unfinished step. "
-                    "Fork when the training is done, or load a saved model in this process."
-                )
-            self._turns = Turns()
-        turns = self._turns
+        # A process that was forked has none of the threads of the one before, which would never release their lock.
+        process = os.getpid()
+        if process not in self._turns and any(turns.training for turns in self._turns.values()):
+            raise RuntimeError(
+                "this process was forked while the model was being trained, and has weights of an unfinished step. "
+                "Fork when the training is done, or load a saved model in this process."
+            )
+        turns = self._turns.setdefault(process, Turns())
         while not turns.lock.acquire(timeout=SECONDS_A_TURN):
             if turns.training:
                 raise RuntimeError(

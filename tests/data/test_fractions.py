@@ -127,6 +127,11 @@ def test_proportions_are_not_to_be_rounded(scale):
         assert "but for rounding" not in message
 
 
+def test_values_of_which_rounding_leaves_little_are_not_to_be_rounded(adata):
+    adata.X = np.random.default_rng(0).uniform(0, 1, adata.shape)
+    assert "rint" not in refusal(adata)
+
+
 def test_all_names_for_a_layer_of_counts_are_taken(adata):
     for name in ("counts", "rounded_counts", "rounded_counts_2"):
         adata.layers[name] = adata.X.toarray() + 0.3
