@@ -1,6 +1,5 @@
 """What was read of cells when all of them were checked, to tell whether some of them are still the same."""
 
-import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from scgen.data.registry import Registry
-from scgen.data.stores import BackedStore, MemoryStore, totals
+from scgen.data.stores import BackedStore, MemoryStore, totals_and_squares
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class Snapshot:
     names
         The names of the N cells.
     sums
-        (2, N) float64: the sum of each cell's values, and the sum of each value times a number of its gene's. The
-        second shows changes that do not alter the first.
+        (2, N) float64: the sums of each cell's values and of their squares. The second shows changes that do not alter
+        the first, such as one count less and another one more.
     columns
         The other fields of `Cells`.
     """
@@ -38,7 +37,7 @@ class Snapshot:
     def of(cls, registry: Registry, adata: AnnData) -> tuple[MemoryStore | BackedStore, "Snapshot"]:
         """Read all cells; return their values, too."""
         store = registry.store(adata)
-        sums = totals(store, None, _weights(store.shape[1]))
+        sums = totals_and_squares(store)
         return store, cls(adata.obs_names, sums, registry.columns(adata, sums[0]))
 
     def fingerprint(self) -> dict[str, int | str]:
@@ -58,17 +57,11 @@ class Snapshot:
         # The index of a table cannot be changed in place: the same one has the same names.
         if adata.obs_names is not self.names and not adata.obs_names.equals(self.names):
             return False
-        sums, rows = totals(store, rows, _weights(store.shape[1])), slice(None) if rows is None else rows
+        sums, rows = totals_and_squares(store, rows), slice(None) if rows is None else rows
         if not _same(sums, self.sums[:, rows]):
             return False
         found = registry.columns(adata, sums[0], rows)
         return all(_same(values.numpy(), self.columns[name][rows].numpy()) for name, values in found.items())
-
-
-@functools.cache
-def _weights(n_genes: int) -> np.ndarray:
-    """Return a different whole number for each gene, shuffled: sums of counts times these are exact."""
-    return np.random.default_rng(0).permutation(n_genes).astype(float)
 
 
 def _same(found: np.ndarray, expected: np.ndarray) -> bool:

@@ -285,22 +285,22 @@ def check_structure(matrix, first_row: int = 0) -> None:
         raise DamagedMatrix(f"indices has {chunk[first]}; the {n_minor} {what} have the numbers from 0", row)
 
 
-def totals(
-    store: MemoryStore | BackedStore, rows: np.ndarray | None = None, weights: np.ndarray | None = None
-) -> np.ndarray:
-    """Return the sum of each row, (N,) float64; or those of some rows, in their order.
+def totals(store: MemoryStore | BackedStore, rows: np.ndarray | None = None) -> np.ndarray:
+    """Return the sum of each row, (N,) float64; or those of some rows, in their order."""
+    return totals_and_squares(store, rows)[0]
 
-    With ``weights`` of the columns, (G,) float64, return (2, N): these sums, and those of the weighted values.
-    """
+
+def totals_and_squares(store: MemoryStore | BackedStore, rows: np.ndarray | None = None) -> np.ndarray:
+    """Return the sum of each row and that of its values' squares, (2, N) float64; or those of some rows."""
     if rows is not None and FEW * len(rows) > store.shape[0]:
-        return totals(store, None, weights)[..., rows]
+        return totals_and_squares(store)[:, rows]
     if rows is not None:
         parts = (store.as_stored(part) for part in np.array_split(rows, -(-len(rows) // 8192)))
     elif isinstance(store, MemoryStore) and sparse.issparse(store.matrix):
         parts = [store.matrix]
     else:
         parts = (block for _, block in store.blocks())
-    sums = np.concatenate([dispatch.row_sums(part, weights) for part in parts], axis=-1)
+    sums = np.concatenate([dispatch.row_sums(part) for part in parts], axis=1)
     return sums.astype(np.float64, copy=False)  # sums of long doubles are some
 
 

@@ -63,18 +63,14 @@ def log1p(counts: Tensor, dtype: torch.dtype) -> Tensor:
     return listing.log1p(counts, dtype) if listing else torch.log1p(counts.to_dense()).to(dtype)
 
 
-def row_sums(
-    matrix: np.ndarray | sparse.csr_matrix | sparse.csr_array, weights: np.ndarray | None = None
-) -> np.ndarray:
-    """Return the sum of each row, (n,) float64, added in float64.
-
-    With ``weights`` of the columns, (G,) float64, return (2, n): these sums, and those of the weighted values.
-    """
+def row_sums(matrix: np.ndarray | sparse.csr_matrix | sparse.csr_array) -> np.ndarray:
+    """Return the sums of each row's values and of their squares, (2, n) float64, added in float64."""
     if sparse.issparse(matrix) and _known(matrix) and (rows := _compiled("rows", matrix.nnz)):
-        return rows.row_sums(matrix, weights)
-    # A product, since scipy's sum would add float32 values in float32, whatever dtype is asked for.
-    sums = matrix @ np.ones(matrix.shape[1])
-    return sums if weights is None else np.stack([sums, matrix @ weights])
+        return rows.row_sums(matrix)
+    # Products, since scipy's sum would add float32 values in float32, whatever dtype is asked for.
+    ones, wide = np.ones(matrix.shape[1]), matrix.astype(np.float64, copy=False)
+    squares = wide.power(2) @ ones if sparse.issparse(wide) else np.einsum("ij,ij->i", wide, wide)
+    return np.stack([matrix @ ones, squares])
 
 
 def cells_log_prob(

@@ -69,36 +69,24 @@ def dense_rows(matrix: sparse.csr_matrix | sparse.csr_array, rows: np.ndarray) -
     return torch.from_numpy(dense)
 
 
-def row_sums(matrix: sparse.csr_matrix | sparse.csr_array, weights: np.ndarray | None = None) -> np.ndarray:
+def row_sums(matrix: sparse.csr_matrix | sparse.csr_array) -> np.ndarray:
     """Return what the function of this name in `dispatch` returns."""
-    sums = np.empty((1 if weights is None else 2, matrix.shape[0]))
+    sums = np.empty((2, matrix.shape[0]))
     with threads():
-        if weights is None:
-            _sum_rows(matrix.indptr, matrix.data, sums[0])
-        else:
-            _sum_rows_twice(matrix.indptr, matrix.indices, matrix.data, weights, sums[0], sums[1])
-    return sums[0] if weights is None else sums
+        _sum_rows(matrix.indptr, matrix.data, *sums)
+    return sums
 
 
 @njit(parallel=True, **ADDING)
-def _sum_rows(indptr, data, sums):
+def _sum_rows(indptr, data, sums, squares):
     for i in prange(len(sums)):
-        total = 0.0
-        for k in range(indptr[i], indptr[i + 1]):
-            total += np.float64(data[k])
-        sums[i] = total
-
-
-@njit(parallel=True, **ADDING)
-def _sum_rows_twice(indptr, indices, data, weights, sums, weighted):
-    for i in prange(len(sums)):
-        total = total_weighted = 0.0
+        total = total_squares = 0.0
         for k in range(indptr[i], indptr[i + 1]):
             value = np.float64(data[k])
             total += value
-            total_weighted += value * weights[indices[k]]
+            total_squares += value * value
         sums[i] = total
-        weighted[i] = total_weighted
+        squares[i] = total_squares
 
 
 @njit(parallel=True, **COMPILED)

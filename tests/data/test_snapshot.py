@@ -62,16 +62,15 @@ def moved(adata, cell):
 
 
 def moved_in_place(adata, cell):
-    """Two genes change places."""
+    """One gene has a count more, another one less."""
     if sparse.issparse(adata.X):
-        of = adata.X.indices if adata.X.format == "csc" else None
-        entries = np.flatnonzero(of == cell) if of is not None else range(*adata.X.indptr[cell : cell + 2])
-        values = adata.X.data
-        first, second = next((a, b) for a in entries for b in entries if values[a] != values[b])
-        values[[first, second]] = values[[second, first]]
+        entries = adata.X.indices == cell if adata.X.format == "csc" else slice(*adata.X.indptr[cell : cell + 2])
+        places, values = np.arange(adata.X.nnz)[entries], adata.X.data
     else:
-        first, second = 0, np.flatnonzero(adata.X[cell] != adata.X[cell, 0])[0]
-        adata.X[cell, [first, second]] = adata.X[cell, [second, first]]
+        places, values = np.arange(G), adata.X[cell]
+    more, less = next((a, b) for a in places for b in places if a != b and values[b] != values[a] + 1)
+    values[more] += 1
+    values[less] -= 1
 
 
 def doubled(adata, cell):
