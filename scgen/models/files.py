@@ -54,6 +54,8 @@ def load(cls: type, folder: str | Path, adata: AnnData | None):
         history = dict(description["history"])
         model.history = pd.DataFrame(history, index=pd.Index(history.pop("epoch"), name="epoch"))
         model.trainings, model.fingerprint = list(description["trainings"]), description["data"]
+        if not isinstance(description["trainings"], list):
+            raise ValueError("trainings is not a list")
         if "train_indices" in tensors:
             model.train_indices, model.validation_indices = _split(tensors, model.fingerprint["n_cells"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
@@ -115,6 +117,8 @@ def registry_of(plain: dict) -> Registry:
         raise ValueError("genes or categories are not lists of unique names")
     setup = Setup(**setup)
     check_setup(setup)
+    if set(categories) != set(setup.categorical.values()) or set(scaling) != set(setup.continuous_covariate_keys):
+        raise ValueError("the columns that were set up are not those that categories and scaling are of")
     return Registry(
         setup,
         list(genes),

@@ -349,6 +349,12 @@ DESCRIPTIONS = {
     "unknown setup": (setting("registry", "setup", "modality", to="rna"), ["modality"]),
     "setup a text": (setting("registry", "setup", to="batch"), ["model.json"]),
     "batch key a number": (setting("registry", "setup", "batch_key", to=3), ["model.json"]),
+    "a column without scaling": (
+        setting("registry", "setup", "continuous_covariate_keys", to=["age"]),
+        ["scaling are of"],
+    ),
+    "scaling without a column": (setting("registry", "scaling", to={"age": [0.0, 1.0]}), ["scaling are of"]),
+    "trainings a dictionary": (setting("trainings", to={}), ["trainings is not a list"]),
     "scaling a number": (setting("registry", "scaling", to={"age": 3}), ["model.json"]),
     "history uneven": (lambda d: d["history"]["epoch"].pop(), ["model.json"]),
     "history a text": (setting("history", to="long"), ["model.json"]),
