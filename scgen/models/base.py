@@ -801,7 +801,7 @@ class Model:
         Notes
         -----
         The default training mixes batches early; a reference that is made to transfer labels from does it better with
-        ``train(kl_start=0)``, which mixes them less (README).
+        ``train(kl_start=0)``, which mixes them less (benchmarks/RESULTS.md).
 
         Raises
         ------
