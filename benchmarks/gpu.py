@@ -112,6 +112,7 @@ def in_fresh_process(package: str, options: argparse.Namespace) -> dict | str:
 
 def compare(options: argparse.Namespace) -> dict:
     """Return what both packages take, and what the device could do."""
+    simulated(options.cells, options.genes)  # here, so that no package's peak of memory includes the simulation's
     rate = rates()
     torch.cuda.empty_cache()
     result = {
