@@ -9,10 +9,10 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from scgen import __version__, flags, h5ad
+from scgen import __version__, flags, h5ad, readers, streams
 
 #: What a shell sees: 0 done; 1 the data, a file or a value are at fault; 2 an argument is unknown or missing, or not
 #: one of its choices; 129, 130 and 143 ended by SIGHUP, Ctrl-C and SIGTERM; 141 nobody reads on.
@@ -21,8 +21,9 @@ OK, FAILED, UNREAD = 0, 1, 141
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; errors of the user's are one line on stderr, without a traceback."""
-    _open_closed_streams()
+    streams.open_closed()
     args = _parser().parse_args(argv)
+    args.written = []  # what the command says that it has written, should it be interrupted
     # What the process ignores, as nohup makes it, stays ignored.
     before = {number: signal.getsignal(number) for number in h5ad.ENDING}
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
@@ -30,32 +31,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, _end)
     try:
         # What `integrate` is for are its files; of the others, somebody is to read the answer.
-        stdout = Lasting(sys.stdout) if args.run is _integrate else sys.stdout
+        stdout = streams.Lasting(sys.stdout) if args.run is _integrate else sys.stdout
         with (
             warnings.catch_warnings(),
             contextlib.redirect_stdout(stdout),
-            contextlib.redirect_stderr(Lasting(sys.stderr)),
+            contextlib.redirect_stderr(streams.Lasting(sys.stderr)),
         ):
-            warnings.showwarning = _one_line
+            warnings.showwarning = functools.partial(_one_line, args.command)
             code = args.run(args)
         sys.stdout.flush()
         return code
+    except SystemExit:
+        _report_error(f"interrupted; {', '.join(map(str, args.written)) or 'nothing'} was written", "")
+        raise
     except BrokenPipeError:
-        _silence(sys.stdout)
+        streams.silence(sys.stdout)
         return UNREAD
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        with contextlib.suppress(OSError):
-            print(f"scgen: error: {message}", file=sys.stderr)
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except OSError:  # nobody reads it, or it goes to a full disk
-                _silence(stream)
+        _report_error(flags.in_flags(str(error), args.command) or type(error).__name__)
         return FAILED
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _report_error(message: str, kind: str = "error: ") -> None:
+    """Print one line on stderr, and leave no stream that fails when Python flushes it at its end."""
+    with contextlib.suppress(OSError):
+        print(f"scgen: {kind}{' '.join(message.split())}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads it, or it goes to a full disk
+            streams.silence(stream)
 
 
 def _end(number: int, frame) -> None:
@@ -68,136 +76,100 @@ def _end(number: int, frame) -> None:
     sys.exit(128 + number)
 
 
-def _open_closed_streams() -> None:
-    """Open the null device for standard streams that were closed at the start.
-
-    Otherwise the next file that is opened would get their number, and what libraries print would go into it.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            handle = os.open(os.devnull, os.O_RDWR)
-            try:
-                os.fstat(number)
-            except OSError:
-                os.dup2(handle, number)
-            setattr(sys, name, os.fdopen(handle, "r" if name == "stdin" else "w", encoding="utf-8"))
-
-
-class Lasting:
-    """A stream that falls silent when it cannot be written to any more, instead of ending the work.
-
-    Its reader or its terminal may have gone, or its disk may be full. Its other methods are those of the stream.
-    """
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """Write, or be silent from now on."""
-        try:
-            return self._stream.write(text)
-        except OSError:
-            _silence(self._stream)
-            return len(text)
-
-    def flush(self) -> None:
-        """Flush, or be silent from now on."""
-        try:
-            self._stream.flush()
-        except OSError:
-            _silence(self._stream)
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
-
-
-def _silence(stream) -> None:
-    """Send a stream that cannot be written to the null device, so that Python's last flush does not fail."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except (OSError, ValueError):  # it has no number, as where this is called from Python
-        return
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="scgen", description="Integrate batches of single-cell counts.")
+    parser = argparse.ArgumentParser(
+        prog="scgen",
+        description="Integrate batches of single-cell counts.",
+        epilog="`scgen COMMAND --help` lists the options of a command.",
+    )
     parser.add_argument("--version", action="version", version=f"scgen {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("integrate", help="train on a file, embed, cluster, draw and score its cells")
+    def add(name: str, text: str, run: Callable, usage: str, example: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            usage=f"scgen {name} {usage} [options]",
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run, command=command)
+        return command
+
+    command = add(
+        "integrate",
+        "train on the cells of a file, embed, cluster, draw and score them",
+        _integrate,
+        "IN [IN ...] -o OUT.h5ad --batch-key COLUMN",
+        "scgen integrate cells.h5ad -o integrated.h5ad --batch-key sample --labels-key cell_type --n-top-genes 2000\n"
+        "  scgen integrate day1.h5 day2.h5 -o integrated.h5ad --batch-key sample   # 10x files: a sample each",
+    )
     flags.add_data_arguments(command, batch_required=True)
-    command.add_argument(
-        "-o", "--output", type=flags.path, required=True, metavar="OUT.h5ad", help="IN with the results"
-    )
-    command.add_argument(
-        "--n-top-genes", type=flags.whole(1), metavar="N", help="model so many highly variable genes (default all)"
-    )
-    command.add_argument(
-        "--report", type=flags.path, metavar="DIR", help="pictures, scores and model (default OUT_report)"
-    )
-    command.add_argument(
-        "--suffix",
-        type=flags.suffix,
-        default="scgen",
-        metavar="NAME",
-        help="ends the names of all results (default scgen)",
-    )
-    command.add_argument("--seed", type=flags.whole(0, 2**32 - 1), default=0)
-    command.add_argument("--overwrite", action="store_true", help="replace OUT, and the model in DIR, if they exist")
-    command.add_argument("--quiet", action="store_true", help="no progress line")
-    flags.add_model_arguments(command.add_argument_group("model", "as the arguments of scgen.SCVI, with its defaults"))
-    flags.add_training_arguments(command.add_argument_group("training", "as those of SCVI.train, with its defaults"))
-    command.set_defaults(run=_integrate)
+    flags.add_output(command, "h5ad file to write: the cells of IN, all their genes, and the results")
+    flags.add_integration_arguments(command)
+    group = command.add_argument_group("model", "the arguments of scgen.SCVI; what is not given has its default")
+    flags.add_model_arguments(group)
+    group = command.add_argument_group("training", "the arguments of SCVI.train; what is not given has its default")
+    flags.add_training_arguments(group)
+    integrate = command
 
-    command = commands.add_parser("check", help="say what is wrong or doubtful about a file")
+    command = add(
+        "check",
+        "say what is wrong or doubtful about the cells of a file",
+        _check,
+        "IN [IN ...]",
+        "scgen check cells.h5ad --batch-key sample --layer counts",
+    )
     flags.add_data_arguments(command)
-    command.set_defaults(run=_check)
+    command.set_defaults(command=integrate)  # for which what it says is meant
 
-    command = commands.add_parser("simulate", help="write simulated cells with their truth")
-    command.add_argument("-o", "--output", type=flags.path, required=True, metavar="OUT.h5ad")
-    command.add_argument("--n-cells", type=flags.whole(1), default=2000, metavar="N")
-    command.add_argument("--n-genes", type=flags.whole(1), default=500, metavar="N")
-    command.add_argument("--n-batches", type=flags.whole(1), default=3, metavar="N")
-    command.add_argument("--seed", type=flags.whole(0, 2**32 - 1), default=0)
-    command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    command.set_defaults(run=_simulate)
+    command = add(
+        "simulate",
+        "write simulated cells of known batches and types",
+        _simulate,
+        "-o OUT.h5ad",
+        "scgen simulate -o simulated.h5ad --n-cells 3000 --n-batches 4",
+    )
+    flags.add_output(command, "h5ad file to write")
+    for flag, default in (("cells", 2000), ("genes", 500), ("batches", 3)):
+        command.add_argument(
+            f"--n-{flag}",
+            type=flags.whole(1),
+            default=default,
+            metavar="N",
+            help=f"number of {flag} (default {default})",
+        )
 
-    command = commands.add_parser("convert", help="make a model that scvi-tools saved a model of scgen's")
-    command.add_argument(
-        "input", type=flags.path, metavar="SCVI_DIR", help="folder with model.pt; nothing in it is run"
+    command = add(
+        "convert",
+        "make a model of scgen's from one that scvi-tools saved",
+        _convert,
+        "SCVI_DIR -o DIR",
+        "scgen convert scvi_model/ -o scgen_model/ --data cells.h5ad",
     )
-    command.add_argument("-o", "--output", type=flags.path, required=True, metavar="DIR", help="for SCVI.load")
-    command.add_argument("--prefix", default="", help="the prefix that the model was saved with")
     command.add_argument(
-        "--data", type=flags.path, metavar="IN.h5ad", help="cells it was trained on, for its library sizes"
+        "input", type=flags.path, metavar="SCVI_DIR", help="folder with model.pt; no code in it is run"
     )
-    command.add_argument("--overwrite", action="store_true", help="replace the model in DIR if there is one")
-    command.set_defaults(run=_convert)
+    flags.add_output(command, "folder to write, for scgen.SCVI.load", "DIR")
+    command.add_argument("--prefix", default="", help="prefix of the file names in SCVI_DIR (default none)")
+    command.add_argument(
+        "--data", type=flags.path, metavar="IN", help="the cells that it was trained on, to read their library sizes"
+    )
     return parser
 
 
 def _integrate(args: argparse.Namespace) -> int:
-    say = functools.partial(print, flush=True)
     report = args.report or args.output.with_name(f"{args.output.stem}_report")
-    h5ad.check_output(args.output, args.overwrite)
-    existing = next(folder for folder in (report, *report.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"the folder {report} cannot be written: {existing} is a file, or not yours to write to.")
-    if args.output.absolute() in (report.absolute(), *(path.absolute() for path in report.parents)):
-        raise ValueError(f"{args.output} would be both the output and the folder of the report; name another --report.")
-    if args.output.exists() and args.output.samefile(args.input):
-        raise ValueError(f"{args.output} is the input, which is never overwritten; name another output.")
-    from scgen import integration, reporting
+    _check_outputs(args, report)
+    _check_tune(args)
+    from scgen import integration
 
-    names = ("model/model.json", reporting.SCORES, *reporting.PICTURES)
-    there = [name for name in names if (report / name).exists()]
-    if there and not args.overwrite:
-        raise ValueError(f"{report} holds {there[0]} already; name another --report, or pass --overwrite.")
-    adata = h5ad.read(args.input)
+    adata = readers.read_all(args.input, args.batch_key)
     _check_labels(adata, args.labels_key)
     _check_results(adata, integration.names_of_results(args.suffix))
     h5ad.try_to_write(adata, args.output)
-    say(f"{args.input}: {adata.n_obs} cells x {adata.n_vars} genes")
+    _say(f"{', '.join(map(str, args.input))}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
     # An option of this command is named as the argument that it is of; labels may be missing where none are modelled.
     taken = inspect.signature(integration.integrate).parameters
     options = {name: value for name, value in vars(args).items() if name in taken and name != "labels_key"}
@@ -210,41 +182,75 @@ def _integrate(args: argparse.Namespace) -> int:
         **options,
     )
     if args.tune:
-        say(f"chose {adata.uns['scgen']['integrate']['tuned']} among the presets")
+        _say(f"chose {adata.uns['scgen']['integrate']['tuned']} among the presets")
     seconds = model.history["seconds"].sum()
-    say(f"trained {len(model.history)} epochs on {model.adata.n_vars} genes in {seconds:.0f} s")
-    integration.cluster(adata, f"X_{args.suffix}", suffix=args.suffix, seed=args.seed)
+    _say(f"trained {len(model.history)} epochs on {model.adata.n_vars:,} genes in {seconds:.0f} s")
+    _say("computing neighbours, UMAP and Leiden clusters of the embedding ...")
+    integration.cluster(adata, f"X_{args.suffix}", suffix=args.suffix, resolution=args.resolution, seed=args.seed)
     h5ad.write(adata, args.output, args.overwrite)
+    args.written.append(args.output)
+    leiden = f"leiden_{args.suffix}"
+    n_clusters = adata.obs[leiden].nunique()
+    _say(f"wrote {args.output}: obsm X_{args.suffix} and X_umap_{args.suffix}, obs {leiden} ({n_clusters} clusters)")
+    _report(args, adata, model, report)
+    return OK
+
+
+def _check_outputs(args: argparse.Namespace, report: Path) -> None:
+    """Refuse, before any work, outputs that could not be written at its end."""
+    from scgen import reporting
+
+    h5ad.check_output(args.output, args.overwrite)
+    existing = next(folder for folder in (report, *report.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"the folder {report} cannot be written: {existing} is a file, or not yours to write to.")
+    if args.output.absolute() in (report.absolute(), *(path.absolute() for path in report.parents)):
+        raise ValueError(f"{args.output} would be both the output and the folder of the report; name another --report.")
+    if args.output.exists() and any(path.exists() and args.output.samefile(path) for path in args.input):
+        raise ValueError(f"{args.output} is the input, which is never overwritten; name another output.")
+    names = ("model/model.json", reporting.SCORES, *reporting.PICTURES)
+    there = [name for name in names if (report / name).exists()]
+    if there and not args.overwrite:
+        raise ValueError(f"{report} holds {there[0]} already; name another --report, or pass --overwrite.")
+    if args.output.suffix != ".h5ad":
+        _say(f"note: {args.output} does not end in .h5ad, but is written in this format")
+
+
+def _report(args: argparse.Namespace, adata, model, report: Path) -> None:
+    """Write the model, the pictures and, where labels are known, the scores."""
+    from scgen import reporting
+
     try:
         model.save(report / "model", overwrite=args.overwrite)
     except FileExistsError:
         raise FileExistsError(f"{report} was written by another program meanwhile; {args.output} is written") from None
+    args.written.append(report / "model")
     (report / reporting.SCORES).unlink(missing_ok=True)  # of an earlier run
-    leiden = f"leiden_{args.suffix}"
-    n_clusters = adata.obs[leiden].nunique()
-    say(f"wrote {args.output}: obsm X_{args.suffix} and X_umap_{args.suffix}, obs {leiden} ({n_clusters} clusters)")
+    _say("drawing the cells without the integration (PCA, UMAP) beside those with it ...")
     before = reporting.uncorrected(model)
-    colours = [key for key in (args.batch_key, args.labels_key, leiden) if key is not None]
+    colours = [key for key in (args.batch_key, args.labels_key, f"leiden_{args.suffix}") if key is not None]
     drawn = reporting.draw(model, adata, before, report, colours, suffix=args.suffix)
-    say(f"wrote {report / 'model'}, {', '.join(map(str, drawn))}")
+    args.written += drawn
+    _say(f"wrote {report / 'model'}, {', '.join(map(str, drawn))}")
     if args.labels_key is None:
-        say("no scores: they compare with known labels; name their column with --labels-key")
-        return OK
+        _say("no scores: they compare with known labels; name their column with --labels-key")
+        return
+    _say("computing scores ...")
     try:
         logging.disable(logging.WARNING)  # scib-metrics tells of every small label
         keys = {"batch_key": args.batch_key, "labels_key": args.labels_key}
         table = reporting.scores(adata, before, report, suffix=args.suffix, **keys)
-        say(table.to_string(float_format="{:.3f}".format))
+        _say(table.to_string(float_format="{:.3f}".format))
     except (ImportError, ValueError) as error:
-        say(f"no scores: {error}")
-    return OK
+        _say(f"no scores: {error}")
 
 
 def _check(args: argparse.Namespace) -> int:
     from scgen.data.registry import check
 
+    adata = readers.read_all(args.input, args.batch_key)
     table = check(
-        h5ad.read(args.input),
+        adata,
         layer=args.layer,
         batch_key=args.batch_key,
         labels_key=args.labels_key,
@@ -254,10 +260,16 @@ def _check(args: argparse.Namespace) -> int:
         counts=args.counts,
     )
     for row in table.itertuples():
-        print(f"{row.level}: {row.finding}. {row.suggestion}")
-    if not len(table):
-        print("nothing to say: scgen can read this file as it is.")
-    return FAILED if (table["level"] == "error").any() else OK
+        print(flags.in_flags(f"{row.level}: {row.finding}. {row.suggestion}", args.command))
+    n_errors = int((table["level"] == "error").sum())
+    if n_errors:
+        print(f"NOT OK: {n_errors} error{'s' * (n_errors > 1)}; scgen cannot read this file so.")
+        return FAILED
+    n_batches = "" if args.batch_key is None else f"{adata.obs[args.batch_key].nunique():,} batches, "
+    what = "raw counts" if args.counts else "values"
+    where = "X" if args.layer is None else f'the layer "{args.layer}"'
+    print(f"OK: {n_batches}{adata.n_obs:,} cells, {adata.n_vars:,} genes, {what} in {where}.")
+    return OK
 
 
 def _simulate(args: argparse.Namespace) -> int:
@@ -273,10 +285,20 @@ def _simulate(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from scgen.models.scvi import SCVI
 
-    model = SCVI.from_scvi_tools(args.input, args.data and h5ad.read(args.data), prefix=args.prefix)
+    model = SCVI.from_scvi_tools(args.input, args.data and readers.read(args.data), prefix=args.prefix)
     model.save(args.output, overwrite=args.overwrite)
-    print(f"wrote {args.output}: {model}")
+    print(f"wrote {args.output}: {model!r}")
     return OK
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _check_tune(args: argparse.Namespace) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in flags.MODEL if getattr(args, name) is not None]
+    if args.tune and given:
+        raise ValueError(f"--tune chooses the settings of the model: leave {', '.join(given)} out.")
 
 
 def _check_labels(adata, labels_key: str | None) -> None:
@@ -298,10 +320,11 @@ def _check_results(adata, names: Mapping[str, Sequence[str]]) -> None:
         )
 
 
-def _one_line(message, category, filename, lineno, file=None, line=None) -> None:
+def _one_line(command, message, category, filename, lineno, file=None, line=None) -> None:
     """Show our own warnings as one line each; those of libraries are not for the user of a command."""
     if issubclass(category, UserWarning) and Path(__file__).parent in Path(filename).parents:
-        print(f"scgen: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        text = flags.in_flags(str(message), command)
+        print(f"scgen: warning: {' '.join(text.split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The flags of the command ``scgen``, and how their texts are read."""
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,18 +16,29 @@ CHOICES = {
 
 def add_data_arguments(command: argparse.ArgumentParser, batch_required: bool = False) -> None:
     """Add what says which parts of a file are read: the same for all commands that read one."""
-    command.add_argument("input", type=path, metavar="IN.h5ad")
+    command.add_argument(
+        "input",
+        type=path,
+        nargs="+",
+        metavar="IN",
+        help="file of cells: h5ad, 10x h5, loom, a zarr folder, or a folder with 10x's matrix.mtx; of several files, "
+        "the genes and columns that all have are joined",
+    )
     group = command.add_argument_group("data")
     group.add_argument(
-        "--batch-key", required=batch_required, type=name, metavar="COLUMN", help="column of obs with the batches"
+        "--batch-key",
+        required=batch_required,
+        type=name,
+        metavar="COLUMN",
+        help="column of obs with the batches; of several files without such a column, the files are the batches",
     )
     group.add_argument(
         "--labels-key",
         type=name,
         metavar="COLUMN",
-        help="column of obs with cell types, to draw, to score, and for gene-label",
+        help="column of obs with cell types, to draw and to score; the model reads it only for --dispersion gene-label",
     )
-    group.add_argument("--layer", type=name, metavar="LAYER", help="layer with the counts (default X)")
+    group.add_argument("--layer", type=name, metavar="LAYER", help="layer with the raw counts (default: X)")
     for flag, argument, text in (
         ("--covariate", "categorical_covariate_keys", "further column whose effect is removed; may be repeated"),
         ("--continuous-covariate", "continuous_covariate_keys", "the same, of numbers; may be repeated"),
@@ -40,30 +52,129 @@ def add_data_arguments(command: argparse.ArgumentParser, batch_required: bool = 
     )
 
 
+def add_output(command: argparse.ArgumentParser, text: str, metavar: str = "OUT.h5ad") -> None:
+    """Add where a command writes, and what else all commands that write take."""
+    command.add_argument("-o", "--output", type=path, required=True, metavar=metavar, help=text)
+    command.add_argument("--overwrite", action="store_true", help="replace what is there already")
+    if metavar == "OUT.h5ad":
+        command.add_argument(
+            "--seed", type=whole(0, 2**32 - 1), default=0, metavar="N", help="seed of all that is random (default 0)"
+        )
+
+
+def add_integration_arguments(command: argparse.ArgumentParser) -> None:
+    """Add what only ``integrate`` takes: the genes, the clusters, the report."""
+    command.add_argument(
+        "--n-top-genes", type=whole(1), metavar="N", help="model only the N most variable genes (default: all genes)"
+    )
+    command.add_argument(
+        "--resolution",
+        type=resolution,
+        default=1.0,
+        metavar="X",
+        help="of the Leiden clusters: more gives more clusters (default 1)",
+    )
+    command.add_argument(
+        "--report", type=path, metavar="DIR", help="folder of the pictures, scores and model (default: OUT_report)"
+    )
+    command.add_argument(
+        "--suffix", type=suffix, default="scgen", metavar="NAME", help="ends the names of all results (default: scgen)"
+    )
+    command.add_argument("--quiet", action="store_true", help="show no progress line")
+
+
+#: What the settings of `SCVI` and `SCVI.train` do; a test holds the defaults against those of the functions.
+MODEL = {
+    "n_latent": "dimensions of the embedding (default 10)",
+    "n_hidden": "units of each hidden layer (default 128)",
+    "n_layers": "hidden layers of encoder and decoder (default 1)",
+    "n_flows": "steps of the flow of --posterior (default: 8 planar or 4 iaf)",
+    "n_components": "components of the mixture of --prior (default: 20 mog or 50 vamp)",
+    "dropout_rate": "share of the hidden units that are dropped in training (default 0.1)",
+    "gene_likelihood": "distribution of the counts (default zinb)",
+    "dispersion": "what has a dispersion of its own (default gene)",
+    "posterior": "distribution of the embedding given a cell (default normal)",
+    "prior": "distribution of the embedding over all cells (default normal)",
+    "use_observed_lib_size": "take a cell's total as its library size, instead of inferring it (default no)",
+    "encode_covariates": "let the encoder see the batch and the covariates (default yes)",
+    "library_residual": "infer the library size as a correction of the cell's total (default yes)",
+}
+TRAINING = {
+    "max_epochs": "passes over the training cells (default: 25 to 50, by the number of cells)",
+    "batch_size": "cells in a minibatch (default: by the number of cells)",
+    "train_size": "share of the cells to train on; the others validate (default 0.9)",
+    "early_stopping": "stop when the validation bound no longer rises (default yes)",
+    "patience": "epochs to wait for a higher validation bound (default: a quarter of --max-epochs)",
+    "learning_rate": "highest learning rate (default 0.02)",
+    "kl_start": "weight of the KL divergence at the start; it is 1 in the second half (default 4.0)",
+    "n_importance_samples": "draws of the importance-weighted bound; 1 trains on the ELBO (default 1)",
+    "accelerator": "where to compute (default auto)",
+    "devices": "number of devices (default 1)",
+    "precision": "of matrix products in training (default auto)",
+}
+
+
 def add_model_arguments(group) -> None:
     """Add the settings of `SCVI`; what is not given stays None, which stands for its default."""
-    group.add_argument("--tune", action="store_true", help="choose these among scgen.PRESETS, by held-out counts")
-    for flag in ("n-latent", "n-hidden", "n-layers", "n-flows", "n-components"):
-        group.add_argument(f"--{flag}", type=whole(1), metavar="N")
-    group.add_argument("--dropout-rate", type=float, metavar="SHARE")
+    group.add_argument(
+        "--tune", action="store_true", help="choose these settings among scgen.PRESETS, by held-out counts"
+    )
+    for argument in ("n_latent", "n_hidden", "n_layers", "n_flows", "n_components"):
+        _add(group, argument, type=whole(1), metavar="N")
+    _add(group, "dropout_rate", type=float, metavar="SHARE")
     for argument, names in CHOICES.items():
-        group.add_argument(f"--{argument.replace('_', '-')}", choices=names)
-    for flag in ("use-observed-lib-size", "encode-covariates", "library-residual"):
-        group.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction)
+        _add(group, argument, choices=names)
+    for argument in ("use_observed_lib_size", "encode_covariates", "library_residual"):
+        _add(group, argument, action=argparse.BooleanOptionalAction)
 
 
 def add_training_arguments(group) -> None:
     """Add the settings of `SCVI.train`, in the same way."""
-    group.add_argument(
-        "--max-epochs", type=whole(1, 1_000_000), metavar="N", help="passes over the cells (default by their number)"
-    )
-    for flag in ("batch-size", "patience", "n-importance-samples", "devices"):
-        group.add_argument(f"--{flag}", type=whole(1), metavar="N")
-    for flag in ("train-size", "learning-rate", "kl-start"):
-        group.add_argument(f"--{flag}", type=float, metavar="X")
-    group.add_argument("--early-stopping", action=argparse.BooleanOptionalAction)
-    group.add_argument("--accelerator", choices=("auto", "cpu", "gpu"))
-    group.add_argument("--precision", choices=("auto", "32", "bf16"))
+    _add(group, "max_epochs", type=whole(1, 1_000_000), metavar="N")
+    for argument in ("batch_size", "patience", "n_importance_samples", "devices"):
+        _add(group, argument, type=whole(1), metavar="N")
+    for argument in ("train_size", "learning_rate", "kl_start"):
+        _add(group, argument, type=float, metavar="X")
+    _add(group, "early_stopping", action=argparse.BooleanOptionalAction)
+    _add(group, "accelerator", choices=("auto", "cpu", "gpu"))
+    _add(group, "precision", choices=("auto", "32", "bf16"))
+
+
+def _add(group, argument: str, **how) -> None:
+    group.add_argument(f"--{argument.replace('_', '-')}", help=(MODEL | TRAINING)[argument], **how)
+
+
+def in_flags(message: str, command: argparse.ArgumentParser) -> str:
+    """Return a message of the package with the arguments of its functions as the flags of a command.
+
+    Examples
+    --------
+    >>> command = argparse.ArgumentParser()
+    >>> add_data_arguments(command)
+    >>> in_flags('layer="raw" is no layer. Did you mean setup_anndata(adata, layer="counts")?', command)
+    '--layer raw is no layer. Did you mean --layer counts?'
+    """
+    options = {action.dest: action.option_strings for action in command._actions if action.option_strings}
+
+    def flag(found: re.Match) -> str:
+        argument, value = found["argument"], (found["value"] or "").strip("[]'\"")
+        if argument not in options:
+            return found[0]
+        if value in ("True", "False"):
+            switch = [one for one in options[argument] if one.startswith("--no-") == (value == "False")]
+            return switch[0] if switch else found[0]
+        return f"{options[argument][-1]} {value}".strip()
+
+    value = r"""\["[^"\]]*"\]|"[^"]*"|'[^']*'|\.{3}|[-+\w.]*[-+\w]"""
+    argument = rf"\b(?P<argument>[a-z_]+)=(?P<value>{value})"
+    # A call whose arguments are all named stands for them.
+    call = rf"(?:[\w.]+\.)?(?:setup_anndata|integrate|SCVI|train)\((?:adata|\.\.\.|, )*(?P<named>{argument})\)"
+    message = re.sub(call, lambda found: found["named"], message)
+    message = re.sub(argument, flag, message)
+    # Elsewhere, a name with an underscore can only be an argument.
+    names = "|".join(name for name in options if "_" in name)
+    bare = rf"(?<![\w.\"'\[-])(?P<argument>{names})(?P<value>)(?![\w=(\"'\]])"
+    return re.sub(bare, flag, message) if names else message
 
 
 def path(text: str) -> Path:
@@ -92,6 +203,17 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def resolution(text: str) -> float:
+    """Return a number from 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}; it takes a number from 0")
+    return value
 
 
 def suffix(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Files of cells as the command reads and writes them: whole, or not at all."""
+"""Write files of cells as the command does: whole, or not at all."""
 
 import contextlib
 import multiprocessing
@@ -14,24 +14,6 @@ from scgen import atomic
 
 #: The signals that end a command.
 ENDING = [getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM") if hasattr(signal, name)]
-
-
-def read(path: Path):
-    """Return the AnnData in a file; ValueError where there is none."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; an h5ad file is needed.")
-    if not path.is_file():
-        there = ", ".join(sorted(p.name for p in path.parent.glob("*.h5ad"))[:5]) if path.parent.is_dir() else ""
-        raise ValueError(f"{path} is not there" + (f" (h5ad files beside it: {there})." if there else "."))
-    import anndata
-    import h5py
-
-    if not h5py.is_hdf5(path):
-        raise ValueError(f"{path} is no h5ad file (not HDF5), or was cut short.")
-    try:
-        return anndata.read_h5ad(path)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as h5ad: {error}") from error
 
 
 def check_output(path: Path, overwrite: bool) -> None:

@@ -149,9 +149,8 @@ accelerator, devices, precision
     check_writable(adata)
     _check_basis(adata, adjusted_basis)
     chosen, training = _settings(SCVI, given), _settings(SCVI.train, given)
-    SCVI.checked(chosen | {"seed": seed})
-    defaults = {name: of.default for name, of in inspect.signature(SCVI.train).parameters.items() if name != "self"}
-    trainings.checked(**defaults | training | {"seed": seed, "progress": progress})
+    SCVI.checked(_defaults(SCVI) | chosen | {"seed": seed})
+    trainings.checked(**_defaults(SCVI.train) | training | {"seed": seed, "progress": progress})
     presets = None if isinstance(tune, bool | np.bool_) else tune
     is_tuned = bool(tune) if presets is None else True
     if is_tuned:
@@ -184,6 +183,12 @@ def _settings(function: Callable, given: Mapping) -> dict:
     """Return what was given for a function's parameters, but for those that `integrate` has a say in."""
     taken = inspect.signature(function).parameters.keys() - {"adata", "seed", "progress"}
     return {name: value for name, value in given.items() if name in taken}
+
+
+def _defaults(function: Callable) -> dict:
+    """Return a function's arguments that have a default, with it."""
+    parameters = inspect.signature(function).parameters
+    return {name: of.default for name, of in parameters.items() if of.default is not of.empty}
 
 
 def _written(adata: AnnData) -> list[str]:
@@ -236,6 +241,9 @@ def modelled_part(adata: AnnData, setup: Setup, n_top_genes: int | None) -> tupl
             warnings.warn(text, stacklevel=3)
         matrix = matrix[:, genes]
         kept = _counted(matrix, setup)
+    elif n_top_genes is not None and n_top_genes > adata.n_vars:
+        text = f"n_top_genes={n_top_genes}, but there are {adata.n_vars} genes; all are modelled"
+        warnings.warn(text, stacklevel=3)
     if not len(kept):
         raise ValueError("no cell has any count in the modelled genes.")
     if len(kept) < adata.n_obs:

@@ -11,13 +11,15 @@ ROOT = Path(__file__).parents[1] / "scgen"
 ALLOWED = {
     "__init__": (),
     "arguments": (),
-    "cli": ("__version__", "flags", "h5ad", "integration", "reporting", "models", "data"),
+    "cli": ("__version__", "flags", "h5ad", "integration", "readers", "reporting", "streams", "models", "data"),
     "integration": ("models", "training", "tuning", "analysis", "data", "plots"),
     "criticism": ("models", "analysis", "data", "plots"),
     "tuning": ("models", "training", "data"),
     "reporting": ("models", "analysis", "data", "plots"),
     "plots": (),
     "flags": (),
+    "readers": (),
+    "streams": (),
     "atomic": (),
     "h5ad": ("atomic",),
     "storage": ("atomic",),
@@ -49,7 +51,18 @@ ALLOWED = {
 }
 #: Import nothing else of scgen's, and may be imported everywhere.
 FOR_ALL = ("scgen.arguments.", "scgen.seeding.", "scgen.threads")
-MAY_NAME_ANNDATA = ("data", "models", "analysis", "integration", "criticism", "tuning", "reporting", "cli", "h5ad")
+MAY_NAME_ANNDATA = (
+    "data",
+    "models",
+    "analysis",
+    "integration",
+    "criticism",
+    "tuning",
+    "reporting",
+    "cli",
+    "h5ad",
+    "readers",
+)
 FILES = sorted(ROOT.rglob("*.py"))
 
 

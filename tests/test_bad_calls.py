@@ -539,6 +539,7 @@ WRONG_FLAGS = {
         "--seed": [*WRONG_WHOLE, str(2**32)],
         "--overwrite": None,
         "--quiet": None,
+        "--resolution": WRONG_NUMBER,
     },
     "check": WRONG_COLUMNS
     | {
@@ -595,8 +596,9 @@ def test_wrong_flags_are_refused_by_name(on, capsys, monkeypatch, command):
             except SystemExit as error:
                 code = error.code
             out, told = capsys.readouterr()
-            last = (told if command != "check" or not out else out).strip().rpartition("\n")[2]
-            shown = {"convert": "SCVI_DIR"}.get(command, "IN.h5ad") if flag == "input" else flag
+            # `check` ends with whether scgen can read the file; what is wrong stands above.
+            last = out if command == "check" and out else told.strip().rpartition("\n")[2]
+            shown = {"convert": "SCVI_DIR"}.get(command, "IN") if flag == "input" else flag
             names = [shown, value.split("/")[0]]
             if code not in (1, 2) or "Traceback" in told or not any(name and name in last for name in names):
                 complaints[f"{flag} {value!r}"] = f"{code}: {last}"

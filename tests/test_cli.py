@@ -21,7 +21,7 @@ import pandas as pd
 import pytest
 
 import scgen
-from scgen import cli, flags, h5ad
+from scgen import cli, flags, h5ad, readers, streams
 from scgen.models.scvi import CHOICES
 
 SCGEN = [sys.executable, "-m", "scgen.cli"]
@@ -70,8 +70,8 @@ def test_integrate(source, tmp_path):
     ("args", "code", "words"),
     [
         (["integrate", "nothing.h5ad", "-o", "out.h5ad", "--batch-key", "batch"], 1, "is not there"),
-        (["integrate", "{text}", "-o", "out.h5ad", "--batch-key", "batch"], 1, "no h5ad file"),
-        (["integrate", "{source}", "-o", "out.h5ad", "--batch-key", "bach"], 1, 'batch_key="batch"'),
+        (["integrate", "{text}", "-o", "out.h5ad", "--batch-key", "batch"], 1, "no HDF5 file"),
+        (["integrate", "{source}", "-o", "out.h5ad", "--batch-key", "bach"], 1, "--batch-key batch?"),
         (
             ["integrate", "{source}", "-o", "out.h5ad", "--batch-key", "batch", "--labels-key", "celltype"],
             1,
@@ -93,7 +93,7 @@ def test_integrate(source, tmp_path):
         (
             ["integrate", "{source}", "-o", "out.h5ad", "--batch-key", "batch", "--tune", "--n-latent", "4"],
             1,
-            "n_latent",
+            "leave --n-latent out",
         ),
         (["simulate", "-o", ""], 2, "it is empty"),
         (["convert", "{source}", "-o", ""], 2, "it is empty"),
@@ -127,14 +127,91 @@ def test_check(source, tmp_path):
     done = run("check", source, "--batch-key", "batch")
     assert done.returncode == 1
     assert "1 cells have no counts" in done.stdout
+    assert done.stdout.endswith("NOT OK: 1 error; scgen cannot read this file so.\n")
     assert run("simulate", "-o", tmp_path / "good.h5ad", "--n-cells", 60, "--n-genes", 20).returncode == 0
-    done = run("check", tmp_path / "good.h5ad")
-    assert (done.returncode, done.stdout) == (0, "nothing to say: scgen can read this file as it is.\n")
+    done = run("check", tmp_path / "good.h5ad", "--batch-key", "batch")
+    assert (done.returncode, done.stdout) == (0, "OK: 3 batches, 60 cells, 20 genes, raw counts in X.\n")
+
+
+def test_check_advises():
+    adata = scgen.simulate_cells(n_cells=60, n_genes=20, n_batches=2, seed=0)
+    batch = adata.obs["batch"].cat.codes.to_numpy()
+    adata.obs["weeks"] = np.where(batch == 0, 3, 17)  # the batch gives it, of which its names alone say nothing
+    adata.obs["age"] = np.random.default_rng(0).normal(size=60)
+    table = scgen.check(adata, batch_key="batch", continuous_covariate_keys=["weeks"])
+    assert table["finding"].tolist() == ["the design of batch, weeks lacks 1 of 3 ranks"]
+    assert scgen.check(adata, batch_key="batch", continuous_covariate_keys=["age"]).empty
+    table = scgen.check(adata, batch_key="batch", categorical_covariate_keys=["age"])
+    assert table["suggestion"].tolist() == ['They are numbers: pass continuous_covariate_keys=["age"].']
+    many = scgen.simulate_cells(n_cells=60, n_genes=6000, n_batches=2, seed=0)
+    many.X[:, 0] = 1  # no cell is empty
+    table = scgen.check(many, batch_key="batch")
+    assert table["finding"].tolist() == ["60 cells have 6,000 genes, more than there are cells"]
+    assert scgen.check(many[:, :4000].copy(), batch_key="batch").empty
 
 
 def test_help_and_version():
     assert "integrate" in run("--help").stdout
     assert scgen.__version__ in run("--version").stdout
+    text = run("integrate", "--help").stdout
+    assert "usage: scgen integrate IN [IN ...] -o OUT.h5ad --batch-key COLUMN [options]" in text
+    assert "example:\n  scgen integrate cells.h5ad -o" in text
+
+
+def test_every_argument_has_a_help():
+    parser = cli._parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    for name, command in commands.choices.items():
+        for action in command._actions:
+            assert action.help, f"{name}: {action.dest}"
+
+
+@pytest.mark.parametrize(("function", "texts"), [(scgen.SCVI, flags.MODEL), (scgen.SCVI.train, flags.TRAINING)])
+def test_defaults_in_the_help_are_those_of_the_functions(function, texts):
+    defaults = {name: of.default for name, of in inspect.signature(function).parameters.items()}
+    assert texts.keys() == defaults.keys() - {"self", "adata", "seed", "progress", "on_epoch"}
+    for name, text in texts.items():
+        # What None stands for is said in words.
+        default = {"True": "yes", "False": "no"}.get(str(defaults[name]), defaults[name])
+        wanted = "(default: " if default is None else f"(default {default})"
+        assert wanted in text, name
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ('Say so: setup_anndata(adata, layer="counts").', "Say so: --layer counts."),
+        ('batch_key="bach" is no column; Did you mean setup_anndata(adata, batch_key="batch")?',
+         "--batch-key bach is no column; Did you mean --batch-key batch?"),
+        ('pass continuous_covariate_keys=["a b"].', "pass --continuous-covariate a b."),
+        ('setup_anndata(adata, categorical_covariate_keys=["a"])', "--covariate a"),
+        ("train_size=1.5; it takes a share", "--train-size 1.5; it takes a share"),
+        ("learning_rate=-1e-05.", "--learning-rate -1e-05."),
+        ("counts=False and early_stopping=True", "--no-counts and --early-stopping"),
+        ("early_stopping=False", "--no-early-stopping"),
+        ("needs labels: setup_anndata(adata, labels_key=...).", "needs labels: --labels-key ...."),
+        ("n_top_genes chooses genes", "--n-top-genes chooses genes"),
+        ('adata.obs["n_latent"] and the layer are left', 'adata.obs["n_latent"] and the layer are left'),
+        ("batch_keys, my_batch_key and n_obs=5", "batch_keys, my_batch_key and n_obs=5"),
+    ],
+)  # fmt: skip
+def test_messages_name_flags(message, wanted):
+    (commands,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    assert flags.in_flags(message, commands.choices["integrate"]) == wanted
+
+
+def test_one_batch_and_another_ending(source, tmp_path):
+    adata = anndata.read_h5ad(source)
+    adata.obs["one"] = "all"
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    done = run("integrate", tmp_path / "in.h5ad", "-o", tmp_path / "out.h5", "--batch-key", "one", "--max-epochs", 1)
+    assert done.returncode == 0, done.stderr
+    assert 'adata.obs["one"] has one value (all) for all cells. There is nothing to integrate.' in done.stderr
+    assert "out.h5 does not end in .h5ad, but is written in this format" in done.stdout
+    assert "X_scgen" in anndata.read_h5ad(tmp_path / "out.h5").obsm
+    # What takes long is said before it begins.
+    said = [line for line in done.stdout.splitlines() if line.endswith("...")]
+    assert [line.partition(" ")[0] for line in said] == ["computing", "drawing"]
 
 
 def test_a_broken_pipe_is_quiet(source):
@@ -171,7 +248,7 @@ def test_a_stream_that_cannot_be_written_to_is_silent(error):
         def flush(self):
             raise error
 
-    print("a line", file=cli.Lasting(Broken()), flush=True)
+    print("a line", file=streams.Lasting(Broken()), flush=True)
 
 
 def test_two_commands_with_one_output(source, tmp_path, monkeypatch, capsys):
@@ -264,6 +341,7 @@ def test_interrupted_or_killed_the_old_output_stays(source, tmp_path, sent, code
     _, errors = child.communicate(timeout=60)
     assert child.returncode == code
     assert "Traceback" not in errors
+    assert (code < 0) or "interrupted; nothing was written" in errors
     assert out.read_bytes() == b"what was there before"
 
 
@@ -346,7 +424,7 @@ def test_what_cannot_be_written_is_said_before_training(tmp_path, monkeypatch, c
     else:
         adata.obsm["mine"] = pd.DataFrame({"mine": pd.Series([{}] * 60, dtype=object)}).set_axis(adata.obs_names)
     (tmp_path / "in.h5ad").write_text("")
-    monkeypatch.setattr(h5ad, "read", lambda path: adata)
+    monkeypatch.setattr(readers, "read", lambda path: adata)
     monkeypatch.setattr(scgen.SCVI, "train", lambda *_, **__: pytest.fail("trained"))
     handlers, show = [signal.getsignal(number) for number in h5ad.ENDING], warnings.showwarning
     code = cli.main(["integrate", str(tmp_path / "in.h5ad"), "-o", str(tmp_path / "out.h5ad"), "--batch-key", "batch"])
@@ -387,7 +465,7 @@ sys.exit(main(["simulate", "-o", "out.h5ad", "--n-cells", "60", "--n-genes", "20
     child.send_signal(getattr(signal, sent))
     _, errors = child.communicate(timeout=20)
     assert child.returncode == code
-    assert errors == ""
+    assert errors == "scgen: interrupted; nothing was written\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -158,7 +158,13 @@ def _categories(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
     if len(column) > FEW_CELLS and len(sizes) > len(column) / 2:
         text = f"{argument}: {where} has {len(sizes)} values for {len(column)} cells, nearly one value per cell"
         fix = "Is this a column of barcodes or numbers? A category needs cells that share it."
+        if pd.api.types.is_numeric_dtype(column):
+            fix = f'They are numbers: pass continuous_covariate_keys=["{key}"].'
         yield Finding("warning", where, text, len(sizes), fix)
+    elif len(sizes) == 1 and len(column) > 1 and role != "labels_key":
+        text = f"{argument}: {where} has one value ({name_of(sizes.index[0])}) for all cells"
+        fix = "There is nothing to integrate." if role == "batch_key" else "It tells the model nothing; leave it out."
+        yield Finding("warning", where, text, len(column), fix)
     elif role == "batch_key" and len(few):
         text = f"batch_key: {where} has {len(few)} batches of fewer than {FEW_CELLS} cells (" + ", ".join(
             f"{name_of(value)}: {size}" for value, size in few.head(5).items()
@@ -218,7 +224,7 @@ def _values(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, empt
         text = f"{setup.where} has {n['negative']} negative values (first at {first['negative']})"
         yield Finding("error", setup.where, text, n["negative"], counts_are_in(adata, setup, NEEDS_COUNTS))
     if n["fractional"]:
-        text = f"{setup.where} has {n['fractional']} values that are no integers (first at {first['fractional']})"
+        text = f"{setup.where} has {n['fractional']} values that are not integers (first at {first['fractional']})"
         sound = not (n["infinite"] or n["large"])
         looks, otherwise = looks_like(adata, setup, store) if sound else ("", NEEDS_COUNTS)
         yield Finding("error", setup.where, text + looks, n["fractional"], counts_are_in(adata, setup, otherwise))

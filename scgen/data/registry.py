@@ -11,10 +11,10 @@ from anndata import AnnData
 from torch import Tensor
 
 from scgen.arguments import shown
+from scgen.data.advice import advice
 from scgen.data.categories import codes_of_column, names_of
 from scgen.data.cells import Cells
 from scgen.data.checks import LARGEST, Finding, Setup, check_types, raise_errors, some
-from scgen.data.confounding import confounding
 from scgen.data.counts import matrix_of
 from scgen.data.findings import findings
 from scgen.data.genes import identifiers, places_of
@@ -116,7 +116,7 @@ def check(
     continuous_covariate_keys: Sequence[str] | None = None,
     counts: bool = True,
 ) -> pd.DataFrame:
-    """Return what `setup_anndata` would refuse or warn of, and how far the covariates are confounded, as a table.
+    """Return what `setup_anndata` would refuse or warn of, and advice about the genes and covariates, as a table.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ def check(
     -------
     A row per finding: level ("error", "warning" or "note"), where, finding, n (how many), suggestion. Empty if there is
     nothing to say. Confounding is told by Cramer's V of each pair of categorical columns (0: independent, 1: the one
-    gives the other) and by the rank of the design of batch and covariates.
+    gives the other) and by the rank of the design of batch and covariates, of which continuous ones count as numbers.
 
     Raises
     ------
@@ -143,7 +143,8 @@ def check(
     [['error', 1]]
     """
     setup = _setup(adata, locals())
-    found = findings(adata, setup) + confounding(adata.obs, setup)
+    found = findings(adata, setup)
+    found += advice(adata, setup, sound=all(finding.level != "error" for finding in found))
     columns = list(Finding.__dataclass_fields__)
     return pd.DataFrame([asdict(finding) for finding in found], columns=columns)
 

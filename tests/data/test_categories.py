@@ -6,8 +6,8 @@ import pytest
 
 import scgen
 from scgen.analysis.comparisons import by_column
+from scgen.data.advice import cramers_v
 from scgen.data.categories import codes_of, name_of
-from scgen.data.confounding import cramers_v
 from scgen.data.registry import Registry
 from scgen.data.stores import totals
 

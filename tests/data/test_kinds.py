@@ -86,7 +86,7 @@ def test_dask(adata, model, tmp_path, form):
     )
     adata.layers["lazy"] = dask.from_array(dense, chunks=(50, G))
     adata.X = adata.X * 1.3
-    with pytest.raises(ValueError, match="no integers"):  # the layer is not looked into
+    with pytest.raises(ValueError, match="not integers"):  # the layer is not looked into
         scgen.setup_anndata(adata)
 
 

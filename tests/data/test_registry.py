@@ -13,7 +13,7 @@ from scipy import sparse
 from scipy.stats.contingency import association
 
 import scgen
-from scgen.data.confounding import cramers_v
+from scgen.data.advice import cramers_v
 from scgen.data.counts import layers_of
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry
@@ -259,9 +259,9 @@ def number_as_category(adata):
 
 
 WRONG_VALUES = {
-    "fraction": (counts_with(0.5), ["adata.X has 1 values that are no integers", 'cell "cell_8"', "counts=False"]),
-    "fraction, dense": (counts_with(0.5, dense=True), ["adata.X has 1 values that are no integers", 'cell "cell_8"']),
-    "fraction, first cell": (counts_with(2.5, cell=0), ["1 values that are no integers", 'cell "cell_1"']),
+    "fraction": (counts_with(0.5), ["adata.X has 1 values that are not integers", 'cell "cell_8"', "counts=False"]),
+    "fraction, dense": (counts_with(0.5, dense=True), ["adata.X has 1 values that are not integers", 'cell "cell_8"']),
+    "fraction, first cell": (counts_with(2.5, cell=0), ["1 values that are not integers", 'cell "cell_1"']),
     "negative": (counts_with(-1), ["adata.X has 1 negative values", 'cell "cell_8"', "Raw counts are needed"]),
     "negative in a layer": (
         negative_layer,
@@ -270,16 +270,16 @@ WRONG_VALUES = {
     "NaN": (counts_with(np.nan), ["adata.X has 1 NaN or infinite values", 'cell "cell_8"', "numpy.isfinite"]),
     "NaN, dense": (counts_with(np.nan, dense=True), ["adata.X has 1 NaN or infinite values", 'cell "cell_8"']),
     "infinity": (counts_with(np.inf), ["adata.X has 1 NaN or infinite values", 'cell "cell_8"']),
-    "log1p of CP10K": (logged, ["no integers", "look like log1p of counts scaled to 10000 a cell", "counts=False"]),
+    "log1p of CP10K": (logged, ["not integers", "look like log1p of counts scaled to 10000 a cell", "counts=False"]),
     "CPM": (
         per_million,
-        ["no integers", "look like counts scaled to 1e+06 a cell", 'SCVI(adata, gene_likelihood="normal")'],
+        ["not integers", "look like counts scaled to 1e+06 a cell", 'SCVI(adata, gene_likelihood="normal")'],
     ),
     "log1p, unscaled": (
         logged_only,
-        ["no integers", "they look like log1p of counts", 'adata.layers["counts"] = adata.X.expm1().rint()'],
+        ["not integers", "they look like log1p of counts", 'adata.layers["counts"] = adata.X.expm1().rint()'],
     ),
-    "z-scores": (scaled, ["negative values", "no integers", "Raw counts are needed"]),
+    "z-scores": (scaled, ["negative values", "not integers", "Raw counts are needed"]),
     "counts in a layer": (logged_beside_counts, ['setup_anndata(adata, layer="raw_counts")', "log1p of counts"]),
     "counts in X": (
         logged_layer,
@@ -295,7 +295,7 @@ WRONG_VALUES = {
         empty_cells_of_layer,
         ["1 cells have no counts", 'adata.layers["counts"]', "cell_1", "filter_cells"],
     ),
-    "the last of 20,000": (last_of_many(1.5), ["1 values that are no integers", 'cell "19999"']),
+    "the last of 20,000": (last_of_many(1.5), ["1 values that are not integers", 'cell "19999"']),
     "the last of 20,000, sparse": (last_of_many(-1), ["1 negative values", 'cell "19999"']),
     "complex": (of_dtype(complex), ["adata.X does not hold real numbers", "complex128", "Convert it"]),
     "objects": (of_dtype(object), ["adata.X does not hold real numbers", "object", "Convert it"]),
@@ -826,7 +826,7 @@ def test_values_that_are_no_counts(good):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (counts_with(0.5), "no integers"),
+        (counts_with(0.5), "not integers"),
         (counts_with(np.nan), "NaN or infinite"),
         (empty_cells, "2 cells have no counts"),
         (object_batch, r'obs\["batch"\] is NaN for 2 cells'),
@@ -886,7 +886,9 @@ def test_check_tells_of_a_design_without_full_rank(good):
 def test_check_of_columns_with_one_value(good):
     good.obs["batch"] = "only"
     table = scgen.check(good, batch_key="batch", labels_key="cell_type")
-    assert table["finding"].tolist() == ['Cramer\'s V of "batch" and "cell_type" is 0.00']
+    assert table["level"].tolist() == ["warning", "note"]
+    assert table["finding"][0] == 'batch_key: adata.obs["batch"] has one value (only) for all cells'
+    assert table["finding"][1] == 'Cramer\'s V of "batch" and "cell_type" is 0.00'
 
 
 def test_check_without_doubts_is_an_empty_table(good):

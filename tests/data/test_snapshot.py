@@ -192,7 +192,7 @@ def test_other_cells_that_become_unfit_are_refused(form):
     model.get_latent_representation(other)
     other.X = other.X.astype(np.float64) * 1.5
     for indices in (None, [5]):
-        with pytest.raises(ValueError, match="no integers"):
+        with pytest.raises(ValueError, match="not integers"):
             model.get_latent_representation(other, indices=indices)
     other = cells_of(form)
     model.get_latent_representation(other)

@@ -163,7 +163,7 @@ def test_a_matrix_damaged_between_questions(tmp_path):
 def test_a_damaged_layer_is_not_looked_for_counts_in():
     adata = damaged("far out", "csc_matrix")
     adata.X = np.full((N, G), 0.5, np.float32)
-    with pytest.raises(ValueError, match="no integers"):
+    with pytest.raises(ValueError, match="not integers"):
         scgen.setup_anndata(adata)
 
 

@@ -538,7 +538,7 @@ def test_what_cannot_be_mapped_is_refused_with_reasons(reference, new):
     assert reference.query(without, batch_key="sample").model.registry.batches[-1] == "s1"
     fractions = new.copy()
     fractions.X = fractions.X * 0.5
-    with pytest.raises(ValueError, match="no integers"):
+    with pytest.raises(ValueError, match="not integers"):
         reference.query(fractions)
     query = reference.query(new)
     with pytest.raises(ValueError, match='Did you mean "cell_type"'):
