@@ -1,4 +1,5 @@
-# Two commands: `make demo` and `make test`. Each makes its own virtual environment first.
+# `make demo` and `make test`, and for maintainers `make coverage` and `make release`. Each makes its own virtual environment
+# first.
 # Other versions need a virtual environment of their own. The newest releases, and the lowest that pyproject.toml names:
 #   make test PYTHON=python3.13 VENV=.venv-3.13 CONSTRAINTS=
 #   make test VENV=.venv-lowest CONSTRAINTS=lowest.txt
@@ -16,7 +17,7 @@ DATA ?=
 BATCH ?= batch
 LABELS ?= $(if $(DATA),,cell_type)
 
-.PHONY: demo test
+.PHONY: demo test coverage release
 
 demo: $(VENV)/scores
 	mkdir -p demo
@@ -28,6 +29,18 @@ test: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+coverage: $(VENV)/test
+	$(PIP) pytest-cov
+	$(BIN)/python -m pytest --cov=scgen --cov-report=term-missing:skip-covered
+
+# What is published for a tag: dist/, of the version that the tag, scgen/__init__.py and CHANGELOG.md all name.
+release: $(VENV)/base
+	grep -q '^__version__ = "$(TAG:v%=%)"$$' scgen/__init__.py || { echo 'scgen/__init__.py names another version than $(TAG)'; exit 1; }
+	grep -q '^## \[$(TAG:v%=%)\]' CHANGELOG.md || { echo 'CHANGELOG.md has no section [$(TAG:v%=%)]'; exit 1; }
+	$(PIP) build
+	rm -rf dist
+	$(BIN)/python -m build
 
 # torch alone first: its wheel is found by its exact version, before anything else can ask for another.
 $(VENV)/base: $(CONSTRAINTS) pyproject.toml
