@@ -94,8 +94,7 @@ def _scales(
     For each draw all cells are decoded in each of the batches in turn, so that whatever is compared shares its batch.
     """
     start, noise = 0, seeded(seed)
-    for cells in loader:
-        cells = cells.to(vae.device)
+    for cells in vae.minibatches(loader):
         q = vae.posteriors["z"](cells)
         for draw in range(n_draws(batches)):
             with noise:

@@ -148,8 +148,8 @@ def _blocks(vae: VAE, loader: CellLoader, settings: Settings) -> Iterator[tuple[
     if settings.library_size != "latent":
         factor *= settings.library_size
     start = 0
-    for cells in loader:
-        cells, mean = cells.to(vae.device), None
+    for cells in vae.minibatches(loader):
+        mean = None
         rows = slice(start, start + len(cells))
         for draw, (latents, weight) in enumerate(_draws(vae, cells, settings)):
             values = _decoded(vae, cells, latents, settings, weight * factor)

@@ -44,8 +44,7 @@ def described(vae: VAE, loader: CellLoader, directions: np.ndarray | None = None
     """Describe cells; ``directions``, (G, k), keep only as much of their residuals."""
     parts = []
     basis = None if directions is None else torch.from_numpy(directions).to(vae.device)
-    for cells in loader:
-        cells = cells.to(vae.device)
+    for cells in vae.minibatches(loader):
         q = vae.infer(cells)
         likelihood = vae.decoder({name: q[name].mean for name in q}, cells)
         own, counts = likelihood.base_dist, cells.counts.to_dense()

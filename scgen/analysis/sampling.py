@@ -42,8 +42,7 @@ def replicates(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Iterate over (first cell, number of the replicate, x (n, G)) of minibatches, each with all of its replicates."""
     rng, start = np.random.default_rng(seed), 0
-    for cells in loader:
-        cells = cells.to(vae.device)
+    for cells in vae.minibatches(loader):
         q = vae.infer(cells)
         for number in range(n_samples):
             with seeded(rng.integers(2**63)):  # of each anew: whoever iterates has torch's generators as they were

@@ -4,7 +4,7 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -92,6 +92,11 @@ class VAE(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    def minibatches(self, loader: Iterable[Cells]) -> Iterator[Cells]:
+        """Iterate over the minibatches of a loader, each on the device of the weights."""
+        device = self.device
+        return (cells.to(device) for cells in loader)
 
     def reads_sparse(self, device: torch.device) -> bool:
         """Say whether minibatches are to come as CSR: for counts on a CPU, and where MKL multiplies them."""
