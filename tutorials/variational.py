@@ -21,7 +21,15 @@ def cells_of(x: np.ndarray) -> Cells:
     """Return values (n, G) as cells of one batch, in float64."""
     n, none = len(x), torch.zeros(len(x), 0)
     codes = torch.zeros(n, dtype=torch.int64)
-    return Cells(torch.from_numpy(x).double(), torch.zeros(n, 1), codes, codes, none.long(), none, torch.arange(n))
+    return Cells(
+        counts=torch.from_numpy(x).double(),
+        library=torch.zeros(n, 1),
+        batch=codes,
+        labels=codes,
+        categorical=none.long(),
+        continuous=none,
+        index=torch.arange(n),
+    )
 
 
 # A linear model, and what is known of it in closed form.

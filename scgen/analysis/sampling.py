@@ -1,7 +1,6 @@
 """New cells: from the prior, or from what the posterior says of given ones."""
 
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, replace
 
 import numpy as np
 import pandas as pd
@@ -16,9 +15,6 @@ from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry
 from scgen.modules.vae import VAE, question
 from scgen.seeding import seeded
-
-#: Of `Cells`, those that all cells have.
-FIELDS = [field.name for field in fields(Cells) if field.default is MISSING]
 
 
 def posterior_predictive(
@@ -84,10 +80,7 @@ def prior_predictive(vae: VAE, cells: Cells, seed: int, n_at_once: int = 1024) -
     """
     blocks, latents = [], {name: [] for name in vae.priors}
     with seeded(seed):
-        for start in range(0, len(cells), n_at_once):
-            rows = slice(start, start + n_at_once)
-            some = replace(cells, **{field: getattr(cells, field)[rows] for field in FIELDS})
-            some = some.to(vae.device)
+        for some in vae.minibatches(cells[i : i + n_at_once] for i in range(0, len(cells), n_at_once)):
             drawn = {}
             for name in vae.priors:
                 p = vae.prior(name, some)

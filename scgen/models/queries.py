@@ -247,9 +247,9 @@ class Query:
         missing = set(self.model.registry.missing)
         genes = [gene for gene in self.reference.registry.genes if gene not in missing]  # in the query's order
         store, snapshot = Snapshot.of(replace(self.reference.registry, genes=genes), self.reference.adata)
-        complete = self.model.vae.complete if missing else None
+        impute = self.model.vae.impute if missing else None
         as_sparse = self.model.vae.reads_sparse(self.model.vae.device)
-        return CellLoader(store, snapshot.columns, rows, 1024, as_sparse=as_sparse, complete=complete)
+        return CellLoader(store, snapshot.columns, rows, 1024, as_sparse=as_sparse, impute=impute)
 
 
 def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, min_overlap: float) -> Query:

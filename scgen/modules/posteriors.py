@@ -160,7 +160,7 @@ class LibraryPosterior(GaussianPosterior):
         """Return what the network's output is added to: without the residual, what makes l that of measured genes."""
         if self.residual:
             return cells.library
-        return 0.0 if cells.completed is None else cells.library - cells.completed.sum(-1, keepdim=True).log()
+        return 0.0 if cells.imputed_counts is None else cells.library - cells.imputed_counts.sum(-1, keepdim=True).log()
 
 
 class ObservedLibrary(nn.Module):

@@ -92,7 +92,15 @@ class VampPrior(nn.Module):
             return self._kept
         inputs = softplus(self.pseudo_inputs) if self.log_input else self.pseudo_inputs
         batch, categorical = self.categories[:, 0], self.categories[:, 1:]
-        pseudo = Cells(inputs, inputs[:, :1], batch, batch, categorical, self.continuous, batch)
+        pseudo = Cells(
+            counts=inputs,
+            library=inputs[:, :1],
+            batch=batch,
+            labels=batch,
+            categorical=categorical,
+            continuous=self.continuous,
+            index=batch,
+        )
         training = posterior.training
         posterior.eval()
         found = GaussianMixture(self.logits, posterior.gaussian_at(inputs, pseudo))

@@ -115,7 +115,7 @@ class VAE(nn.Module):
                 layer.reduced = False
 
     @torch.no_grad()
-    def complete(self, cells: Cells) -> Cells:
+    def impute(self, cells: Cells) -> Cells:
         """Return the cells with the counts that are expected of genes that were not measured, for the encoders.
 
         z is inferred with zeros in their place, and decoded: one step, on the means, of the chain that imputes missing
@@ -125,8 +125,8 @@ class VAE(nn.Module):
         cells = cells.to(self.device)
         counts = cells.counts.to_dense()
         zeros = counts.new_zeros(len(counts), self.decoder.n_missing)
-        z = self.posteriors["z"].means(replace(cells, completed=torch.cat([counts, zeros], 1)))
-        return replace(cells, completed=torch.cat([counts, self.decoder.expected({"z": z}, cells)], 1))
+        z = self.posteriors["z"].means(replace(cells, imputed_counts=torch.cat([counts, zeros], 1)))
+        return replace(cells, imputed_counts=torch.cat([counts, self.decoder.expected({"z": z}, cells)], 1))
 
     @contextmanager
     def learning_rows(self, known: dict[str, int]) -> Iterator[None]:

@@ -21,7 +21,15 @@ def cells_of(counts: torch.Tensor) -> Cells:
     n = len(counts)
     zeros = torch.zeros(n, dtype=torch.int64)
     none = torch.zeros(n, 0)
-    return Cells(counts, torch.zeros(n, 1), zeros, zeros, none.long(), none, torch.arange(n))
+    return Cells(
+        counts=counts,
+        library=torch.zeros(n, 1),
+        batch=zeros,
+        labels=zeros,
+        categorical=none.long(),
+        continuous=none,
+        index=torch.arange(n),
+    )
 
 
 def normal(mean, variance) -> DiagonalNormal:

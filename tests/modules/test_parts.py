@@ -39,7 +39,15 @@ def some_cells(n: int, n_genes: int, n_batches: int = 1, scale: float = 2.0) -> 
     counts = torch.from_numpy(rng.poisson(scale, (n, n_genes)).astype(np.float32))
     batch = torch.from_numpy(rng.integers(n_batches, size=n))
     none = torch.zeros(n, 0)
-    return Cells(counts, counts.sum(1, keepdim=True).log(), batch, batch * 0, none.long(), none, torch.arange(n))
+    return Cells(
+        counts=counts,
+        library=counts.sum(1, keepdim=True).log(),
+        batch=batch,
+        labels=batch * 0,
+        categorical=none.long(),
+        continuous=none,
+        index=torch.arange(n),
+    )
 
 
 def size(module) -> int:
