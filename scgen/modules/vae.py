@@ -39,7 +39,8 @@ class VAE(nn.Module):
     priors
         By latent: a module ``(cells, posterior) -> p``, which may be made of the latent's posterior.
     decoder
-        A module ``(latents, cells) -> likelihood`` of whole cells' counts; ``latents`` maps names to draws (..., n, d).
+        A module ``(latents, cells) -> likelihood`` of whole cells; ``latents`` maps names to draws (..., n, d). Its
+        method ``target(cells)`` returns the part of the cells, (n, ...), that the likelihood is asked about.
     """
 
     def __init__(self, posteriors: dict[str, nn.Module], priors: dict[str, nn.Module], decoder: nn.Module):
@@ -184,7 +185,7 @@ class VAE(nn.Module):
         latents, kl = {}, {}
         for name, q in self.infer(cells).items():
             latents[name], kl[name] = draw_and_kl(q, self.prior(name, cells), shape, closed_form=not weighted)
-        return Elbo(self.decoder(latents, cells).log_prob(cells.counts), kl, weighted)
+        return Elbo(self.decoder(latents, cells).log_prob(self.decoder.target(cells)), kl, weighted)
 
     def log_weights(self, cells: Cells, q: dict[str, Distribution], shape: tuple[int, ...]) -> Tensor:
         """Return log p(x, latents) - log q(latents | x) at draws from q, which `infer` gave, (*shape, n).
@@ -198,7 +199,7 @@ class VAE(nn.Module):
     ) -> Tensor:
         """Return the same at draws (*shape, n, d) that are given, each latent's with its log q (*shape, n)."""
         likelihood = self.decoder({name: draw for name, (draw, _) in draws.items()}, cells)
-        log_w = likelihood.log_prob(cells.counts)
+        log_w = likelihood.log_prob(self.decoder.target(cells))
         for name, (draw, log_q) in draws.items():
             if not isinstance(q[name], PointMass):
                 log_w = log_w + self.prior(name, cells).log_prob(draw) - log_q

@@ -1,6 +1,7 @@
 """The bound and its divergences: closed forms, a linear-Gaussian model whose log p(x) is known, gradients."""
 
 import itertools
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -115,6 +116,37 @@ def test_the_exact_posterior_leaves_no_gap():  # T8
         log_w = vae.log_weights(cells, vae.infer(cells), (200,))
     assert log_w.var(dim=0).max() < 1e-10
     np.testing.assert_allclose(log_w[0], log_p, rtol=1e-9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacedCells(Cells):
+    coordinates: torch.Tensor
+
+
+class PlaceDecoder(GaussianDecoder):
+    """A decoder of where cells lie, not of their counts."""
+
+    def target(self, cells):
+        return cells.coordinates
+
+
+class PlacePosterior(LinearPosterior):
+    def forward(self, cells):
+        return super().forward(replace(cells, counts=cells.coordinates))
+
+
+def test_a_decoder_names_what_it_explains():
+    vae, cells, log_p = linear_gaussian(exact_posterior=True)
+    others = {field.name: getattr(cells, field.name) for field in fields(cells)} | {"counts": torch.zeros(4, 3)}
+    placed = PlacedCells(**others, coordinates=cells.counts)
+    q, decoder = vae.posteriors["z"], PlaceDecoder(2, 1, 0, 6).double()
+    decoder.load_state_dict(vae.decoder.state_dict())
+    vae = VAE({"z": PlacePosterior(q.a, q.b, q.v)}, dict(vae.priors), decoder)
+    with torch.no_grad():
+        log_w = vae.log_weights(placed, vae.infer(placed), (5,))
+        bound = vae(placed, n_importance_samples=5).value
+    np.testing.assert_allclose(log_w, np.tile(log_p, (5, 1)), rtol=1e-9)
+    np.testing.assert_allclose(bound, log_p, rtol=1e-9)
 
 
 def test_reparametrised_gradient():  # T10
