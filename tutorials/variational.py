@@ -11,7 +11,7 @@ from torch.distributions import Distribution, LowRankMultivariateNormal, Multiva
 
 from scgen.analysis.inference import log_sums
 from scgen.data.cells import Cells
-from scgen.distributions import DiagonalNormal, Flowed
+from scgen.distributions import DiagonalNormal, FlowDistribution
 from scgen.modules.decoders import GaussianDecoder
 from scgen.modules.priors import StandardNormalPrior
 from scgen.modules.vae import VAE
@@ -192,7 +192,7 @@ def bend(
 
     def q() -> Distribution:
         base = DiagonalNormal(mean, (2 * log_scale).exp())
-        return Flowed(base, flow, torch.zeros(1, 0)) if flow else base
+        return FlowDistribution(base, flow, torch.zeros(1, 0)) if flow else base
 
     for i in range(n_steps):
         weight = min(1.0, 0.01 + 2 * i / n_steps)

@@ -49,8 +49,8 @@ def held_out_log_likelihood(
             kept = (kept if loader.impute is None else loader.impute(kept)).to(vae.device)
             rest = rest.to(vae.device)
             x = kept.counts + rest
-            log_split, seen = torch.zeros_like(x, dtype=torch.float64), x > 0
-            log_split[seen] = Binomial(x[seen].double(), held_out).log_prob(rest[seen].double())
+            log_split, present = torch.zeros_like(x, dtype=torch.float64), x > 0
+            log_split[present] = Binomial(x[present].double(), held_out).log_prob(rest[present].double())
             draw = partial(_log_ratios, vae, kept, x, 1 / (1 - held_out), vae.infer(kept))
             results.append((log_sums(draw, n_samples)[0] - math.log(n_samples) + log_split.sum(1)).cpu().numpy())
     return np.concatenate(results)

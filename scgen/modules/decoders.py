@@ -105,7 +105,7 @@ class CountDecoder(nn.Module):
         logits = logits if missing else logits[..., self.measured]
         return softmax(logits, -1) if self.normalised else softplus(logits)
 
-    def expected(self, latents: dict[str, Tensor], cells: Cells) -> Tensor:
+    def expected_missing(self, latents: dict[str, Tensor], cells: Cells) -> Tensor:
         """Return the means of genes that were not measured, (n, M), given those that were; without zero inflation."""
         rho = self.expression(latents, cells, missing=True)
         unit = rho[..., self.measured].sum(-1, keepdim=True) if self.normalised else 1

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from scgen.data.cells import Cells
-from scgen.distributions import DiagonalNormal, Flowed, GaussianMixture
+from scgen.distributions import DiagonalNormal, FlowDistribution, GaussianMixture
 from scgen.modules.flows import MaskedAutoregressiveFlow
 from scgen.seeding import generator
 
@@ -122,8 +122,8 @@ class FlowPrior(StandardNormalPrior):
         super().__init__(n_latent)
         self.flow = MaskedAutoregressiveFlow(n_latent, 0, n_flows)
 
-    def forward(self, cells: Cells, posterior: nn.Module) -> Flowed:
-        return Flowed(super().forward(cells, posterior), self.flow, self.mean.new_zeros(1, 0))
+    def forward(self, cells: Cells, posterior: nn.Module) -> FlowDistribution:
+        return FlowDistribution(super().forward(cells, posterior), self.flow, self.mean.new_zeros(1, 0))
 
 
 class LibraryPrior(nn.Module):

@@ -127,7 +127,7 @@ class VAE(nn.Module):
         counts = cells.counts.to_dense()
         zeros = counts.new_zeros(len(counts), self.decoder.n_missing)
         z = self.posteriors["z"].means(replace(cells, imputed_counts=torch.cat([counts, zeros], 1)))
-        return replace(cells, imputed_counts=torch.cat([counts, self.decoder.expected({"z": z}, cells)], 1))
+        return replace(cells, imputed_counts=torch.cat([counts, self.decoder.expected_missing({"z": z}, cells)], 1))
 
     @contextmanager
     def learning_rows(self, known: dict[str, int]) -> Iterator[None]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from scgen.distributions import DiagonalNormal, Flowed
+from scgen.distributions import DiagonalNormal, FlowDistribution
 from scgen.modules.flows import InverseAutoregressiveFlow, MaskedAutoregressiveFlow, PlanarFlow
 
 FLOWS = {"planar": PlanarFlow, "iaf": InverseAutoregressiveFlow, "maf": MaskedAutoregressiveFlow}
@@ -77,7 +77,9 @@ def test_planar_steps_can_be_inverted_whatever_the_head_says(dtype):  # T11
 @pytest.mark.parametrize("kind", FLOWS)
 def test_gradients_of_densities_are_finite_differences(kind):
     flow = bent(kind, 2, 0)
-    q = Flowed(DiagonalNormal(torch.zeros(2).double(), torch.ones(2).double()), flow, torch.zeros(1, 0).double())
+    q = FlowDistribution(
+        DiagonalNormal(torch.zeros(2).double(), torch.ones(2).double()), flow, torch.zeros(1, 0).double()
+    )
     z = torch.tensor([[0.3, -0.8]]).double()
     for values in (z, *flow.parameters()):
         if not values.numel():
@@ -128,7 +130,9 @@ def test_autoregressive_flows_start_as_scales(n_steps):
 @pytest.mark.parametrize("kind", FLOWS)
 def test_densities_integrate_to_one(kind):  # T12
     flow = bent(kind, 2, 0, spread=0.3)
-    q = Flowed(DiagonalNormal(torch.zeros(2).double(), torch.ones(2).double()), flow, torch.zeros(1, 0).double())
+    q = FlowDistribution(
+        DiagonalNormal(torch.zeros(2).double(), torch.ones(2).double()), flow, torch.zeros(1, 0).double()
+    )
     axis = torch.linspace(-8, 8, 201).double()
     grid = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
@@ -146,14 +150,14 @@ def test_densities_integrate_to_one(kind):  # T12
 def test_moments_are_those_of_draws(kind):
     torch.manual_seed(1)
     mean, variance = torch.tensor([[2.0, -1], [0.5, 1]]).double(), torch.tensor([[0.5, 1], [2, 0.1]]).double()
-    q = Flowed(DiagonalNormal(mean, variance), bent(kind, 2, 4), torch.randn(2, 4).double())
+    q = FlowDistribution(DiagonalNormal(mean, variance), bent(kind, 2, 4), torch.randn(2, 4).double())
     with torch.no_grad():
         z = q.rsample((50_000,))
         # A hundred draws: the mean is within some tenths of a deviation, the variance within some tenths of itself.
         assert ((q.mean - z.mean(0)).abs() < 0.3 * z.std(0)).all()
         assert ((q.variance / z.var(0)).log().abs() < 0.6).all()
         assert torch.equal(q.mean, q.mean)
-        one = Flowed(DiagonalNormal(mean[1:], variance[1:]), q.flow, q.context[1:])
+        one = FlowDistribution(DiagonalNormal(mean[1:], variance[1:]), q.flow, q.context[1:])
         torch.testing.assert_close(one.mean, q.mean[1:])
 
 
@@ -198,7 +202,7 @@ def test_more_steps_come_nearer_to_targets(target):  # T13
         optimizer = torch.optim.Adam([*flow.parameters(), log_scale], 0.01)
 
         def free_energy(n, flow=flow, log_scale=log_scale):
-            q = Flowed(DiagonalNormal(torch.zeros(2), (2 * log_scale).exp()), flow, torch.zeros(1, 0))
+            q = FlowDistribution(DiagonalNormal(torch.zeros(2), (2 * log_scale).exp()), flow, torch.zeros(1, 0))
             z, log_q = q.rsample_and_log_prob((n, 1))
             return log_q + energy(z)
 

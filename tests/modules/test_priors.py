@@ -11,7 +11,7 @@ from scipy.special import logsumexp
 from sklearn.mixture import GaussianMixture
 from torch.autograd.functional import jacobian
 
-from scgen.distributions import DiagonalNormal, Flowed
+from scgen.distributions import DiagonalNormal, FlowDistribution
 from scgen.models.scvi import POSTERIORS, PRIORS, SCVI
 from scgen.modules.elbo import draw_and_kl
 from scgen.modules.priors import FlowPrior, MixturePrior, StandardNormalPrior
@@ -181,7 +181,7 @@ def test_log_densities_are_changes_of_variable(posterior):
     q = vae.posteriors["z"](cells)
 
     def draw(noise):
-        base = q.base if isinstance(q, Flowed) else q
+        base = q.base if isinstance(q, FlowDistribution) else q
         base._noise = lambda shape: noise
         return q.rsample_and_log_prob()
 
