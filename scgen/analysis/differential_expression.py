@@ -346,7 +346,7 @@ def compare(
     ValueError
         If the model is not one of counts.
     """
-    if "library" not in vae.posteriors:
+    if not vae.has_library:
         raise ValueError('gene_likelihood="normal" has no shares of counts that could be compared.')
     n_bytes = 8 * settings.n_samples * (group.max() + 1) * len(genes)
     check_memory("n_samples", settings.n_samples, n_bytes, "Ask for fewer, or compare fewer groups.")

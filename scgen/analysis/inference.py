@@ -49,7 +49,7 @@ def draw(vae: VAE, loader: CellLoader, name: str, seed: int) -> np.ndarray:
 
 def library_size(vae: VAE, loader: CellLoader, give_mean: bool, seed: int) -> np.ndarray:
     """Return l of each cell, (n, 1): the mean of its log-normal posterior, or a draw from it."""
-    if "library" not in vae.posteriors:
+    if not vae.has_library:
         raise ValueError('gene_likelihood="normal" has no library size.')
     if not give_mean:
         return np.exp(draw(vae, loader, "library", seed))

@@ -53,14 +53,14 @@ def prior_sample(vae: VAE, registry: Registry, n: int, condition: Condition, see
     n, seed = check_whole("n", n, 1), check_seed(seed)
     n_bytes = n * (len(registry.genes) + 100)  # where a tenth of the counts are not zero; names and latents
     check_memory("n", n, n_bytes, "Ask for fewer cells at a time.")
-    if "library" in vae.priors and not (vae.priors["library"].variance > 0).all():
+    if vae.has_library and not (vae.priors["library"].variance > 0).all():
         raise ValueError(
             "the model knows no library sizes to draw from: it came from scvi-tools without cells. Pass them: "
             "SCVI.from_scvi_tools(folder, adata)."
         )
     cells = as_if(registry.blank_cells(n, np.random.default_rng(seed)), condition)
     x, latents = prior_predictive(vae, cells, seed)
-    library = np.exp(latents["library"]) if "library" in latents else None
+    library = np.exp(latents["library"]) if vae.has_library else None
     # Columns that the model reads come last: one of them may be named "library".
     obs = ({} if library is None else {"library": library[:, 0]}) | registry.obs_of(cells, library)
     return AnnData(

@@ -36,7 +36,7 @@ def held_out_log_likelihood(
     held_out, n_samples, seed
         As in `Model.get_thinned_ll`.
     """
-    if "library" not in vae.posteriors:
+    if not vae.has_library:
         raise ValueError('gene_likelihood="normal" is not one of counts, and only counts can be thinned.')
     results = []
     as_measured = copy(loader)

@@ -94,6 +94,11 @@ class VAE(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def has_library(self) -> bool:
+        """Whether there is a library size, inferred or observed: in models of counts, but not of normalised values."""
+        return "library" in self.posteriors
+
     def minibatches(self, loader: Iterable[Cells]) -> Iterator[Cells]:
         """Iterate over the minibatches of a loader, each on the device of the weights."""
         device = self.device
@@ -101,7 +106,7 @@ class VAE(nn.Module):
 
     def reads_sparse(self, device: torch.device) -> bool:
         """Say whether minibatches are to come as CSR: for counts on a CPU, and where MKL multiplies them."""
-        return "library" in self.posteriors and device.type == "cpu" and torch.backends.mkl.is_available()
+        return self.has_library and device.type == "cpu" and torch.backends.mkl.is_available()
 
     @contextmanager
     def reduced_products(self, reduced: bool) -> Iterator[None]:

@@ -70,6 +70,13 @@ def test_batches_widen_only_what_sees_them(encode):
     assert size(several.decoder) - size(alone.decoder) == 4 * 128
 
 
+@pytest.mark.parametrize(("likelihood", "expected"), [("zinb", True), ("poisson", True), ("normal", False)])
+@pytest.mark.parametrize("observed", [True, False])
+def test_models_of_counts_have_a_library_observed_or_not(likelihood, expected, observed):
+    arguments = DEFAULTS | {"gene_likelihood": likelihood, "use_observed_lib_size": observed}
+    assert SCVI.build(registry(5), **arguments).has_library is expected
+
+
 def test_rows_added_are_one_hots_multiplied():
     cells = some_cells(6, 5, n_batches=3)
     categorical = torch.tensor([[0, 1], [1, 0], [2, 1], [0, 0], [1, 1], [2, 0]])
