@@ -40,12 +40,12 @@ ALLOWED = {
     "data": ("kernels.dispatch", "data"),
     "data.simulate": ("distributions",),
     "kernels": (),
-    "kernels.dispatch": ("kernels",),
-    "kernels.cpu": ("kernels.functions", "kernels.genes", "kernels.listing", "kernels.rows"),
-    "kernels.genes": ("kernels.functions", "kernels.rows"),
-    "kernels.listing": ("kernels.functions", "kernels.rows"),
-    "kernels.cuda": ("kernels.cuda_functions",),
-    "kernels.functions": ("kernels.rows",),
+    "kernels.dispatch": ("kernels.reference",),
+    "kernels.cpu.likelihood": tuple(f"kernels.cpu.{name}" for name in ("functions", "genes", "listing", "rows")),
+    "kernels.cpu.genes": ("kernels.cpu.functions", "kernels.cpu.rows"),
+    "kernels.cpu.listing": ("kernels.cpu.functions", "kernels.cpu.rows"),
+    "kernels.cpu.functions": ("kernels.cpu.rows",),
+    "kernels.cuda.likelihood": ("kernels.cuda.functions",),
 }
 #: Import nothing else of scgen's, and may be imported everywhere.
 FOR_ALL = ("scgen.arguments.", "scgen.seeding.", "scgen.threads")
