@@ -26,7 +26,7 @@ def bent(kind: str, n_latent: int = 3, n_context: int = 4, n_steps: int = 3, spr
 @pytest.mark.parametrize("n_context", [0, 4])
 @pytest.mark.parametrize("n_latent", [1, 2, 5])
 @pytest.mark.parametrize("kind", FLOWS)
-def test_determinants_and_inverses(kind, n_latent, n_context):  # T11
+def test_determinants_and_inverses(kind, n_latent, n_context):
     flow = bent(kind, n_latent, n_context)
     z, context = torch.randn(6, n_latent).double(), torch.randn(6, n_context).double()
     moved, log_det = flow(z, context)
@@ -40,7 +40,7 @@ def test_determinants_and_inverses(kind, n_latent, n_context):  # T11
 
 
 @pytest.mark.parametrize("kind", ["iaf", "maf"])
-def test_outputs_see_only_what_comes_before(kind):  # T11
+def test_outputs_see_only_what_comes_before(kind):
     step = bent(kind, 5).steps[0]
     z, context = torch.randn(1, 5).double(), torch.randn(1, 4).double()
     for output in (0, 1):
@@ -52,7 +52,7 @@ def test_outputs_see_only_what_comes_before(kind):  # T11
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_planar_steps_can_be_inverted_whatever_the_head_says(dtype):  # T11
+def test_planar_steps_can_be_inverted_whatever_the_head_says(dtype):
     torch.manual_seed(0)
     flow = PlanarFlow(4, 9, 1).to(dtype)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_autoregressive_flows_start_as_scales(n_steps):
 
 
 @pytest.mark.parametrize("kind", FLOWS)
-def test_densities_integrate_to_one(kind):  # T12
+def test_densities_integrate_to_one(kind):
     flow = bent(kind, 2, 0, spread=0.3)
     q = FlowDistribution(
         DiagonalNormal(torch.zeros(2).double(), torch.ones(2).double()), flow, torch.zeros(1, 0).double()
@@ -191,7 +191,7 @@ def energies() -> dict:
 
 
 @pytest.mark.parametrize("target", energies())
-def test_more_steps_come_nearer_to_targets(target):  # T13
+def test_more_steps_come_nearer_to_targets(target):
     energy = energies()[target]
     axis = torch.linspace(-6, 6, 600).double()
     log_z = (-energy(torch.cartesian_prod(axis, axis))).logsumexp(0).item() + 2 * math.log(axis[1] - axis[0])

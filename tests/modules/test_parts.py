@@ -54,7 +54,7 @@ def size(module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_parameter_counts():  # T17: the paper's CORTEX architecture
+def test_parameter_counts():  # of the paper's architecture for CORTEX
     vae = SCVI.build(registry(558), **DEFAULTS)
     assert size(vae.posteriors["z"]) == 71_424 + 128 + 256 + 2 * 1_290
     assert size(vae.posteriors["library"]) == 71_808 + 2 * 129
@@ -122,7 +122,7 @@ def test_normalisation_folded_into_a_sparse_first_layer():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_draws_are_normalised_slice_by_slice(training):  # T23
+def test_draws_are_normalised_slice_by_slice(training):
     torch.manual_seed(0)
     ours, plain = SliceBatchNorm(4).train(training), torch.nn.BatchNorm1d(4).train(training)
     x = torch.randn(3, 10, 4) * torch.tensor([1.0, 5, 20])[:, None, None]
@@ -130,7 +130,7 @@ def test_draws_are_normalised_slice_by_slice(training):  # T23
     torch.testing.assert_close(ours.running_mean, plain.running_mean)
 
 
-def test_draws_through_the_model_are_a_loop_over_them():  # T23
+def test_draws_through_the_model_are_a_loop_over_them():
     vae = SCVI.build(registry(30, 2), **DEFAULTS).eval()
     cells = some_cells(8, 30, 2)
     latents = {"z": torch.randn(5, 8, 10), "library": torch.full((5, 8, 1), 4.0)}
