@@ -112,7 +112,7 @@ def posterior_predictive_check(
         raise TypeError(
             f"model={shown(model)} is a {type(model).__name__}, not a trained model: posterior_predictive_check(model)."
         )
-    if "library" not in model.vae.posteriors:
+    if not model.vae.has_library:
         raise ValueError('gene_likelihood="normal" makes no counts that could be compared with counts.')
     n_samples = check_draws("n_samples", n_samples, 2)
     loader = model._loader(adata, indices, 256, seed)

@@ -97,13 +97,13 @@ def start_from_data(vae: nn.Module, loader: CellLoader) -> None:
     total, squares = 0.0, 0.0
     for cells in loader:
         rate = cells.counts.to(torch.float64, copy=True)  # changed in place: new memory costs more than the sums
-        if "library" in vae.posteriors:
+        if vae.has_library:
             rate /= cells.library.double().exp()
         total = total + rate.sum(0)
         squares = squares + rate.square_().sum(0)
     mean = total / len(loader.index)
     vae.decoder.start_at(mean, (squares / len(loader.index) - mean**2).clamp(min=0))
-    if "library" in vae.priors:
+    if vae.has_library:
         # On the host, where sums are always in the same order.
         vae.priors["library"].fit(*(loader.columns[name][loader.index].cpu() for name in ("library", "batch")))
     if hasattr(vae.priors["z"], "start_at"):

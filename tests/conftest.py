@@ -13,7 +13,7 @@ import pytest
 import scgen
 
 # numba sees a change of the file that a compiled function is in, but not of those that it calls into.
-KERNELS = sorted((Path(scgen.__file__).parent / "kernels").glob("*.py"))
+KERNELS = sorted((Path(scgen.__file__).parent / "kernels").rglob("*.py"))
 VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in KERNELS)).hexdigest()[:16]
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"scgen-kernels-{VERSION}"))
 

@@ -154,7 +154,7 @@ def test_variances_of_gradients(d):
         assert abs(draws[:, 0].mean().item() - 2) < 4 * (variance / n) ** 0.5
         assert draws[:, 0].var().item() == pytest.approx(variance, rel=0.06)
     assert moment(1, baseline) == pytest.approx(2)
-    if d == 1:  # maths.md, 5.5
+    if d == 1:  # from the moments of a Gaussian, by hand
         assert (moment(2, 0) - 4, moment(2, baseline) - 4) == pytest.approx((30, 14))
 
 

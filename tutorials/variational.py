@@ -11,7 +11,7 @@ from torch.distributions import Distribution, LowRankMultivariateNormal, Multiva
 
 from scgen.analysis.inference import log_sums
 from scgen.data.cells import Cells
-from scgen.distributions import DiagonalNormal, Flowed
+from scgen.distributions import DiagonalNormal, FlowDistribution
 from scgen.modules.decoders import GaussianDecoder
 from scgen.modules.priors import StandardNormalPrior
 from scgen.modules.vae import VAE
@@ -21,7 +21,15 @@ def cells_of(x: np.ndarray) -> Cells:
     """Return values (n, G) as cells of one batch, in float64."""
     n, none = len(x), torch.zeros(len(x), 0)
     codes = torch.zeros(n, dtype=torch.int64)
-    return Cells(torch.from_numpy(x).double(), torch.zeros(n, 1), codes, codes, none.long(), none, torch.arange(n))
+    return Cells(
+        counts=torch.from_numpy(x).double(),
+        library=torch.zeros(n, 1),
+        batch=codes,
+        labels=codes,
+        categorical=none.long(),
+        continuous=none,
+        index=torch.arange(n),
+    )
 
 
 # A linear model, and what is known of it in closed form.
@@ -184,7 +192,7 @@ def bend(
 
     def q() -> Distribution:
         base = DiagonalNormal(mean, (2 * log_scale).exp())
-        return Flowed(base, flow, torch.zeros(1, 0)) if flow else base
+        return FlowDistribution(base, flow, torch.zeros(1, 0)) if flow else base
 
     for i in range(n_steps):
         weight = min(1.0, 0.01 + 2 * i / n_steps)

@@ -71,6 +71,30 @@ def by_column(
     >>> codes.tolist(), found[0]
     ([1, 0, 1, -1], Comparison(name1='a', name2='rest', groups1=[0], groups2=[1]))
     """
+    codes, names = _groups_of(obs, groupby)
+    several = isinstance(group1, list | tuple | set | np.ndarray | pd.Index | pd.Series)
+    first = names if group1 is None else list(group1 if several else [group1])
+    second = [] if group2 is None else [group2]
+    for what, groups in (("group1", first), ("group2", second)):
+        for one in groups:
+            _check_group(what, one, groupby, names)
+    other = None if group2 is None else name_of(group2)
+    asked = [name for name in dict.fromkeys(names_of(first)) if name != other]
+    if len(names) < 2 or not asked:
+        raise ValueError(
+            f"nothing to compare: adata.obs[{groupby!r}] has the groups {some(names, 20)}; name two different ones, or "
+            "leave out group2 to compare with all other cells."
+        )
+    comparisons = []
+    for name in asked:
+        against = [one for one in names if one != name] if other is None else [other]
+        against = [names.index(one) for one in against]
+        comparisons.append(Comparison(name, other or "rest", [names.index(name)], against))
+    return _used(codes, comparisons)
+
+
+def _groups_of(obs: pd.DataFrame, groupby: str) -> tuple[np.ndarray, list[str]]:
+    """Return the group of each cell, (n,) int64 codes, -1 for none, and the names of the groups; raise if unfit."""
     columns = [str(name) for name in obs.columns]
     if not isinstance(groupby, str):
         raise TypeError(f"groupby={shown(groupby)} is no column of adata.obs (it has: {', '.join(columns)}).")
@@ -86,36 +110,23 @@ def by_column(
         raise ValueError(f"adata.obs[{groupby!r}] holds a {kind}, first at {obs.index[row]}: it takes names of groups.")
     column = obs[groupby].astype("category").cat.remove_unused_categories()
     names = names_of(column.cat.categories)
-    there = some(names, 20)
     if len(names) > MOST_GROUPS or len(set(names)) < len(names):
         why = "more than can be compared" if len(names) > MOST_GROUPS else "of which some are written alike"
-        raise ValueError(f"adata.obs[{groupby!r}] has {len(names)} values, {why} ({there}): it takes names of groups.")
-    several = isinstance(group1, list | tuple | set | np.ndarray | pd.Index | pd.Series)
-    first = names if group1 is None else list(group1 if several else [group1])
-    second = [] if group2 is None else [group2]
-    for what, groups in (("group1", first), ("group2", second)):
-        for one in groups:
-            if one is None or isinstance(one, bytes) or not pd.api.types.is_scalar(one):
-                raise TypeError(f"{what}={shown(one)}; it takes the name of a group of adata.obs[{groupby!r}].")
-            if name_of(one) not in names:
-                raise ValueError(
-                    f"{what}={name_of(one)!r} is no group of adata.obs[{groupby!r}] (it has: {there})."
-                    + did_you_mean(name_of(one), names)
-                )
-    asked = list(dict.fromkeys(names_of(first)))
-    other = None if group2 is None else name_of(group2)
-    asked = [name for name in asked if name != other]
-    if len(names) < 2 or not asked:
         raise ValueError(
-            f"nothing to compare: adata.obs[{groupby!r}] has the groups {there}; name two different ones, or leave out "
-            "group2 to compare with all other cells."
+            f"adata.obs[{groupby!r}] has {len(names)} values, {why} ({some(names, 20)}): it takes names of groups."
         )
-    comparisons = []
-    for name in asked:
-        against = [one for one in names if one != name] if other is None else [other]
-        codes = [names.index(one) for one in against]
-        comparisons.append(Comparison(name, other or "rest", [names.index(name)], codes))
-    return _used(column.cat.codes.to_numpy().astype(np.int64), comparisons)
+    return column.cat.codes.to_numpy().astype(np.int64), names
+
+
+def _check_group(what: str, group: str, groupby: str, names: list[str]) -> None:
+    """Raise where ``group``, given as the argument ``what``, is none of the groups' names."""
+    if group is None or isinstance(group, bytes) or not pd.api.types.is_scalar(group):
+        raise TypeError(f"{what}={shown(group)}; it takes the name of a group of adata.obs[{groupby!r}].")
+    if name_of(group) not in names:
+        raise ValueError(
+            f"{what}={name_of(group)!r} is no group of adata.obs[{groupby!r}] (it has: {some(names, 20)})."
+            + did_you_mean(name_of(group), names)
+        )
 
 
 def by_rows(

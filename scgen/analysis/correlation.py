@@ -95,8 +95,7 @@ def _denoised(vae: VAE, loader: CellLoader, condition: Condition, asked: Asked, 
     A rate is what its count would be a Poisson draw of: Gamma about rho for a negative binomial, rho itself for a
     Poisson. Normalised values have none; it is their mean f(z, s).
     """
-    for cells in loader:
-        cells = cells.to(vae.device)
+    for cells in vae.minibatches(loader):
         q, others = vae.posteriors["z"](cells), as_if(cells, condition)
         for _ in range(n_samples):
             latents = {"z": q.rsample(), "library": torch.zeros_like(cells.library)}

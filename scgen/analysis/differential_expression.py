@@ -5,19 +5,18 @@ rho, the decoder's share of each gene, of which there are draws (`group_means`),
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from scgen.analysis.comparisons import Comparison
 from scgen.analysis.counterfactual import Condition, as_if
+from scgen.analysis.group_counts import GroupCounts, counts_of
 from scgen.arguments import check_choice, check_draws, check_memory, check_number, check_seed, check_whole
 from scgen.data.loader import CellLoader
-from scgen.data.stores import BackedStore, MemoryStore
 from scgen.modules.vae import VAE, question
 from scgen.seeding import seeded
 
@@ -26,63 +25,6 @@ DECODED = 4
 
 #: Pairs drawn for each sampled cell each time, in mode "vanilla".
 PAIRS = 4
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What the stored counts say of each group: (K,) cells, and sums over these, (K, G).
-
-    Attributes
-    ----------
-    total, non_zero
-        Of the counts, and of how many are not zero.
-    share, square
-        Of the counts divided by their cell's total, and of the square of that.
-    """
-
-    n_cells: np.ndarray
-    total: np.ndarray
-    non_zero: np.ndarray
-    share: np.ndarray
-    square: np.ndarray
-
-    def union(self, groups: Sequence[int]) -> "Counts":
-        """Return the same of these groups alone."""
-        return Counts(*(getattr(self, field.name)[groups] for field in fields(self)))
-
-    def means(self) -> dict[str, np.ndarray]:
-        """Return the means over all cells, (G,), of what there are sums of."""
-        n = self.n_cells.sum()
-        return {field.name: getattr(self, field.name).sum(0) / n for field in fields(self)[1:]}
-
-    def relative_error(self) -> np.ndarray:
-        """Return the squared standard error of each gene's mean share over its square, (G,).
-
-        The groups are strata. At least 1 / (counts seen + 1/2), as of Poisson counts, and at most 2, for a gene never
-        seen; of so few cells that their spread says nothing of it, 1.
-        """
-        n = self.n_cells[:, None].astype(float)
-        mean = self.share / n
-        degrees = np.maximum(n - 3, 1)  # those of a variance that is itself estimated: Student's t
-        variance = np.where(n > 3, np.maximum(self.square - n * mean**2, 0) / degrees, n * mean**2)
-        union, error = (n * mean).sum(0), (n * variance).sum(0)
-        relative = np.divide(error, union**2, out=np.full(union.shape, 2.0), where=union > 0)
-        return np.clip(relative, 1 / (self.total.sum(0) + 0.5), 2)
-
-
-def counts_of(store: MemoryStore | BackedStore, group: np.ndarray, n_groups: int) -> Counts:
-    """Sum the counts of each group; ``group`` has a code for each of the store's cells, -1 for none."""
-    sums = np.zeros((4, n_groups, store.shape[1]))
-    for start, block in store.blocks():
-        x = sparse.csr_matrix(block, dtype=np.float64)
-        codes = group[start : start + x.shape[0]]
-        rows = np.flatnonzero(codes >= 0)
-        members = sparse.csr_matrix((np.ones(len(rows)), (codes[rows], rows)), (n_groups, len(codes)))
-        library = np.maximum(np.asarray(x.sum(1)).ravel(), 1)
-        share = sparse.diags(1 / library) @ x
-        for of, values in zip(sums, (x, x.sign(), share, share.multiply(share)), strict=True):
-            of += (members @ values).toarray()
-    return Counts(np.bincount(group[group >= 0], minlength=n_groups), *sums)
 
 
 @question
@@ -94,8 +36,7 @@ def _scales(
     For each draw all cells are decoded in each of the batches in turn, so that whatever is compared shares its batch.
     """
     start, noise = 0, seeded(seed)
-    for cells in loader:
-        cells = cells.to(vae.device)
+    for cells in vae.minibatches(loader):
         q = vae.posteriors["z"](cells)
         for draw in range(n_draws(batches)):
             with noise:
@@ -214,7 +155,7 @@ def bayes_factor(probability: np.ndarray, n_draws: int) -> np.ndarray:
 
 def change(
     means: np.ndarray,
-    counts: Counts,
+    counts: GroupCounts,
     comparison: Comparison,
     delta: float,
     fdr_target: float,
@@ -282,7 +223,7 @@ def vanilla(
     )
 
 
-def raw(counts: Counts, comparison: Comparison) -> pd.DataFrame:
+def raw(counts: GroupCounts, comparison: Comparison) -> pd.DataFrame:
     """Return what the stored counts say: means, shares of cells that are not zero, means of counts / total."""
     columns = {}
     for i, groups in enumerate((comparison.groups1, comparison.groups2), 1):
@@ -347,7 +288,7 @@ def compare(
     ValueError
         If the model is not one of counts.
     """
-    if "library" not in vae.posteriors:
+    if not vae.has_library:
         raise ValueError('gene_likelihood="normal" has no shares of counts that could be compared.')
     n_bytes = 8 * settings.n_samples * (group.max() + 1) * len(genes)
     check_memory("n_samples", settings.n_samples, n_bytes, "Ask for fewer, or compare fewer groups.")

@@ -76,7 +76,7 @@ def answer(
     out
         What is filled.
     """
-    if settings.library_size != 1 and "library" not in vae.posteriors:
+    if settings.library_size != 1 and not vae.has_library:
         raise ValueError(
             f'gene_likelihood="normal" has no library: library_size={settings.library_size!r} is for counts.'
         )
@@ -129,7 +129,7 @@ def _check_sparse(vae: VAE, out) -> None:
     """Raise where the result cannot be made sparse."""
     if out is not None:
         raise ValueError("out= is dense, sparse_below= makes a new sparse matrix: give one of them.")
-    if "library" not in vae.posteriors:
+    if not vae.has_library:
         raise ValueError('gene_likelihood="normal" has values on both sides of 0: sparse_below= is for counts.')
 
 
@@ -148,8 +148,8 @@ def _blocks(vae: VAE, loader: CellLoader, settings: Settings) -> Iterator[tuple[
     if settings.library_size != "latent":
         factor *= settings.library_size
     start = 0
-    for cells in loader:
-        cells, mean = cells.to(vae.device), None
+    for cells in vae.minibatches(loader):
+        mean = None
         rows = slice(start, start + len(cells))
         for draw, (latents, weight) in enumerate(_draws(vae, cells, settings)):
             values = _decoded(vae, cells, latents, settings, weight * factor)

@@ -22,15 +22,15 @@ AT_ONCE = 16
 @question
 def embedding(vae: VAE, loader: CellLoader) -> np.ndarray:
     """Return the mean of q(z) of each cell, (n, d), in the loader's order."""
-    return np.concatenate([vae.posteriors["z"].means(cells.to(vae.device)).cpu().numpy() for cells in loader])
+    return np.concatenate([vae.posteriors["z"].means(cells).cpu().numpy() for cells in vae.minibatches(loader)])
 
 
 @question
 def latent(vae: VAE, loader: CellLoader, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and variance of q of one latent, (n, d) each, in the loader's order."""
     means, variances = [], []
-    for cells in loader:
-        q = vae.posteriors[name](cells.to(vae.device))
+    for cells in vae.minibatches(loader):
+        q = vae.posteriors[name](cells)
         means.append(q.mean.cpu().numpy())
         variances.append(q.variance.cpu().numpy())
     return np.concatenate(means), np.concatenate(variances)
@@ -40,8 +40,8 @@ def latent(vae: VAE, loader: CellLoader, name: str) -> tuple[np.ndarray, np.ndar
 def draw(vae: VAE, loader: CellLoader, name: str, seed: int) -> np.ndarray:
     """Return a draw from q of one latent for each cell, (n, d), in the loader's order, whatever its minibatches."""
     rng, draws = np.random.default_rng(seed), []
-    for cells in loader:
-        q = vae.posteriors[name](cells.to(vae.device))
+    for cells in vae.minibatches(loader):
+        q = vae.posteriors[name](cells)
         noise = rng.standard_normal(q.batch_shape + q.event_shape, dtype=np.float32)
         draws.append(q.from_noise(torch.from_numpy(noise).to(vae.device)).cpu().numpy())
     return np.concatenate(draws)
@@ -49,7 +49,7 @@ def draw(vae: VAE, loader: CellLoader, name: str, seed: int) -> np.ndarray:
 
 def library_size(vae: VAE, loader: CellLoader, give_mean: bool, seed: int) -> np.ndarray:
     """Return l of each cell, (n, 1): the mean of its log-normal posterior, or a draw from it."""
-    if "library" not in vae.posteriors:
+    if not vae.has_library:
         raise ValueError('gene_likelihood="normal" has no library size.')
     if not give_mean:
         return np.exp(draw(vae, loader, "library", seed))
@@ -62,8 +62,8 @@ def bound(vae: VAE, loader: CellLoader, seed: int) -> dict[str, np.ndarray]:
     """Return log_likelihood and the KL of each latent, (n,) each, at one draw from q."""
     parts: dict[str, list[np.ndarray]] = {}
     with seeded(seed):
-        for cells in loader:
-            elbo = vae(cells.to(vae.device))
+        for cells in vae.minibatches(loader):
+            elbo = vae(cells)
             for part, values in ({"log_likelihood": elbo.log_likelihood} | elbo.kl).items():
                 parts.setdefault(part, []).append(values.cpu().numpy())
     return {part: np.concatenate(values) for part, values in parts.items()}
@@ -77,8 +77,7 @@ def marginal(vae: VAE, loader: CellLoader, n_draws: int, seed: int) -> tuple[np.
     """
     results = []
     with seeded(seed):
-        for cells in loader:
-            cells = cells.to(vae.device)
+        for cells in vae.minibatches(loader):
             q = vae.infer(cells)
             log_sum, log_squares = log_sums(partial(vae.log_weights, cells, q), n_draws, AT_ONCE)
             results.append(torch.stack([log_sum - math.log(n_draws), (2 * log_sum - log_squares).exp()]).cpu().numpy())
@@ -108,8 +107,7 @@ def log_sums(draw: Callable[[tuple[int]], Tensor], n_draws: int, at_once: int = 
 def active_units(vae: VAE, loader: CellLoader, threshold: float) -> pd.DataFrame:
     """Return variance, KL and activity of each latent of z; see `Model.active_units`."""
     means, divergence = [], 0.0
-    for cells in loader:
-        cells = cells.to(vae.device)
+    for cells in vae.minibatches(loader):
         q = vae.posteriors["z"](cells)
         means.append(q.mean.cpu().numpy())
         divergence = divergence + _kl_of_units(q, vae.prior("z", cells)).double().sum(0).cpu().numpy()
@@ -123,8 +121,7 @@ def cluster_probs(vae: VAE, loader: CellLoader, n_samples: int, seed: int) -> np
     """Return the mean over draws of z of its probabilities under each component of the prior's mixture, (n, K)."""
     probs = []
     with seeded(seed):
-        for cells in loader:
-            cells = cells.to(vae.device)
+        for cells in vae.minibatches(loader):
             p, q, total = vae.prior("z", cells), vae.posteriors["z"](cells), 0.0
             for _ in range(n_samples):
                 each = p.component_distribution.log_prob(q.rsample()[:, None])

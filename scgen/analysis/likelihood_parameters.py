@@ -45,8 +45,7 @@ def likelihood_parameters(
     found: dict[str, np.ndarray] = {}
     start = 0
     with seeded(seed):
-        for cells in loader:
-            cells = cells.to(vae.device)
+        for cells in vae.minibatches(loader):
             q = vae.infer(cells)
             rows = slice(start, start + len(cells))
             for draw in range(n_draws):

@@ -44,15 +44,14 @@ def described(vae: VAE, loader: CellLoader, directions: np.ndarray | None = None
     """Describe cells; ``directions``, (G, k), keep only as much of their residuals."""
     parts = []
     basis = None if directions is None else torch.from_numpy(directions).to(vae.device)
-    for cells in loader:
-        cells = cells.to(vae.device)
+    for cells in vae.minibatches(loader):
         q = vae.infer(cells)
         likelihood = vae.decoder({name: q[name].mean for name in q}, cells)
-        own, counts = likelihood.base_dist, cells.counts.to_dense()
-        residuals = ((counts - own.mean) / own.variance.sqrt()).clamp(-MAX_RESIDUAL, MAX_RESIDUAL)
+        own, target = likelihood.base_dist, vae.decoder.target(cells).to_dense()
+        residuals = ((target - own.mean) / own.variance.sqrt()).clamp(-MAX_RESIDUAL, MAX_RESIDUAL)
         with seeded(0):  # a divergence without a closed form is one of draws
             kl = sum(draw_and_kl(q[name], vae.prior(name, cells), ())[1] for name in q)
-        elbo = likelihood.log_prob(counts) - kl
+        elbo = likelihood.log_prob(target) - kl
         kept = residuals if basis is None else residuals @ basis
         parts.append((q["z"].mean, cells.library[:, 0], elbo, kept))
     return Described(*(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)))

@@ -1,7 +1,6 @@
 """New cells: from the prior, or from what the posterior says of given ones."""
 
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, replace
 
 import numpy as np
 import pandas as pd
@@ -16,9 +15,6 @@ from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry
 from scgen.modules.vae import VAE, question
 from scgen.seeding import seeded
-
-#: Of `Cells`, those that all cells have.
-FIELDS = [field.name for field in fields(Cells) if field.default is MISSING]
 
 
 def posterior_predictive(
@@ -42,8 +38,7 @@ def replicates(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Iterate over (first cell, number of the replicate, x (n, G)) of minibatches, each with all of its replicates."""
     rng, start = np.random.default_rng(seed), 0
-    for cells in loader:
-        cells = cells.to(vae.device)
+    for cells in vae.minibatches(loader):
         q = vae.infer(cells)
         for number in range(n_samples):
             with seeded(rng.integers(2**63)):  # of each anew: whoever iterates has torch's generators as they were
@@ -58,14 +53,14 @@ def prior_sample(vae: VAE, registry: Registry, n: int, condition: Condition, see
     n, seed = check_whole("n", n, 1), check_seed(seed)
     n_bytes = n * (len(registry.genes) + 100)  # where a tenth of the counts are not zero; names and latents
     check_memory("n", n, n_bytes, "Ask for fewer cells at a time.")
-    if "library" in vae.priors and not (vae.priors["library"].variance > 0).all():
+    if vae.has_library and not (vae.priors["library"].variance > 0).all():
         raise ValueError(
             "the model knows no library sizes to draw from: it came from scvi-tools without cells. Pass them: "
             "SCVI.from_scvi_tools(folder, adata)."
         )
     cells = as_if(registry.blank_cells(n, np.random.default_rng(seed)), condition)
     x, latents = prior_predictive(vae, cells, seed)
-    library = np.exp(latents["library"]) if "library" in latents else None
+    library = np.exp(latents["library"]) if vae.has_library else None
     # Columns that the model reads come last: one of them may be named "library".
     obs = ({} if library is None else {"library": library[:, 0]}) | registry.obs_of(cells, library)
     return AnnData(
@@ -85,10 +80,7 @@ def prior_predictive(vae: VAE, cells: Cells, seed: int, n_at_once: int = 1024) -
     """
     blocks, latents = [], {name: [] for name in vae.priors}
     with seeded(seed):
-        for start in range(0, len(cells), n_at_once):
-            rows = slice(start, start + n_at_once)
-            some = replace(cells, **{field: getattr(cells, field)[rows] for field in FIELDS})
-            some = some.to(vae.device)
+        for some in vae.minibatches(cells[i : i + n_at_once] for i in range(0, len(cells), n_at_once)):
             drawn = {}
             for name in vae.priors:
                 p = vae.prior(name, some)

@@ -36,21 +36,21 @@ def held_out_log_likelihood(
     held_out, n_samples, seed
         As in `Model.get_thinned_ll`.
     """
-    if "library" not in vae.posteriors:
+    if not vae.has_library:
         raise ValueError('gene_likelihood="normal" is not one of counts, and only counts can be thinned.')
     results = []
     as_measured = copy(loader)
-    as_measured.complete = None  # genes that were not measured are expected of the kept counts alone
+    as_measured.impute = None  # genes that were not measured are imputed from the kept counts alone
     with seeded(seed):
         # Of its own: the same cells are split alike, whatever the model, its draws and the minibatches are.
         rng = np.random.default_rng(seed)
         for cells in as_measured:
             kept, rest = thinned(cells, held_out, size_factors, rng)
-            kept = (kept if loader.complete is None else loader.complete(kept)).to(vae.device)
+            kept = (kept if loader.impute is None else loader.impute(kept)).to(vae.device)
             rest = rest.to(vae.device)
             x = kept.counts + rest
-            log_split, seen = torch.zeros_like(x, dtype=torch.float64), x > 0
-            log_split[seen] = Binomial(x[seen].double(), held_out).log_prob(rest[seen].double())
+            log_split, present = torch.zeros_like(x, dtype=torch.float64), x > 0
+            log_split[present] = Binomial(x[present].double(), held_out).log_prob(rest[present].double())
             draw = partial(_log_ratios, vae, kept, x, 1 / (1 - held_out), vae.infer(kept))
             results.append((log_sums(draw, n_samples)[0] - math.log(n_samples) + log_split.sum(1)).cpu().numpy())
     return np.concatenate(results)
@@ -67,7 +67,7 @@ def thinned(cells: Cells, held_out: float, size_factors: bool, rng: np.random.Ge
         library = cells.library + math.log1p(-held_out)
     else:
         library = kept.sum(1, keepdim=True).clamp(min=1).log()
-    return replace(cells, counts=kept, library=library, completed=None), counts - kept
+    return replace(cells, counts=kept, library=library, imputed_counts=None), counts - kept
 
 
 def _log_ratios(

@@ -35,8 +35,8 @@ class CellLoader:
     device
         Where the minibatches go. ``columns`` are moved there once, the order once a pass; values come from a
         `DeviceStore` that is there, or from the host's memory, through pinned memory to a GPU.
-    complete
-        Adds to a minibatch what is expected of genes that were not measured; None where all were.
+    impute
+        Adds to a minibatch the expected counts of genes that were not measured; None where all were.
     """
 
     def __init__(
@@ -48,16 +48,16 @@ class CellLoader:
         rng: np.random.Generator | None = None,
         as_sparse: bool = False,
         device: torch.device | str = "cpu",
-        complete: Callable[[Cells], Cells] | None = None,
+        impute: Callable[[Cells], Cells] | None = None,
     ):
         self.store, self.batch_size, self.rng = store, batch_size, rng
-        self.as_sparse, self.device, self.complete = as_sparse, torch.device(device), complete
+        self.as_sparse, self.device, self.impute = as_sparse, torch.device(device), impute
         self.columns = {name: column.to(device) for name, column in columns.items()}
         self.index = np.arange(store.shape[0]) if index is None else np.asarray(index)
 
     def over(self, index: np.ndarray, batch_size: int) -> "CellLoader":
         """Return a loader of other cells of the same store, in their order."""
-        return CellLoader(self.store, self.columns, index, batch_size, None, self.as_sparse, self.device, self.complete)
+        return CellLoader(self.store, self.columns, index, batch_size, None, self.as_sparse, self.device, self.impute)
 
     def __len__(self) -> int:
         return -(-len(self.index) // self.batch_size)
@@ -73,7 +73,7 @@ class CellLoader:
             counts = self._moved(self.store.rows(rows[start:stop], self.as_sparse))
             some = {name: column[start:stop] for name, column in columns.items()}
             cells = Cells(counts=counts, index=index[start:stop], **some)
-            yield cells if self.complete is None else self.complete(cells)
+            yield cells if self.impute is None else self.impute(cells)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         """Return a tensor on the device; a GPU reads pinned memory by itself, while the host goes on."""

@@ -1,5 +1,7 @@
 """Simulated cells, drawn from the model itself, with their truth."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 import torch
@@ -68,17 +70,52 @@ def simulate_cells(
     """
     sizes = {"n_cells": n_cells, "n_genes": n_genes, "n_batches": n_batches, "n_types": n_types, "n_latent": n_latent}
     sizes = {name: check_whole(name, size, 1) for name, size in sizes.items()}
-    n_cells, n_genes, n_batches, n_types, n_latent = sizes.values()
     seed, effect = check_seed(seed), "a standard deviation from 0 to 100"
-    batch_effect = check_number("batch_effect", batch_effect, effect, least=0, most=100)
-    type_effect = check_number("type_effect", type_effect, effect, least=0, most=100)
-    zero_inflation = check_number("zero_inflation", zero_inflation, "a share from 0 to below 1", least=0, below=1)
     takes = "a positive number of counts, up to a billion"
-    mean_library = check_number("mean_library", mean_library, takes, above=0, most=1e9)
+    settings = {
+        "batch_effect": check_number("batch_effect", batch_effect, effect, least=0, most=100),
+        "type_effect": check_number("type_effect", type_effect, effect, least=0, most=100),
+        "zero_inflation": check_number("zero_inflation", zero_inflation, "a share from 0 to below 1", least=0, below=1),
+        "mean_library": check_number("mean_library", mean_library, takes, above=0, most=1e9),
+    }
+    n_cells, n_genes, n_batches, n_types, n_latent = sizes.values()
     n_numbers = 8 * n_cells * n_genes + (n_cells + n_batches) * n_types + (n_types + n_genes) * n_latent
     largest = max(sizes, key=sizes.get)
     check_memory(largest, sizes[largest], 8 * n_numbers, "Simulate fewer cells, or in several parts.")
-    rng = np.random.default_rng(seed)
+    truth = _drawn_truth(np.random.default_rng(seed), **sizes, **settings)
+    adata = _annotated(_drawn_counts(truth, seed), truth)
+    adata.uns["simulation"] = sizes | settings | {"seed": seed}
+    return adata
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """What counts are drawn from: N cells, G genes, B batches."""
+
+    batch: np.ndarray  # (N,) codes
+    cell_type: np.ndarray  # (N,) codes
+    z: np.ndarray  # (N, d)
+    batch_offset: np.ndarray  # (B, G)
+    log_rho: np.ndarray  # (N, G)
+    log_library: np.ndarray  # (N,)
+    log_theta: np.ndarray  # (G,)
+    zi_logit: np.ndarray  # (G,)
+
+
+def _drawn_truth(
+    rng: np.random.Generator,
+    *,
+    n_cells: int,
+    n_genes: int,
+    n_batches: int,
+    n_types: int,
+    n_latent: int,
+    batch_effect: float,
+    type_effect: float,
+    zero_inflation: float,
+    mean_library: float,
+) -> _Truth:
+    """Draw everything but the counts; the docstring of `simulate_cells` says from what."""
     batch = rng.integers(n_batches, size=n_cells)
     shares = rng.dirichlet(np.full(n_types, 50.0), size=n_batches)
     cell_type = (rng.random(n_cells)[:, None] > shares[batch].cumsum(1)[:, :-1]).sum(1)
@@ -93,37 +130,42 @@ def simulate_cells(
     log_theta = rng.uniform(np.log(0.5), np.log(10), size=n_genes)
     log_odds = -np.inf if zero_inflation == 0 else np.log(zero_inflation / (1 - zero_inflation))
     zi_logit = np.maximum(log_odds + 0.5 * rng.normal(size=n_genes), -40.0)
+    return _Truth(batch, cell_type, z, offsets, log_rho, log_library, log_theta, zi_logit)
 
-    counts = ZeroInflatedNegativeBinomial(
-        torch.from_numpy(log_rho + log_library[:, None]), torch.from_numpy(log_theta), torch.from_numpy(zi_logit)
-    )
+
+def _drawn_counts(truth: _Truth, seed: int) -> np.ndarray:
+    """Draw the counts, (N, G) float32; a cell without any gets one, in its most expressed gene."""
+    log_mu = torch.from_numpy(truth.log_rho + truth.log_library[:, None])
+    counts = ZeroInflatedNegativeBinomial(log_mu, torch.from_numpy(truth.log_theta), torch.from_numpy(truth.zi_logit))
     with seeded(seed):
         x = counts.sample().numpy().astype(np.float32)
     empty = np.flatnonzero(x.sum(1) == 0)
-    x[empty, log_rho[empty].argmax(1)] = 1
+    x[empty, truth.log_rho[empty].argmax(1)] = 1
+    return x
 
-    def named(codes: np.ndarray, what: str, n: int) -> pd.Categorical:
-        return pd.Categorical.from_codes(codes, [f"{what}_{i + 1}" for i in range(n)]).remove_unused_categories()
+
+def _annotated(x: np.ndarray, truth: _Truth) -> AnnData:
+    """Return the counts with names of cells, genes, batches and types, and with the truth."""
+    n_cells, n_genes = x.shape
+
+    def named(codes: np.ndarray, what: str) -> pd.Categorical:
+        names = [f"{what}_{i + 1}" for i in range(codes.max() + 1)]
+        return pd.Categorical.from_codes(codes, names).remove_unused_categories()
 
     return AnnData(
         sparse.csr_matrix(x),
         obs=pd.DataFrame(
             {
-                "batch": named(batch, "batch", n_batches),
-                "cell_type": named(cell_type, "type", n_types),
-                "log_library": log_library,
+                "batch": named(truth.batch, "batch"),
+                "cell_type": named(truth.cell_type, "type"),
+                "log_library": truth.log_library,
             },
             index=[f"cell_{i + 1}" for i in range(n_cells)],
         ),
         var=pd.DataFrame(
-            {"log_theta": log_theta, "zi_logit": zi_logit}, index=[f"gene_{i + 1}" for i in range(n_genes)]
+            {"log_theta": truth.log_theta, "zi_logit": truth.zi_logit}, index=[f"gene_{i + 1}" for i in range(n_genes)]
         ),
-        obsm={"true_z": z},
-        varm={"batch_offset": offsets.T},
-        uns={
-            "simulation": sizes
-            | {"batch_effect": batch_effect, "type_effect": type_effect, "zero_inflation": zero_inflation}
-            | {"mean_library": mean_library, "seed": seed}
-        },
-        layers={"true_scale": np.exp(log_rho).astype(np.float32)},
+        obsm={"true_z": truth.z},
+        varm={"batch_offset": truth.batch_offset.T},
+        layers={"true_scale": np.exp(truth.log_rho).astype(np.float32)},
     )

@@ -168,9 +168,7 @@ class DeviceStore:
         rows = torch.as_tensor(index, device=self.device)
         if not as_sparse:
             return dispatch.gather_rows(self.indptr, self.indices, self.values, rows, self.shape[1])
-        n_entries, entries = dispatch.entries_of_rows(self.indptr, rows)
-        ends = torch.cat([n_entries.new_zeros(1), n_entries.cumsum(0)])
-        return _csr_tensor(ends.int(), self.indices[entries], self.values[entries].float(), self.shape[1])
+        return csr_rows(self.indptr, self.indices, self.values, rows, self.shape[1])
 
 
 def on_device(store: MemoryStore | BackedStore, device: torch.device) -> MemoryStore | BackedStore | DeviceStore:
@@ -317,6 +315,13 @@ def _csr_of(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, n_columns
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         tensors = [torch.from_numpy(part) for part in parts]
     return _csr_tensor(*tensors, n_columns)
+
+
+def csr_rows(indptr: Tensor, indices: Tensor, values: Tensor, rows: Tensor, n_columns: int) -> Tensor:
+    """Return some rows of a CSR matrix, in the order asked for, as a float32 CSR tensor."""
+    n_entries, entries = dispatch.entries_of_rows(indptr, rows)
+    ends = torch.cat([n_entries.new_zeros(1), n_entries.cumsum(0)])
+    return _csr_tensor(ends.to(indices.dtype), indices[entries], values[entries].float(), n_columns)
 
 
 def _csr_tensor(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int) -> Tensor:

@@ -1,13 +1,13 @@
 """Distributions in torch's protocol, without parameters of their own."""
 
 from scgen.distributions.counts import CellCounts, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from scgen.distributions.flowed import Flowed
+from scgen.distributions.flow import FlowDistribution
 from scgen.distributions.gaussian import DiagonalNormal, GaussianMixture, PointMass, SeededNormal
 
 __all__ = [
     "CellCounts",
     "DiagonalNormal",
-    "Flowed",
+    "FlowDistribution",
     "GaussianMixture",
     "NegativeBinomial",
     "PointMass",

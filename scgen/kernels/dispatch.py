@@ -37,8 +37,8 @@ def dense_rows(matrix: sparse.csr_matrix | sparse.csr_array, index: np.ndarray) 
 
 def gather_rows(indptr: Tensor, indices: Tensor, values: Tensor, rows: Tensor, n_genes: int) -> Tensor:
     """Return the rows of a canonical CSR matrix in tensors, in the order asked for, as a dense float32 one (n, G)."""
-    if values.device.type == "cuda" and (cuda := _cuda()):
-        return cuda.dense_rows(indptr, indices, values, rows, n_genes)
+    if values.device.type == "cuda" and (on_device := _cuda("rows")):
+        return on_device.dense_rows(indptr, indices, values, rows, n_genes)
     n_entries, entries = entries_of_rows(indptr, rows)
     dense = torch.zeros(len(rows), n_genes, device=values.device)
     of_row = torch.arange(len(rows), device=values.device).repeat_interleave(n_entries)
@@ -156,22 +156,22 @@ def _fused(*tensors: Tensor | None) -> ModuleType | None:
     tensors = [tensor for tensor in tensors if tensor is not None]
     devices = {tensor.device.type for tensor in tensors}
     if devices == {"cuda"}:
-        return _cuda()
-    return _compiled("cpu", max(tensor.numel() for tensor in tensors)) if devices == {"cpu"} else None
+        return _cuda("likelihood")
+    return _compiled("likelihood", max(tensor.numel() for tensor in tensors)) if devices == {"cpu"} else None
 
 
-def _cuda() -> ModuleType | None:
-    """Return the module of kernels for CUDA, if Triton is there; small things too, since the plain ones wait for it."""
+def _cuda(name: str) -> ModuleType | None:
+    """Return a module of kernels for CUDA, if Triton is there; small things too, since the plain ones wait for it."""
     if _plain() or importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module("scgen.kernels.cuda")
+    return importlib.import_module(f"scgen.kernels.cuda.{name}")
 
 
 def _compiled(name: str, n_entries: int) -> ModuleType | None:
-    """Return a module of compiled kernels, if so many entries are worth them."""
+    """Return a module of kernels for CPUs, if so many entries are worth them."""
     if n_entries < SMALLEST or _plain():
         return None
-    return importlib.import_module(f"scgen.kernels.{name}")
+    return importlib.import_module(f"scgen.kernels.cpu.{name}")
 
 
 def _plain() -> bool:

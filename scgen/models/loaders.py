@@ -82,7 +82,7 @@ def of_training(
         model.train_indices, model.validation_indices = training, validation
     batch_size = int(batch_size or default_batch_size(len(model.train_indices), device))
     held_out = np.sort(rng.permutation(model.validation_indices)[:MAX_VALIDATION_CELLS])
-    form = {"as_sparse": model.vae.reads_sparse(device), "device": device, "complete": _complete(model)}
+    form = {"as_sparse": model.vae.reads_sparse(device), "device": device, "impute": _impute(model)}
     return (
         CellLoader(store, columns, model.train_indices, batch_size, rng, **form),
         CellLoader(store, columns, held_out, max(batch_size, 512), **form) if len(held_out) else None,
@@ -111,7 +111,7 @@ def of_question(
     index = rows_asked_for(indices, adata.n_obs)
     store, columns = _read(model, adata, None if indices is None else index)
     as_sparse = model.vae.reads_sparse(model.vae.device)
-    return CellLoader(store, columns, index, batch_size, as_sparse=as_sparse, complete=_complete(model))
+    return CellLoader(store, columns, index, batch_size, as_sparse=as_sparse, impute=_impute(model))
 
 
 def cells_of(model) -> AnnData:
@@ -139,9 +139,9 @@ def annotated(model, adata: AnnData | None) -> tuple[AnnData, pd.DataFrame]:
     return source, source.obs.iloc[rows]
 
 
-def _complete(model):
+def _impute(model):
     """Return what adds genes to a minibatch that were not measured; None where all were."""
-    return model.vae.complete if model.registry.missing else None
+    return model.vae.impute if model.registry.missing else None
 
 
 def _read(model, adata: AnnData, rows: np.ndarray | None) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]]:

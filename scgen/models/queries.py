@@ -247,9 +247,9 @@ class Query:
         missing = set(self.model.registry.missing)
         genes = [gene for gene in self.reference.registry.genes if gene not in missing]  # in the query's order
         store, snapshot = Snapshot.of(replace(self.reference.registry, genes=genes), self.reference.adata)
-        complete = self.model.vae.complete if missing else None
+        impute = self.model.vae.impute if missing else None
         as_sparse = self.model.vae.reads_sparse(self.model.vae.device)
-        return CellLoader(store, snapshot.columns, rows, 1024, as_sparse=as_sparse, complete=complete)
+        return CellLoader(store, snapshot.columns, rows, 1024, as_sparse=as_sparse, impute=impute)
 
 
 def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, min_overlap: float) -> Query:
@@ -279,7 +279,7 @@ def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, 
             f"min_overlap={min_overlap}. The model's are named {', '.join(reference.registry.genes[:3])}, adata's "
             f"{', '.join(map(str, adata.var_names[:3]))}. Rename them, or put such names into a column of adata.var."
         )
-    if overlap < 1 and "library" not in reference.vae.posteriors:
+    if overlap < 1 and not reference.vae.has_library:
         raise ValueError(
             f"{sum(gene is None for gene in genes)} of the model's genes are not in adata; with "
             'gene_likelihood="normal" all are needed.'
@@ -345,7 +345,7 @@ def _dimension_of_genes(name: str, n_dimensions: int) -> int | None:
 def _fit_new_libraries(model, adata: AnnData) -> None:
     """Fit the library's prior of new batches to their cells; of all batches where l is the sum over fewer genes."""
     n_known = model.registry.known.get(model.registry.setup.batch_key)
-    if "library" not in model.vae.priors or (n_known is None and not model.registry.missing):
+    if not model.vae.has_library or (n_known is None and not model.registry.missing):
         return
     prior = model.vae.priors["library"]
     columns = Snapshot.of(model.registry, adata)[1].columns

@@ -85,6 +85,10 @@ class CountDecoder(nn.Module):
         self.dispersion = dispersion
         self.zi_logits = WideLinear(n_hidden, n_genes) if likelihood == "zinb" else None
 
+    def target(self, cells: Cells) -> Tensor:
+        """Return what the likelihood explains: the counts, (n, G)."""
+        return cells.counts
+
     def start_at(self, mean: Tensor, variance: Tensor) -> None:
         """Start rho at the mean of the cells' rates, (G,); their variance is not used.
 
@@ -101,7 +105,7 @@ class CountDecoder(nn.Module):
         logits = logits if missing else logits[..., self.measured]
         return softmax(logits, -1) if self.normalised else softplus(logits)
 
-    def expected(self, latents: dict[str, Tensor], cells: Cells) -> Tensor:
+    def expected_missing(self, latents: dict[str, Tensor], cells: Cells) -> Tensor:
         """Return the means of genes that were not measured, (n, M), given those that were; without zero inflation."""
         rho = self.expression(latents, cells, missing=True)
         unit = rho[..., self.measured].sum(-1, keepdim=True) if self.normalised else 1
@@ -163,6 +167,10 @@ class GaussianDecoder(nn.Module):
         self.mlp = MLP(n_latent, n_hidden, n_layers, n_categories, n_continuous) if n_layers else None
         self.mean = WideLinear(n_hidden if n_layers else n_latent, n_genes)
         self.log_scale = nn.Parameter(torch.zeros(n_genes, dtype=torch.float32))
+
+    def target(self, cells: Cells) -> Tensor:
+        """Return what the likelihood explains: the values, (n, G), in the field ``counts``."""
+        return cells.counts
 
     def start_at(self, mean: Tensor, variance: Tensor) -> None:
         """Start f at the genes' means and sigma at their standard deviations, from (G,) each."""

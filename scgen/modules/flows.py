@@ -96,8 +96,8 @@ class PlanarFlow(nn.Module):
         return (square + (1 - square) * slope).log()
 
 
-class Autoregressive(nn.Module):
-    """A network of z and a context whose i-th outputs see only the components of z before the i-th (Germain 2015).
+class MADE(nn.Module):
+    """Masked network of z and a context: its i-th outputs see only the components of z before the i-th (Germain 2015).
 
     Parameters
     ----------
@@ -156,7 +156,7 @@ class InverseAutoregressiveFlow(nn.Module):
     def __init__(self, n_latent: int, n_context: int, n_steps: int = 4, n_hidden: int = 64):
         super().__init__()
         n_hidden = max(n_hidden, n_latent)  # a unit for each number of components that an output may see
-        steps = (Autoregressive(n_latent, n_context, n_hidden, self.gate_bias) for _ in range(n_steps))
+        steps = (MADE(n_latent, n_context, n_hidden, self.gate_bias) for _ in range(n_steps))
         self.steps = nn.ModuleList(steps)
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:

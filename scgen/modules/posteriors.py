@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from scgen.data.cells import Cells
-from scgen.distributions import DiagonalNormal, Flowed, PointMass
+from scgen.distributions import DiagonalNormal, FlowDistribution, PointMass
 from scgen.modules.networks import MLP, CovariateLinear, Linear
 
 #: The largest mean of log l, and logarithm of its variance: the mean of l, exp(m + v / 2), is then finite in float32. A
@@ -19,15 +19,15 @@ def positive_variance(a: Tensor) -> Tensor:
     return a.clamp(-15, 15).exp() + 1e-4
 
 
-def bounded(values: Tensor, most: float) -> Tensor:
-    """Return the values, those above ``most`` as this; their gradient is kept, so that training can lead them back.
+def clamp_straight_through(values: Tensor, most: float) -> Tensor:
+    """Return the values, those above ``most`` replaced by it. The gradient stays 1, so that training can lower them.
 
     Examples
     --------
     >>> import torch
     >>> values = torch.tensor([1.0, 80.0], requires_grad=True)
-    >>> bounded(values, 60.0).sum().backward()
-    >>> bounded(values, 60.0).tolist(), values.grad.tolist()
+    >>> clamp_straight_through(values, 60.0).sum().backward()
+    >>> clamp_straight_through(values, 60.0).tolist(), values.grad.tolist()
     ([1.0, 60.0], [1.0, 1.0])
     """
     return values + (values.clamp(max=most) - values).detach()
@@ -104,9 +104,9 @@ class FlowPosterior(nn.Module):
         super().__init__()
         self.base, self.flow, self.context = base, flow, context
 
-    def forward(self, cells: Cells) -> Flowed:
+    def forward(self, cells: Cells) -> FlowDistribution:
         h = self.base.hidden(cells)
-        return Flowed(self.base.gaussian(h), self.flow, self.context(h, cells).tanh())
+        return FlowDistribution(self.base.gaussian(h), self.flow, self.context(h, cells).tanh())
 
     def means(self, cells: Cells) -> Tensor:
         """Return the means of q, (n, d), over fixed draws."""
@@ -148,19 +148,21 @@ class LibraryPosterior(GaussianPosterior):
 
     def forward(self, cells: Cells) -> DiagonalNormal:
         h = self.hidden(cells)
-        return DiagonalNormal(self._mean(h, cells), positive_variance(bounded(self.log_variance(h), MOST_LOG_VARIANCE)))
+        return DiagonalNormal(
+            self._mean(h, cells), positive_variance(clamp_straight_through(self.log_variance(h), MOST_LOG_VARIANCE))
+        )
 
     def means(self, cells: Cells) -> Tensor:
         return self._mean(self.hidden(cells), cells)
 
     def _mean(self, h: Tensor, cells: Cells) -> Tensor:
-        return bounded(self.mean(h) + self.base(cells), MOST_LOG_LIBRARY)
+        return clamp_straight_through(self.mean(h) + self.offset(cells), MOST_LOG_LIBRARY)
 
-    def base(self, cells: Cells) -> Tensor | float:
+    def offset(self, cells: Cells) -> Tensor | float:
         """Return what the network's output is added to: without the residual, what makes l that of measured genes."""
         if self.residual:
             return cells.library
-        return 0.0 if cells.completed is None else cells.library - cells.completed.sum(-1, keepdim=True).log()
+        return 0.0 if cells.imputed_counts is None else cells.library - cells.imputed_counts.sum(-1, keepdim=True).log()
 
 
 class ObservedLibrary(nn.Module):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from scgen.data.cells import Cells
-from scgen.distributions import DiagonalNormal, Flowed, GaussianMixture
+from scgen.distributions import DiagonalNormal, FlowDistribution, GaussianMixture
 from scgen.modules.flows import MaskedAutoregressiveFlow
 from scgen.seeding import generator
 
@@ -92,7 +92,15 @@ class VampPrior(nn.Module):
             return self._kept
         inputs = softplus(self.pseudo_inputs) if self.log_input else self.pseudo_inputs
         batch, categorical = self.categories[:, 0], self.categories[:, 1:]
-        pseudo = Cells(inputs, inputs[:, :1], batch, batch, categorical, self.continuous, batch)
+        pseudo = Cells(
+            counts=inputs,
+            library=inputs[:, :1],
+            batch=batch,
+            labels=batch,
+            categorical=categorical,
+            continuous=self.continuous,
+            index=batch,
+        )
         training = posterior.training
         posterior.eval()
         found = GaussianMixture(self.logits, posterior.gaussian_at(inputs, pseudo))
@@ -114,8 +122,8 @@ class FlowPrior(StandardNormalPrior):
         super().__init__(n_latent)
         self.flow = MaskedAutoregressiveFlow(n_latent, 0, n_flows)
 
-    def forward(self, cells: Cells, posterior: nn.Module) -> Flowed:
-        return Flowed(super().forward(cells, posterior), self.flow, self.mean.new_zeros(1, 0))
+    def forward(self, cells: Cells, posterior: nn.Module) -> FlowDistribution:
+        return FlowDistribution(super().forward(cells, posterior), self.flow, self.mean.new_zeros(1, 0))
 
 
 class LibraryPrior(nn.Module):

@@ -4,7 +4,7 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -39,7 +39,8 @@ class VAE(nn.Module):
     priors
         By latent: a module ``(cells, posterior) -> p``, which may be made of the latent's posterior.
     decoder
-        A module ``(latents, cells) -> likelihood`` of whole cells' counts; ``latents`` maps names to draws (..., n, d).
+        A module ``(latents, cells) -> likelihood`` of whole cells; ``latents`` maps names to draws (..., n, d). Its
+        method ``target(cells)`` returns the part of the cells, (n, ...), that the likelihood is asked about.
     """
 
     def __init__(self, posteriors: dict[str, nn.Module], priors: dict[str, nn.Module], decoder: nn.Module):
@@ -93,9 +94,19 @@ class VAE(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def has_library(self) -> bool:
+        """Whether there is a library size, inferred or observed: in models of counts, but not of normalised values."""
+        return "library" in self.posteriors
+
+    def minibatches(self, loader: Iterable[Cells]) -> Iterator[Cells]:
+        """Iterate over the minibatches of a loader, each on the device of the weights."""
+        device = self.device
+        return (cells.to(device) for cells in loader)
+
     def reads_sparse(self, device: torch.device) -> bool:
         """Say whether minibatches are to come as CSR: for counts on a CPU, and where MKL multiplies them."""
-        return "library" in self.posteriors and device.type == "cpu" and torch.backends.mkl.is_available()
+        return self.has_library and device.type == "cpu" and torch.backends.mkl.is_available()
 
     @contextmanager
     def reduced_products(self, reduced: bool) -> Iterator[None]:
@@ -110,7 +121,7 @@ class VAE(nn.Module):
                 layer.reduced = False
 
     @torch.no_grad()
-    def complete(self, cells: Cells) -> Cells:
+    def impute(self, cells: Cells) -> Cells:
         """Return the cells with the counts that are expected of genes that were not measured, for the encoders.
 
         z is inferred with zeros in their place, and decoded: one step, on the means, of the chain that imputes missing
@@ -120,8 +131,8 @@ class VAE(nn.Module):
         cells = cells.to(self.device)
         counts = cells.counts.to_dense()
         zeros = counts.new_zeros(len(counts), self.decoder.n_missing)
-        z = self.posteriors["z"].means(replace(cells, completed=torch.cat([counts, zeros], 1)))
-        return replace(cells, completed=torch.cat([counts, self.decoder.expected({"z": z}, cells)], 1))
+        z = self.posteriors["z"].means(replace(cells, imputed_counts=torch.cat([counts, zeros], 1)))
+        return replace(cells, imputed_counts=torch.cat([counts, self.decoder.expected_missing({"z": z}, cells)], 1))
 
     @contextmanager
     def learning_rows(self, known: dict[str, int]) -> Iterator[None]:
@@ -179,7 +190,7 @@ class VAE(nn.Module):
         latents, kl = {}, {}
         for name, q in self.infer(cells).items():
             latents[name], kl[name] = draw_and_kl(q, self.prior(name, cells), shape, closed_form=not weighted)
-        return Elbo(self.decoder(latents, cells).log_prob(cells.counts), kl, weighted)
+        return Elbo(self.decoder(latents, cells).log_prob(self.decoder.target(cells)), kl, weighted)
 
     def log_weights(self, cells: Cells, q: dict[str, Distribution], shape: tuple[int, ...]) -> Tensor:
         """Return log p(x, latents) - log q(latents | x) at draws from q, which `infer` gave, (*shape, n).
@@ -193,7 +204,7 @@ class VAE(nn.Module):
     ) -> Tensor:
         """Return the same at draws (*shape, n, d) that are given, each latent's with its log q (*shape, n)."""
         likelihood = self.decoder({name: draw for name, (draw, _) in draws.items()}, cells)
-        log_w = likelihood.log_prob(cells.counts)
+        log_w = likelihood.log_prob(self.decoder.target(cells))
         for name, (draw, log_q) in draws.items():
             if not isinstance(q[name], PointMass):
                 log_w = log_w + self.prior(name, cells).log_prob(draw) - log_q

@@ -14,6 +14,7 @@ from torch import nn
 import scgen
 from scgen.analysis import differential_expression as de
 from scgen.analysis.comparisons import Comparison
+from scgen.analysis.group_counts import GroupCounts, counts_of
 from scgen.data.loader import CellLoader
 from scgen.data.stores import MemoryStore
 from scgen.distributions import PointMass
@@ -100,7 +101,7 @@ def test_counts_are_summed_by_group(form):
     rng = np.random.default_rng(0)
     x, group = rng.poisson(0.7, (50, 6)), rng.integers(-1, 3, 50)
     x[3] = 0
-    counts = de.counts_of(MemoryStore(form(x)), group, 3)
+    counts = counts_of(MemoryStore(form(x)), group, 3)
     table = pd.DataFrame(x).groupby(group)
     shares = pd.DataFrame(x / np.maximum(x.sum(1, keepdims=True), 1)).groupby(group)
     np.testing.assert_array_equal(counts.n_cells, table.size().drop(-1))
@@ -124,14 +125,14 @@ def test_relative_error_is_that_of_repeated_experiments(theta):
     x = rng.poisson(rate)
     x[..., 3] += 100_000 - x.sum(-1)  # equal libraries
     codes = np.repeat([0, 1], 200)  # two strata of one kind are one
-    found = [de.counts_of(MemoryStore(one), codes, 2).relative_error()[:3] for one in x[:20]]
+    found = [counts_of(MemoryStore(one), codes, 2).relative_error()[:3] for one in x[:20]]
     means = x.mean(1)[:, :3]
     np.testing.assert_allclose(np.mean(found, 0), means.var(0) / means.mean(0) ** 2, rtol=0.3)
 
 
 def test_little_is_known_of_few_counts_and_cells():
     def error(x):
-        return de.counts_of(MemoryStore(np.array(x)), np.zeros(len(x), int), 1).relative_error()
+        return counts_of(MemoryStore(np.array(x)), np.zeros(len(x), int), 1).relative_error()
 
     assert error([[0, 5], [0, 7], [0, 6], [0, 5]])[0] == 2  # never seen
     np.testing.assert_allclose(error([[40, 60]] * 3), 1)  # three cells that agree, by chance
@@ -142,7 +143,7 @@ def test_groups_of_a_union_are_strata():
     # Groups that differ are not taken for noise: the error of their union's mean is that within them.
     x = np.repeat([[10, 90], [90, 10]], 50, axis=0) + np.tile([[1, -1], [-1, 1]], (50, 1))
     errors = [
-        de.counts_of(MemoryStore(x), c, n).relative_error()
+        counts_of(MemoryStore(x), c, n).relative_error()
         for c, n in ((np.repeat([0, 1], 50), 2), (np.zeros(100, int), 1))
     ]
     assert (errors[0] < errors[1] / 5).all()
@@ -156,7 +157,7 @@ def test_posteriors_are_as_wide_as_experiments_differ():
         rho = np.column_stack([rng.gamma(2, 1, (120, 20)), np.full(120, 60.0)])
         x = rng.poisson(rho * 50)
         group = np.repeat([0, 1], 60)
-        counts = de.counts_of(MemoryStore(x), group, 2)
+        counts = counts_of(MemoryStore(x), group, 2)
         table = de.change(
             de.group_means(*known(rho), group, None, 300, seed), counts, ALL, 0.25, 0.05, np.random.default_rng(seed)
         )
@@ -168,7 +169,7 @@ def test_posteriors_are_as_wide_as_experiments_differ():
 def test_groups_of_a_union_weigh_by_their_cells():
     means = np.array([[[1.0]], [[4.0]], [[2.0]]]).repeat(400, axis=1)
     total = np.array([[900_000.0], [100_000], [500_000]])
-    counts = de.Counts(
+    counts = GroupCounts(
         np.array([900, 100, 500]), total, total, np.array([[900.0], [100], [500]]), np.array([[900.0], [100], [500]])
     )
     table = de.change(means, counts, Comparison("a", "b", [0, 1], [2]), 0.25, 0.05, np.random.default_rng(0))
@@ -179,7 +180,7 @@ def test_pseudocounts():
     rng = np.random.default_rng(0)
     means = rng.gamma(2, 1, (2, 1, 30)).repeat(200, axis=1)
     total = np.full((2, 30), 50.0)
-    counts = de.Counts(np.array([10, 10]), total, total > 0, total / 1500, (total / 1500) ** 2)
+    counts = GroupCounts(np.array([10, 10]), total, total > 0, total / 1500, (total / 1500) ** 2)
     counts.total[1] *= 2
     arguments = (ALL, 0.25, 0.05, np.random.default_rng(0))
     # All seen: one count in the smaller group, 1 of 1500, in the unit of the means.
@@ -271,7 +272,7 @@ def test_halves_of_a_type_do_not_differ(simulated):
 def test_a_gene_of_which_little_is_known_is_not_called():
     # Of ten cells each: one count of the first gene in all, and a second gene that is well known.
     total, share = np.array([[1, 90_000], [0, 90_000]]), np.array([[1e-4, 9.9], [0, 9.9]])
-    counts = de.Counts(np.array([10, 10]), total, total > 0, share, share**2 / 10 + 1e-9)
+    counts = GroupCounts(np.array([10, 10]), total, total > 0, share, share**2 / 10 + 1e-9)
     means = np.tile([[[4e-3, 0.1]], [[1e-3, 0.1]]], (1, 500, 1))
     table = de.change(means, counts, ALL, 0.25, 0.05, np.random.default_rng(0))
     assert table["lfc_median"][0] > 1

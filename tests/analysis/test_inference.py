@@ -34,7 +34,7 @@ class LinearPosterior(nn.Module):
 
 
 class Linear:
-    """x = W z + b + noise (maths.md, 5.7) with W^T W diagonal, so that the posterior is; a model with these weights."""
+    """x = W z + b + noise with W^T W diagonal, so that the posterior is; a model with these weights."""
 
     def __init__(self, exact: bool, n: int = 5):
         rng = np.random.default_rng(0)
@@ -73,7 +73,7 @@ class Linear:
         return log_w - stats.norm(self.mean(), np.sqrt(self.v)).logpdf(z).sum(-1)
 
 
-def test_the_exact_posterior_has_equal_weights():  # T8
+def test_the_exact_posterior_has_equal_weights():
     linear = Linear(exact=True)
     values, ess = linear.model.get_marginal_ll(n_mc_samples=75, return_ess=True)
     np.testing.assert_allclose(values, linear.log_p, rtol=1e-9)
@@ -93,7 +93,7 @@ def test_another_posterior_has_the_weights_of_plain_numpy():
     assert np.array_equal(linear.model.get_marginal_ll(n_mc_samples=40, seed=7, return_mean=False), values)
 
 
-def test_bounds_rise_to_the_exact_marginal():  # T8
+def test_bounds_rise_to_the_exact_marginal():
     linear = Linear(exact=False)
 
     def bound(k: int, n_seeds: int) -> tuple[np.ndarray, np.ndarray]:

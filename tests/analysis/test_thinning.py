@@ -25,8 +25,17 @@ N_GENES, N_LATENT, N_HIDDEN = 5, 2, 3
 
 
 def cells_of(counts: np.ndarray) -> Cells:
-    x, none, zeros = torch.tensor(counts, dtype=torch.float32), torch.zeros(len(counts), 0), torch.zeros(len(counts))
-    return Cells(x, x.sum(1, keepdim=True).log(), zeros.long(), zeros.long(), none.long(), none, zeros.long())
+    x, none = torch.tensor(counts, dtype=torch.float32), torch.zeros(len(counts), 0)
+    zeros = torch.zeros(len(counts), dtype=torch.int64)
+    return Cells(
+        counts=x,
+        library=x.sum(1, keepdim=True).log(),
+        batch=zeros,
+        labels=zeros,
+        categorical=none.long(),
+        continuous=none,
+        index=zeros,
+    )
 
 
 def pooled_p(counts: np.ndarray, distribution) -> float:

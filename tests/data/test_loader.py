@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import scgen
+from scgen.data.cells import Cells
 from scgen.data.loader import CellLoader, split
 from scgen.data.stores import DeviceStore, MemoryStore
 
@@ -73,8 +74,53 @@ def test_cells_from_a_device_are_the_same(seed):
     index = np.arange(N)[::3]
     for one, other in zip(loader(index, seed=seed), loader(index, seed=seed, on_device=True), strict=True):
         for field in dataclasses.fields(one):
-            if field.name != "completed":  # None: no gene is missing
+            if field.name != "imputed_counts":  # None: all genes were measured
                 assert torch.equal(getattr(one, field.name), getattr(other, field.name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlacedCells(Cells):
+    """Cells of a model that reads one thing more about each of them."""
+
+    coordinates: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (slice(10, 30, 3), np.arange(10, 30, 3)),
+        (torch.tensor([4, 40, 4, 0]), np.array([4, 40, 4, 0])),
+        (torch.arange(N) % 7 == 2, np.arange(2, N, 7)),
+        (slice(5, 5), np.array([], int)),
+    ],
+    ids=["slice", "row numbers", "mask", "none"],
+)
+@pytest.mark.parametrize("as_sparse", [False, True])
+def test_some_rows_of_a_minibatch(rows, expected, as_sparse):
+    matrix = np.random.default_rng(0).poisson(0.5, (N, 6)).astype(np.float32)
+    i = np.arange(N)
+    values = {
+        "counts": matrix,
+        "library": i[:, None] / 2,
+        "batch": i + 1,
+        "labels": i + 2,
+        "categorical": np.stack([i, -i], 1),
+        "continuous": i[:, None] * 3.0,
+        "index": i,
+        "coordinates": np.stack([i * 5.0, i * 7.0], 1),
+    }
+    tensors = {name: torch.from_numpy(value) for name, value in values.items()}
+    if as_sparse:
+        tensors["counts"] = tensors["counts"].to_sparse_csr()
+    some = PlacedCells(**tensors)[rows]
+    assert isinstance(some, PlacedCells)
+    assert len(some) == len(expected)
+    assert some.imputed_counts is None
+    assert some.counts.layout == tensors["counts"].layout
+    for name, value in values.items():
+        np.testing.assert_array_equal(getattr(some, name).to_dense(), value[expected], err_msg=name)
+    imputed = dataclasses.replace(PlacedCells(**tensors), imputed_counts=torch.from_numpy(matrix))[rows]
+    np.testing.assert_array_equal(imputed.imputed_counts, matrix[expected])
 
 
 def test_all_cells_by_default():

@@ -20,7 +20,7 @@ def zinb(mu: float, theta: float, pi: float) -> ZeroInflatedNegativeBinomial:
 
 @pytest.mark.parametrize("mu", [0.01, 4, 50, 1000])
 @pytest.mark.parametrize("theta", [0.1, 0.5, 2, 1000])
-def test_negative_binomial_is_scipys(mu, theta):  # T1
+def test_negative_binomial_is_scipys(mu, theta):
     x = np.arange(200.0)
     ours = NegativeBinomial(log([mu]), log([theta])).log_prob(torch.from_numpy(x)[:, None])[:, 0].numpy()
     np.testing.assert_allclose(ours, stats.nbinom.logpmf(x, theta, theta / (theta + mu)), rtol=1e-9, atol=1e-12)
@@ -33,7 +33,7 @@ def test_poisson_is_scipys(mu):
     np.testing.assert_allclose(ours, stats.poisson.logpmf(x, mu), rtol=1e-9)
 
 
-def test_golden_values():  # T2, maths.md
+def test_values_are_those_of_mpmath():
     x = torch.tensor([0.0, 1, 3, 10], dtype=torch.float64)[:, None]
     zero_inflated = [-0.3101549283038396, -3.1135153092103742, -3.231298344866757, -5.057953189945429]
     np.testing.assert_allclose(zinb(4, 2, 0.7).log_prob(x)[:, 0], zero_inflated, rtol=1e-9)
@@ -47,7 +47,7 @@ def test_golden_values():  # T2, maths.md
     ("mu", "theta", "pi", "mean", "variance"),
     [(4, 2, 0.7, 1.2, 6.96), (10, 0.5, 0.1, 9, 198), (0.3, 5, 0.5, 0.15, 0.1815)],
 )
-def test_zinb_sums_to_one_with_its_moments(mu, theta, pi, mean, variance):  # T3
+def test_zinb_sums_to_one_with_its_moments(mu, theta, pi, mean, variance):
     x = torch.arange(20_001, dtype=torch.float64)[:, None]
     p = zinb(mu, theta, pi).log_prob(x).exp()
     assert p.sum().item() == pytest.approx(1, abs=1e-8)
@@ -57,7 +57,7 @@ def test_zinb_sums_to_one_with_its_moments(mu, theta, pi, mean, variance):  # T3
     assert zinb(mu, theta, pi).variance.item() == pytest.approx(variance, rel=1e-9)
 
 
-def test_gradients_are_finite_differences():  # T4
+def test_gradients_are_finite_differences():
     x = torch.tensor([0.0, 1, 5, 1e5, 0, 3], dtype=torch.float64)
     log_mu = torch.tensor([0.3, -2, 1, 11, np.log(1e-12), 2], dtype=torch.float64, requires_grad=True)
     log_theta = torch.tensor([0.5, 1, np.log(1e4), 0, 0.2, -3], dtype=torch.float64, requires_grad=True)
@@ -73,7 +73,7 @@ def test_gradients_are_finite_differences():  # T4
         )
 
 
-def test_nothing_overflows():  # T4 in float32, at the bounds that the decoder keeps
+def test_nothing_overflows():  # in float32, at the bounds that the decoder keeps
     corners = torch.cartesian_prod(
         torch.tensor([0.0, 1, 1e5, 1e6]),
         torch.tensor([-1e4, -30, 0, 18.4]),
@@ -103,7 +103,7 @@ def exact(x, log_mu, log_theta, logits=None):
     return np.where(x == 0, np.logaddexp(log_pi, log_not_pi + nb), log_not_pi + nb)
 
 
-def test_float32_keeps_its_digits():  # the bound of maths.md 3.1: 1e-5 max(1, |value|)
+def test_float32_keeps_its_digits():  # to 1e-5 max(1, |value|)
     rng = np.random.default_rng(0)
     n = 20_000
     x = np.concatenate([np.zeros(n // 4), rng.integers(1, 50, n // 4), 10 ** rng.uniform(2, 6, n // 2)]).round()
@@ -129,7 +129,7 @@ def test_large_theta_is_poisson():
 
 
 @pytest.mark.parametrize("case", [(4, 2, 0.7), (10, 0.5, 0.1), (0.3, 5, 0.5)])
-def test_samples_have_the_moments(case):  # T5
+def test_samples_have_the_moments(case):
     torch.manual_seed(0)
     n = 200_000
     mu, theta, _ = case
@@ -163,7 +163,7 @@ def test_rates_that_underflow_are_zero(theta):
 
 
 @pytest.mark.parametrize("theta_shape", [(7,), (5, 7), (3, 5, 7)])
-def test_shapes_broadcast(theta_shape):  # T23: an axis of draws is a loop over it
+def test_shapes_broadcast(theta_shape):  # an axis of draws is a loop over it
     rng = np.random.default_rng(1)
     counts = torch.from_numpy(rng.poisson(1.0, (5, 7)).astype(float))
     log_mu, logits = (torch.from_numpy(rng.normal(size=(3, 5, 7))) for _ in range(2))

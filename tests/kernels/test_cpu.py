@@ -11,7 +11,8 @@ import torch
 from scipy import sparse, special, stats
 from torch.autograd import gradcheck
 
-from scgen.kernels import cpu, dispatch, reference
+from scgen.kernels import dispatch, reference
+from scgen.kernels.cpu import likelihood
 
 KINDS = ["poisson", "negative binomial", "zero-inflated"]
 
@@ -45,8 +46,8 @@ def value_and_gradients(counts, parameters, weights, normalised):
 @pytest.fixture
 def fused(monkeypatch):
     """Take note of the compiled kernel's calls."""
-    calls, original = [], cpu.cells_log_prob
-    monkeypatch.setattr(cpu, "cells_log_prob", lambda *args: calls.append(1) or original(*args))
+    calls, original = [], likelihood.cells_log_prob
+    monkeypatch.setattr(likelihood, "cells_log_prob", lambda *args: calls.append(1) or original(*args))
     return calls
 
 
@@ -155,8 +156,8 @@ def test_threads_in_a_fresh_process():
     code = """
         import numba, torch
         torch.set_num_threads(1)
-        from scgen.kernels import cpu
-        cpu.cells_log_prob(torch.ones(4, 9), torch.ones(4, 9), torch.ones(9), torch.ones(4), *[None] * 3, True, None)
+        from scgen.kernels.cpu.likelihood import cells_log_prob
+        cells_log_prob(torch.ones(4, 9), torch.ones(4, 9), torch.ones(9), torch.ones(4), *[None] * 3, True, None)
         print(torch.get_num_threads(), numba.get_num_threads() == numba.config.NUMBA_NUM_THREADS)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)

@@ -19,7 +19,7 @@ if DEVICE == "cpu":
 triton = pytest.importorskip("triton", reason="Triton is not installed: it comes with torch's CUDA builds")
 if DEVICE == "cpu" and isinstance(triton.language.sum, triton.JITFunction):
     pytest.skip("Triton was imported by something else, not as an interpreter", allow_module_level=True)
-from scgen.kernels import cuda  # noqa: E402
+from scgen.kernels.cuda import likelihood, rows  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, of branches not taken
 KINDS = ["poisson", "negative binomial", "zero-inflated"]
@@ -30,8 +30,9 @@ N, G = 9, 70
 def blocks(request, monkeypatch):
     """Let genes and entries be more than a block of them, as they are in earnest, or fewer."""
     if request.param:
-        for name, size in (("ROW_BLOCK", 32), ("COLUMN_BLOCK", 32), ("ENTRY_BLOCK", 16)):
-            monkeypatch.setattr(cuda, name, size)
+        monkeypatch.setattr(likelihood, "ROW_BLOCK", 32)
+        monkeypatch.setattr(likelihood, "COLUMN_BLOCK", 32)
+        monkeypatch.setattr(rows, "ENTRY_BLOCK", 16)
 
 
 def inputs(kind, n_draws=1, n_thetas=1, normalised=True):
@@ -86,7 +87,7 @@ def close(ours, true, tolerance=3e-6):
 def test_value_and_gradient_are_those_of_the_plain_kernel_in_float64(kind, n_draws, n_thetas, normalised, blocks):
     some = inputs(kind, n_draws, n_thetas, normalised)
     weights = 0.1 + torch.arange(float(n_draws * N), device=DEVICE)
-    value, slopes = cuda.cells_log_prob(*some, normalised, weights)
+    value, slopes = likelihood.cells_log_prob(*some, normalised, weights)
     true_value, true_slopes = truth(some, weights, normalised)
     assert value.dtype == torch.float32
     assert ((value - true_value) / true_value).abs().max() < 3e-6
@@ -103,7 +104,7 @@ def test_bfloat16_logits(kind):
     for i in (1, 5):
         some[i] = None if some[i] is None else some[i].bfloat16()
     weights = torch.full((N,), -1 / N, device=DEVICE)
-    value, slopes = cuda.cells_log_prob(*some, True, weights)
+    value, slopes = likelihood.cells_log_prob(*some, True, weights)
     true_value, true_slopes = truth(some, weights, True)
     assert ((value - true_value) / true_value).abs().max() < 3e-6
     for ours, true, given in zip(slopes, true_slopes, some[1:], strict=True):
@@ -144,7 +145,7 @@ def test_single_counts_keep_their_digits(kind):
         log_theta = None
     nothing = torch.zeros(1, device=DEVICE), torch.zeros(n, device=DEVICE)
     ones = torch.ones(n, device=DEVICE)
-    value, slopes = cuda.cells_log_prob(x, log_mu, *nothing, log_theta, None, None, False, ones)
+    value, slopes = likelihood.cells_log_prob(x, log_mu, *nothing, log_theta, None, None, False, ones)
     rows = zip(x.tolist(), log_mu.tolist(), [[None]] * n if log_theta is None else log_theta.tolist(), strict=True)
     true = np.array([[float(part) for part in exact(a, b, c)] for (a,), (b,), (c,) in rows])
     scale = np.maximum(1, np.abs(true[:, 0]))
@@ -163,7 +164,7 @@ def test_what_is_not_a_number_stays_so(kind):
     for i in range(sum(values is not None for values in inputs(kind))):
         some = inputs(kind)
         some[i][..., 0 if i == 3 else 7] = torch.nan
-        value = cuda.cells_log_prob(*some, True, None)[0]
+        value = likelihood.cells_log_prob(*some, True, None)[0]
         assert value.isnan().all() if i != 3 else value.isnan().tolist() == [True] + [False] * (N - 1)
 
 
@@ -171,7 +172,7 @@ def test_what_is_not_a_number_stays_so(kind):
 def test_backward_of_any_weights_and_a_second_time(kind):
     some = inputs(kind)
     parameters = [None if values is None else values.requires_grad_() for values in some[1:]]
-    value = dispatch._CellsLogProbOnCuda.apply(cuda, True, some[0], *parameters)
+    value = dispatch._CellsLogProbOnCuda.apply(likelihood, True, some[0], *parameters)
     present = [values for values in parameters if values is not None]
     for weights in (torch.full((N,), -1 / N, device=DEVICE), 0.1 + torch.arange(float(N), device=DEVICE)):
         ours = torch.autograd.grad(value, present, weights, retain_graph=True)
@@ -185,12 +186,12 @@ def test_rows_of_a_matrix_on_the_device(dtype, blocks):
     rng = np.random.default_rng(0)
     dense = (rng.integers(1, 200, (30, G)) * (rng.random((30, G)) < 0.3)).astype(dtype)
     dense[[0, 7, 29]] = 0
-    matrix, rows = sparse.csr_array(dense), np.array([29, 3, 3, 0, 11, 28, 7])
-    parts = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32), matrix.data, rows
-    ours = cuda.dense_rows(*(torch.from_numpy(part).to(DEVICE) for part in parts), G)
+    matrix, asked = sparse.csr_array(dense), np.array([29, 3, 3, 0, 11, 28, 7])
+    parts = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32), matrix.data, asked
+    ours = rows.dense_rows(*(torch.from_numpy(part).to(DEVICE) for part in parts), G)
     assert ours.dtype == torch.float32
-    np.testing.assert_array_equal(ours.cpu().numpy(), dense[rows].astype(np.float32))
-    assert cuda.dense_rows(*(torch.from_numpy(part).to(DEVICE) for part in (*parts[:3], rows[:0])), G).shape == (0, G)
+    np.testing.assert_array_equal(ours.cpu().numpy(), dense[asked].astype(np.float32))
+    assert rows.dense_rows(*(torch.from_numpy(part).to(DEVICE) for part in (*parts[:3], asked[:0])), G).shape == (0, G)
 
 
 def test_the_kernels_compile_for_gpus():
@@ -199,7 +200,7 @@ def test_the_kernels_compile_for_gpus():
         from triton import compile
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
-        from scgen.kernels import cuda
+        from scgen.kernels.cuda import likelihood, rows
 
         def check(kernel, pointers, **constants):
             kinds = {"logits": "*bf16", "zi_logits": "*bf16", "d_logits": "*bf16", "d_zi_logits": "*bf16"} | pointers
@@ -214,9 +215,9 @@ def test_the_kernels_compile_for_gpus():
 
         for kind in (0, 2):
             for slope in (False, True):
-                check(cuda._sum_over_genes, {}, KIND=kind, NORMALISED=True, SLOPE=slope, BLOCK=1024)
-            assert "cvt.rn.bf16" in check(cuda._slopes, {}, KIND=kind, NORMALISED=True, ROWS=16, BLOCK=256)
-        check(cuda._fill_rows, {"indptr": "*i64", "indices": "*i32", "values": "*u8", "rows": "*i64"}, BLOCK=256)
+                check(likelihood._sum_over_genes, {}, KIND=kind, NORMALISED=True, SLOPE=slope, BLOCK=1024)
+            assert "cvt.rn.bf16" in check(likelihood._slopes, {}, KIND=kind, NORMALISED=True, ROWS=16, BLOCK=256)
+        check(rows._fill_rows, {"indptr": "*i64", "indices": "*i32", "values": "*u8", "rows": "*i64"}, BLOCK=256)
         print("done")
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -44,7 +44,7 @@ def answers(model, adata=None):
     found["expression"] = model.get_normalized_expression(adata, return_numpy=True)
     found["drawn"] = model.posterior_predictive_sample(adata).toarray()
     found["prior"] = np.asarray(model.sample_prior(20).obsm["z"])
-    if "library" in model.vae.posteriors:
+    if model.vae.has_library:
         found["library"] = model.get_latent_library_size(adata)
     return found
 

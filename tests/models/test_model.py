@@ -38,7 +38,7 @@ def small():
     return scgen.simulate_cells(n_cells=120, n_genes=20, n_batches=2, seed=3)
 
 
-def test_the_bound_is_the_sum_of_its_parts(small):  # T7
+def test_the_bound_is_the_sum_of_its_parts(small):
     model = train(model_of(small))
     error, elbo = model.get_reconstruction_error(return_mean=False), model.get_elbo(return_mean=False)
     mean, variance = (a.astype(float) for a in model.get_latent_representation(return_dist=True))
@@ -62,7 +62,7 @@ def test_the_bound_is_the_sum_of_its_parts(small):  # T7
     assert not np.allclose(model.get_elbo(swapped, return_mean=False), elbo)
 
 
-def test_truth_is_recovered():  # T21
+def test_truth_is_recovered():
     adata = scgen.simulate_cells(2000, 100, n_batches=2, mean_library=1000, batch_effect=0.7, seed=0)
     model = train(model_of(adata), None)
     theta = model.vae.decoder.dispersion.log_theta.detach().numpy()
@@ -206,7 +206,7 @@ def test_one_cell_is_refused():
         train(model_of(scgen.simulate_cells(n_cells=1, n_genes=10, n_batches=1)))
 
 
-def test_odd_cells_and_genes(small):  # T22
+def test_odd_cells_and_genes(small):
     x = small.X.toarray()
     x[:, 4] = 0  # a gene that nobody expresses
     small.X = sparse.csr_matrix(x)

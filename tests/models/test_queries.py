@@ -394,17 +394,17 @@ def test_held_out_counts_of_cells_with_missing_genes_are_not_read(reference, new
     counts = cells.counts.to_dense()
     kept = torch.from_numpy(np.random.default_rng(0).binomial(counts.numpy().astype(int), 0.5)).float()
     with torch.inference_mode():
-        by_hand = model.vae.complete(replace(cells, counts=kept, library=kept.sum(1, keepdim=True).log()))
-        of_all = model.vae.complete(replace(cells, counts=kept, library=cells.library))
+        by_hand = model.vae.impute(replace(cells, counts=kept, library=kept.sum(1, keepdim=True).log()))
+        of_all = model.vae.impute(replace(cells, counts=kept, library=cells.library))
     read, infer = [], model.vae.infer
     monkeypatch.setattr(model.vae, "infer", lambda cells: read.append(cells) or infer(cells))
     values = model.get_thinned_ll(held_out=0.5, n_samples=5, return_mean=False, batch_size=1000)
     (what,) = read
     assert torch.equal(what.counts, kept)
-    assert torch.equal(what.seen[:, :90], kept)
-    np.testing.assert_allclose(what.seen[:, 90:], by_hand.seen[:, 90:], rtol=1e-4)
+    assert torch.equal(what.encoder_input[:, :90], kept)
+    np.testing.assert_allclose(what.encoder_input[:, 90:], by_hand.encoder_input[:, 90:], rtol=1e-4)
     for leak in (cells, of_all):  # the tolerance would notice them
-        assert not np.allclose(what.seen[:, 90:], leak.seen[:, 90:], rtol=0.1)
+        assert not np.allclose(what.encoder_input[:, 90:], leak.encoder_input[:, 90:], rtol=0.1)
     assert np.isfinite(values).all()
 
 

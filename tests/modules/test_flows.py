@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from scgen.distributions import DiagonalNormal, Flowed
+from scgen.distributions import DiagonalNormal, FlowDistribution
 from scgen.modules.flows import InverseAutoregressiveFlow, MaskedAutoregressiveFlow, PlanarFlow
 
 FLOWS = {"planar": PlanarFlow, "iaf": InverseAutoregressiveFlow, "maf": MaskedAutoregressiveFlow}
@@ -26,7 +26,7 @@ def bent(kind: str, n_latent: int = 3, n_context: int = 4, n_steps: int = 3, spr
 @pytest.mark.parametrize("n_context", [0, 4])
 @pytest.mark.parametrize("n_latent", [1, 2, 5])
 @pytest.mark.parametrize("kind", FLOWS)
-def test_determinants_and_inverses(kind, n_latent, n_context):  # T11
+def test_determinants_and_inverses(kind, n_latent, n_context):
     flow = bent(kind, n_latent, n_context)
     z, context = torch.randn(6, n_latent).double(), torch.randn(6, n_context).double()
     moved, log_det = flow(z, context)
@@ -40,7 +40,7 @@ def test_determinants_and_inverses(kind, n_latent, n_context):  # T11
 
 
 @pytest.mark.parametrize("kind", ["iaf", "maf"])
-def test_outputs_see_only_what_comes_before(kind):  # T11
+def test_outputs_see_only_what_comes_before(kind):
     step = bent(kind, 5).steps[0]
     z, context = torch.randn(1, 5).double(), torch.randn(1, 4).double()
     for output in (0, 1):
@@ -52,7 +52,7 @@ def test_outputs_see_only_what_comes_before(kind):  # T11
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_planar_steps_can_be_inverted_whatever_the_head_says(dtype):  # T11
+def test_planar_steps_can_be_inverted_whatever_the_head_says(dtype):
     torch.manual_seed(0)
     flow = PlanarFlow(4, 9, 1).to(dtype)
     with torch.no_grad():
@@ -77,7 +77,9 @@ def test_planar_steps_can_be_inverted_whatever_the_head_says(dtype):  # T11
 @pytest.mark.parametrize("kind", FLOWS)
 def test_gradients_of_densities_are_finite_differences(kind):
     flow = bent(kind, 2, 0)
-    q = Flowed(DiagonalNormal(torch.zeros(2).double(), torch.ones(2).double()), flow, torch.zeros(1, 0).double())
+    q = FlowDistribution(
+        DiagonalNormal(torch.zeros(2).double(), torch.ones(2).double()), flow, torch.zeros(1, 0).double()
+    )
     z = torch.tensor([[0.3, -0.8]]).double()
     for values in (z, *flow.parameters()):
         if not values.numel():
@@ -126,9 +128,11 @@ def test_autoregressive_flows_start_as_scales(n_steps):
 
 
 @pytest.mark.parametrize("kind", FLOWS)
-def test_densities_integrate_to_one(kind):  # T12
+def test_densities_integrate_to_one(kind):
     flow = bent(kind, 2, 0, spread=0.3)
-    q = Flowed(DiagonalNormal(torch.zeros(2).double(), torch.ones(2).double()), flow, torch.zeros(1, 0).double())
+    q = FlowDistribution(
+        DiagonalNormal(torch.zeros(2).double(), torch.ones(2).double()), flow, torch.zeros(1, 0).double()
+    )
     axis = torch.linspace(-8, 8, 201).double()
     grid = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
@@ -146,14 +150,14 @@ def test_densities_integrate_to_one(kind):  # T12
 def test_moments_are_those_of_draws(kind):
     torch.manual_seed(1)
     mean, variance = torch.tensor([[2.0, -1], [0.5, 1]]).double(), torch.tensor([[0.5, 1], [2, 0.1]]).double()
-    q = Flowed(DiagonalNormal(mean, variance), bent(kind, 2, 4), torch.randn(2, 4).double())
+    q = FlowDistribution(DiagonalNormal(mean, variance), bent(kind, 2, 4), torch.randn(2, 4).double())
     with torch.no_grad():
         z = q.rsample((50_000,))
         # A hundred draws: the mean is within some tenths of a deviation, the variance within some tenths of itself.
         assert ((q.mean - z.mean(0)).abs() < 0.3 * z.std(0)).all()
         assert ((q.variance / z.var(0)).log().abs() < 0.6).all()
         assert torch.equal(q.mean, q.mean)
-        one = Flowed(DiagonalNormal(mean[1:], variance[1:]), q.flow, q.context[1:])
+        one = FlowDistribution(DiagonalNormal(mean[1:], variance[1:]), q.flow, q.context[1:])
         torch.testing.assert_close(one.mean, q.mean[1:])
 
 
@@ -187,7 +191,7 @@ def energies() -> dict:
 
 
 @pytest.mark.parametrize("target", energies())
-def test_more_steps_come_nearer_to_targets(target):  # T13
+def test_more_steps_come_nearer_to_targets(target):
     energy = energies()[target]
     axis = torch.linspace(-6, 6, 600).double()
     log_z = (-energy(torch.cartesian_prod(axis, axis))).logsumexp(0).item() + 2 * math.log(axis[1] - axis[0])
@@ -198,7 +202,7 @@ def test_more_steps_come_nearer_to_targets(target):  # T13
         optimizer = torch.optim.Adam([*flow.parameters(), log_scale], 0.01)
 
         def free_energy(n, flow=flow, log_scale=log_scale):
-            q = Flowed(DiagonalNormal(torch.zeros(2), (2 * log_scale).exp()), flow, torch.zeros(1, 0))
+            q = FlowDistribution(DiagonalNormal(torch.zeros(2), (2 * log_scale).exp()), flow, torch.zeros(1, 0))
             z, log_q = q.rsample_and_log_prob((n, 1))
             return log_q + energy(z)
 

@@ -39,14 +39,22 @@ def some_cells(n: int, n_genes: int, n_batches: int = 1, scale: float = 2.0) -> 
     counts = torch.from_numpy(rng.poisson(scale, (n, n_genes)).astype(np.float32))
     batch = torch.from_numpy(rng.integers(n_batches, size=n))
     none = torch.zeros(n, 0)
-    return Cells(counts, counts.sum(1, keepdim=True).log(), batch, batch * 0, none.long(), none, torch.arange(n))
+    return Cells(
+        counts=counts,
+        library=counts.sum(1, keepdim=True).log(),
+        batch=batch,
+        labels=batch * 0,
+        categorical=none.long(),
+        continuous=none,
+        index=torch.arange(n),
+    )
 
 
 def size(module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_parameter_counts():  # T17: the paper's CORTEX architecture
+def test_parameter_counts():  # of the paper's architecture for CORTEX
     vae = SCVI.build(registry(558), **DEFAULTS)
     assert size(vae.posteriors["z"]) == 71_424 + 128 + 256 + 2 * 1_290
     assert size(vae.posteriors["library"]) == 71_808 + 2 * 129
@@ -60,6 +68,13 @@ def test_batches_widen_only_what_sees_them(encode):
     added = {name: size(several.posteriors[name]) - size(alone.posteriors[name]) for name in ("z", "library")}
     assert added == ({"z": 4 * 128, "library": 4 * 128} if encode else {"z": 0, "library": 0})
     assert size(several.decoder) - size(alone.decoder) == 4 * 128
+
+
+@pytest.mark.parametrize(("likelihood", "expected"), [("zinb", True), ("poisson", True), ("normal", False)])
+@pytest.mark.parametrize("observed", [True, False])
+def test_models_of_counts_have_a_library_observed_or_not(likelihood, expected, observed):
+    arguments = DEFAULTS | {"gene_likelihood": likelihood, "use_observed_lib_size": observed}
+    assert SCVI.build(registry(5), **arguments).has_library is expected
 
 
 def test_rows_added_are_one_hots_multiplied():
@@ -107,7 +122,7 @@ def test_normalisation_folded_into_a_sparse_first_layer():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_draws_are_normalised_slice_by_slice(training):  # T23
+def test_draws_are_normalised_slice_by_slice(training):
     torch.manual_seed(0)
     ours, plain = SliceBatchNorm(4).train(training), torch.nn.BatchNorm1d(4).train(training)
     x = torch.randn(3, 10, 4) * torch.tensor([1.0, 5, 20])[:, None, None]
@@ -115,7 +130,7 @@ def test_draws_are_normalised_slice_by_slice(training):  # T23
     torch.testing.assert_close(ours.running_mean, plain.running_mean)
 
 
-def test_draws_through_the_model_are_a_loop_over_them():  # T23
+def test_draws_through_the_model_are_a_loop_over_them():
     vae = SCVI.build(registry(30, 2), **DEFAULTS).eval()
     cells = some_cells(8, 30, 2)
     latents = {"z": torch.randn(5, 8, 10), "library": torch.full((5, 8, 1), 4.0)}

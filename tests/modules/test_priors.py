@@ -11,7 +11,7 @@ from scipy.special import logsumexp
 from sklearn.mixture import GaussianMixture
 from torch.autograd.functional import jacobian
 
-from scgen.distributions import DiagonalNormal, Flowed
+from scgen.distributions import DiagonalNormal, FlowDistribution
 from scgen.models.scvi import POSTERIORS, PRIORS, SCVI
 from scgen.modules.elbo import draw_and_kl
 from scgen.modules.priors import FlowPrior, MixturePrior, StandardNormalPrior
@@ -45,7 +45,7 @@ def random_mixture(k: int = 4) -> MixturePrior:
     return prior
 
 
-def test_mixture_is_scikit_learns():  # T14
+def test_mixture_is_scikit_learns():
     prior = random_mixture()
     theirs = GaussianMixture(4, covariance_type="diag")
     theirs.weights_ = prior.logits.softmax(0).detach().numpy()
@@ -56,7 +56,7 @@ def test_mixture_is_scikit_learns():  # T14
     np.testing.assert_allclose(ours.flatten(), theirs.score_samples(z.reshape(-1, D).numpy()), rtol=1e-9)
 
 
-def test_one_standard_component_is_the_normal_prior():  # T14
+def test_one_standard_component_is_the_normal_prior():
     torch.manual_seed(0)
     one, normal = MixturePrior(D, 1), StandardNormalPrior(D)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_one_standard_component_is_the_normal_prior():  # T14
     q = DiagonalNormal(torch.tensor([0.5, -1, 2]), torch.tensor([0.25, 1.5, 0.04]))
     _, draws = draw_and_kl(q, one(None, None), (100_000,))
     _, exact = draw_and_kl(q, normal(None, None), ())
-    assert exact.item() == pytest.approx(4.119852538939963, rel=1e-6)  # maths.md, T6
+    assert exact.item() == pytest.approx(4.119852538939963, rel=1e-6)  # by mpmath
     assert abs(draws.mean().item() - exact.item()) < 4 * draws.std().item() / len(draws) ** 0.5
 
 
@@ -88,7 +88,7 @@ def test_samples_of_priors_agree_with_their_densities():
 
 @pytest.mark.parametrize("posterior", POSTERIORS)
 @pytest.mark.parametrize("likelihood", ["nb", "normal"])
-def test_pseudo_inputs_are_encoded_as_in_a_question(likelihood, posterior):  # T15
+def test_pseudo_inputs_are_encoded_as_in_a_question(likelihood, posterior):
     vae = disturbed(built(posterior, "vamp", n_components=5, gene_likelihood=likelihood, dropout_rate=0.5))
     cells = some_cells(40, 20, 2)
     vae.train()
@@ -181,7 +181,7 @@ def test_log_densities_are_changes_of_variable(posterior):
     q = vae.posteriors["z"](cells)
 
     def draw(noise):
-        base = q.base if isinstance(q, Flowed) else q
+        base = q.base if isinstance(q, FlowDistribution) else q
         base._noise = lambda shape: noise
         return q.rsample_and_log_prob()
 

@@ -10,7 +10,7 @@ formula made exact, lgamma(z) = (z - 1/2) log z - z + log(2 pi) / 2 + R(z),
     theta (S(n) - S(theta)) - theta h(e / theta),  S(z) = digamma(z) - log z.
 
 No term is larger than the result but for logarithms, so that counts of a million keep their digits in float32. A zero
-is put as in `cpu`.
+is put as in `scgen.kernels.cpu.genes`.
 """
 
 import triton

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from scgen.kernels.rows import COMPILED
+from scgen.kernels.cpu.rows import COMPILED
 
 float32, int32, uint16, uint32 = np.float32, np.int32, np.uint16, np.uint32
 

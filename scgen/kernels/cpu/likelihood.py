@@ -1,4 +1,4 @@
-"""For CPUs, compiled by numba: log p(counts) of whole cells, and its gradient, in float32.
+"""log p(counts) of whole cells and its gradient on a CPU, in float32.
 
 A row of genes goes through small loops over blocks that stay in the innermost cache; nothing of the size of the
 minibatch is written but the gradients themselves. What is done to a block is in `genes`.
@@ -11,10 +11,10 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from scgen.kernels.functions import exp, read, write
-from scgen.kernels.genes import negative_binomial, poisson, tabulate
-from scgen.kernels.listing import as_array, non_zeros
-from scgen.kernels.rows import ADDING, COMPILED, threads
+from scgen.kernels.cpu.functions import exp, read, write
+from scgen.kernels.cpu.genes import negative_binomial, poisson, tabulate
+from scgen.kernels.cpu.listing import as_array, non_zeros
+from scgen.kernels.cpu.rows import ADDING, COMPILED, threads
 
 float32, float64, int64 = np.float32, np.float64, np.int64
 ZERO = float32(0)

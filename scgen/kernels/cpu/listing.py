@@ -5,9 +5,9 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from scgen.kernels import functions
-from scgen.kernels.functions import write
-from scgen.kernels.rows import COMPILED, threads
+from scgen.kernels.cpu import functions
+from scgen.kernels.cpu.functions import write
+from scgen.kernels.cpu.rows import COMPILED, threads
 
 
 def non_zeros(counts: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

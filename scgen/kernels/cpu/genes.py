@@ -1,4 +1,4 @@
-"""The likelihood of some genes of one cell, in loops that the compiler vectorises: what `cpu` is made of.
+"""The likelihood of some genes of one cell, in loops that the compiler vectorises: what `likelihood` is made of.
 
 All entries, nine tenths of them zeros, run through loops for zeros, without branches. What is not zero is put right
 after that, from a list: one by one in float64 (slopes but for their log-gamma part in float32), with products instead
@@ -13,7 +13,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from scgen.kernels.functions import (
+from scgen.kernels.cpu.functions import (
     LOG_FACTORIAL,
     SMALL,
     digamma,
@@ -24,7 +24,7 @@ from scgen.kernels.functions import (
     rising_slope,
     twice_artanh,
 )
-from scgen.kernels.rows import COMPILED
+from scgen.kernels.cpu.rows import COMPILED
 
 float32, float64, int64 = np.float32, np.float64, np.int64
 ZERO, ONE, TWO = float32(0), float32(1), float32(2)

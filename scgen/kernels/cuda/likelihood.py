@@ -1,6 +1,6 @@
-"""For CUDA GPUs, compiled by Triton: log p(counts) of whole cells, its gradient, and sparse rows made dense.
+"""log p(counts) of whole cells and its gradient on a GPU.
 
-All is float32, since many GPUs compute float64 at a sixty-fourth of the speed: `cuda_functions` says how large counts
+All is float32, since many GPUs compute float64 at a sixty-fourth of the speed: `functions` says how large counts
 keep their digits. Nothing of the size of the minibatch is written but the gradients themselves. Sums over cells go over
 fixed parts of them and are then added by torch: no atomic operations, so results repeat.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scgen.kernels.cuda_functions import (
+from scgen.kernels.cuda.functions import (
     digamma_rest,
     excess,
     log_inflated_zero,
@@ -23,8 +23,8 @@ from scgen.kernels.cuda_functions import (
 
 POISSON, NEGATIVE_BINOMIAL, ZERO_INFLATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-#: Genes at a time of a program that has one cell, and of one that has several; entries at a time of a sparse row.
-ROW_BLOCK, COLUMN_BLOCK, ENTRY_BLOCK = 1024, 256, 256
+#: Genes at a time of a program that has one cell, and of one that has several.
+ROW_BLOCK, COLUMN_BLOCK = 1024, 256
 
 
 def cells_log_prob(
@@ -40,7 +40,7 @@ def cells_log_prob(
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Return the values of `reference.cells_log_prob`, (R,), and the gradient of their sum by each parameter.
 
-    Parameters and results are those of `cpu.cells_log_prob`.
+    Parameters and results are those of `scgen.kernels.cpu.likelihood.cells_log_prob`.
     """
     inputs = counts, logits, bias, log_library, log_theta, zi_logits, zi_bias
     value = _over_genes(*inputs, normalised, slope=False)[0]
@@ -98,15 +98,6 @@ def slopes(
         d_zi_logits if kind == ZERO_INFLATED.value else None,
         d_zi_bias if kind == ZERO_INFLATED.value else None,
     )
-
-
-def dense_rows(indptr: Tensor, indices: Tensor, values: Tensor, rows: Tensor, n_genes: int) -> Tensor:
-    """Return the rows of a canonical CSR matrix in device memory, in this order, as a dense float32 tensor (n, G)."""
-    dense = torch.zeros(len(rows), n_genes, device=values.device)
-    if len(rows):
-        with torch.cuda.device_of(values):
-            _fill_rows[(len(rows),)](indptr, indices, values, rows, dense, n_genes, BLOCK=ENTRY_BLOCK)
-    return dense
 
 
 def _over_genes(
@@ -259,19 +250,6 @@ def _slopes(
         tl.store(sums + (n_parts + part) * n_genes + gene, sum_zi_bias, mask=real)
     if KIND != POISSON:
         tl.store(sums + (2 * n_parts + part) * n_genes + gene, sum_theta, mask=real)
-
-
-@triton.jit
-def _fill_rows(indptr, indices, values, rows, dense, n_genes, BLOCK: tl.constexpr):
-    """One program a row, which is zero before."""
-    i = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows + i)
-    last = tl.load(indptr + row + 1)
-    for start in range(tl.load(indptr + row), last, BLOCK):
-        entry = start + tl.arange(0, BLOCK)
-        real = entry < last
-        gene = tl.load(indices + entry, mask=real, other=0)
-        tl.store(dense + i * n_genes + gene, tl.load(values + entry, mask=real, other=0).to(tl.float32), mask=real)
 
 
 @triton.jit

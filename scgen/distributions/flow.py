@@ -20,7 +20,7 @@ class Flow(Protocol):
     def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-class Flowed(Distribution):
+class FlowDistribution(Distribution):
     """z = f(e) with e from a Gaussian: log q(z) = log q(e) - log |det df/de|.
 
     Mean and variance have no closed form. They are taken over the same 100 standard normal draws, in pairs of opposite
@@ -37,7 +37,7 @@ class Flowed(Distribution):
     --------
     >>> import torch
     >>> from scgen.modules.flows import PlanarFlow
-    >>> q = Flowed(DiagonalNormal(torch.zeros(3, 2), torch.ones(3, 2)), PlanarFlow(2, 0), torch.zeros(3, 0))
+    >>> q = FlowDistribution(DiagonalNormal(torch.zeros(3, 2), torch.ones(3, 2)), PlanarFlow(2, 0), torch.zeros(3, 0))
     >>> z, log_q = q.rsample_and_log_prob((5,))
     >>> tuple(z.shape), tuple(log_q.shape)
     ((5, 3, 2), (5, 3))

@@ -1,0 +1,1 @@
+"""Kernels for CUDA GPUs, compiled by Triton."""
