@@ -290,6 +290,7 @@ QUESTIONS = (
     *("get_latent_representation", "get_latent_library_size", "get_elbo", "get_reconstruction_error"),
     *("get_marginal_ll", "get_thinned_ll", "active_units", "get_normalized_expression", "get_cluster_probs"),
     *("get_feature_correlation_matrix", "posterior_predictive_sample", "sample_prior", "save"),
+    "view_anndata_setup",
 )
 
 

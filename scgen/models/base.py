@@ -813,6 +813,34 @@ class Model:
         with self.vae.occupied():
             return queries.mapped(self, adata, layer, batch_key, min_overlap)
 
+    def view_anndata_setup(self, adata: AnnData | None = None) -> pd.DataFrame:
+        """Return what the model reads, and where, as a table: counts, cells, genes, batches and further columns.
+
+        Parameters
+        ----------
+        adata
+            Other cells than the model's own.
+
+        Returns
+        -------
+        A row for each part that is read: "where" it is in ``adata``, and "what" is there. Names of batches and labels
+        have their numbers of cells behind them.
+
+        Raises
+        ------
+        ValueError
+            If ``adata`` lacks what the model reads, or the model was loaded without cells.
+
+        Examples
+        --------
+        >>> import scgen
+        >>> adata = scgen.simulate_cells(n_cells=100, n_genes=30, seed=0)
+        >>> scgen.setup_anndata(adata, batch_key="batch")
+        >>> scgen.SCVI(adata).view_anndata_setup().loc["batch_key"].tolist()
+        ['adata.obs["batch"]', '3: batch_1 (29), batch_2 (36), batch_3 (35)']
+        """
+        return self.registry.view(loaders.cells_of(self) if adata is None else adata)
+
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the model, without the cells, into ``folder``: ``model.json`` and a safetensors file.
 
