@@ -16,12 +16,13 @@ from scgen.arguments import check_choice, check_draws, check_number
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry, setup_anndata
 from scgen.models import differences, files, loaders, queries, trainings
+from scgen.models.counterparts import Answering
 from scgen.modules.vae import VAE
 from scgen.seeding import seeded
 from scgen.training import fit
 
 
-class Model:
+class Model(metaclass=Answering):
     """Base of the models: a `Registry`, the constructor's arguments, and the module that they make.
 
     Attributes

@@ -18,13 +18,14 @@ from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry
 from scgen.data.snapshot import Snapshot
 from scgen.models import files, loaders
+from scgen.models.counterparts import Answering
 
 #: The batch of a reference that has none: no value of a column is named so.
 REFERENCE = "<reference>"
 
 
 @dataclass(frozen=True)
-class Query:
+class Query(metaclass=Answering):
     """New cells, mapped onto a reference.
 
     Attributes
@@ -221,7 +222,7 @@ class Query:
                 f"the typicality of {missing} of {len(table)} cells is not calibrated (NaN): they are of new batches "
                 f"with fewer than {analysis.MIN_BATCH} cells, too few to tell the batch's effect from a cell's own. "
                 'Compare the ranks of their "distance" or "density" with each other.',
-                stacklevel=2,
+                stacklevel=3,  # from contextlib, which is between the user's call and this one
             )
         return table.set_index(self.model.adata.obs_names)
 
