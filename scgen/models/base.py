@@ -15,7 +15,7 @@ from scgen.analysis.likelihood_parameters import likelihood_parameters
 from scgen.arguments import check_choice, check_draws, check_number
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry, setup_anndata
-from scgen.models import differences, files, loaders, queries, trainings
+from scgen.models import differences, files, loaders, queries, summary, trainings
 from scgen.models.counterparts import Answering
 from scgen.modules.vae import VAE
 from scgen.seeding import seeded
@@ -68,11 +68,8 @@ class Model(metaclass=Answering):
         with seeded(arguments["seed"]), torch.inference_mode(False):
             self.vae = self.build(registry, **self.arguments).eval()
 
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
-        state = f"trained for {len(self.history) or 'unknown'} epochs" if self.is_trained else "untrained"
-        n_genes, n_batches = len(self.registry.genes), len(self.registry.batches)
-        return f"{type(self).__name__}({shown}): {n_genes} genes, {n_batches} batches, {state}"
+    _summary = summary.of_model
+    __repr__, __str__, _repr_html_ = summary.line, summary.text, summary.table
 
     @property
     def is_trained(self) -> bool:

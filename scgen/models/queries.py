@@ -17,14 +17,14 @@ from scgen.data.genes import identifiers, matched
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry
 from scgen.data.snapshot import Snapshot
-from scgen.models import files, loaders
+from scgen.models import files, loaders, summary
 from scgen.models.counterparts import Answering
 
 #: The batch of a reference that has none: no value of a column is named so.
 REFERENCE = "<reference>"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Query(metaclass=Answering):
     """New cells, mapped onto a reference.
 
@@ -53,7 +53,7 @@ class Query(metaclass=Answering):
     >>> model.train(max_epochs=3, progress=False)
     >>> query = model.query(adata[new, :25].copy())
     >>> query
-    Query of 115 cells: 25 of 30 genes (83%), by their names in adata.var_names; new in batch: batch_3
+    Query of 115 cells; genes: 25 of 30 (83%), by their names in adata.var_names; new in batch: batch_3
     >>> query.transfer_labels("cell_type").columns.tolist()
     ['label', 'share']
     """
@@ -64,18 +64,8 @@ class Query(metaclass=Answering):
     matched_by: str
     n_trainings: int
 
-    def __repr__(self) -> str:
-        registry = self.model.registry
-        told = [f"new in {key}: {some(registry.categories[key][n:])}" for key, n in registry.known.items()]
-        key = registry.setup.batch_key
-        if key is not None:
-            known = registry.batches[: registry.known.get(key)]
-            codes = np.unique(codes_of_column(self.model.adata.obs[key], known))
-            there = sorted(known[code] for code in codes if code >= 0)
-            told += [f"taken for the reference's own in {key}: {some(there)}"] if there else []
-        n = len(registry.genes)
-        of = f"{n} of {n + len(registry.missing)} genes ({self.overlap:.0%}), by {self.matched_by}"
-        return "; ".join([f"Query of {self.model.adata.n_obs} cells: {of}", *told])
+    _summary = summary.of_query
+    __repr__, __str__, _repr_html_ = summary.line, summary.text, summary.table
 
     def get_latent_representation(self) -> np.ndarray:
         """Return z of each new cell, (n, n_latent), in the space of the reference's."""
