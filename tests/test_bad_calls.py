@@ -120,6 +120,7 @@ WRONG = {
     "prefix": [None, 3, 1.5, True, b"p_", [], {}, object(), NAN],
     "maps": [None, 3, "xy", [], {}, {"a": 3}, {"a": "xy"}, {"a": np.zeros(4)}, {"a": np.zeros((4, 3))}, {"a": None}],
     "colours": [None, 3, "red", [], {}, {"a": 3}, {"a": None}, {"a": [1] * 4}, {"a": pd.Series([1])}],
+    "function": [3, 1.5, True, "print", b"print", [], [print], {}, {"print": print}, np.zeros(2), NAN, AnnData()],
     "table": [None, 3, "table", [], {}, True, np.zeros((2, 2)), pd.DataFrame(), object()],
 }
 WRONG["rows"] += [[-121], [2**70], [True] * 3, True, [], (), {}, object(), np.zeros((2, 2), int), [None], 3j, {1, 2}]
@@ -196,6 +197,7 @@ KINDS = ADATA_KEYS | {
     "model": "model",
     "prefix": "prefix",
     "maps": "maps",
+    "on_epoch": "function",
     "colours": "colours",
     "history": "table",
     "table": "table",
@@ -208,7 +210,8 @@ KINDS |= dict.fromkeys(FLAGS, "flag") | dict.fromkeys(CHOICES, "choice")
 
 #: Settings of SCVI and of its training: None stands for the default where another call passes them on.
 PASSED_ON = [name for of in (scgen.SCVI, scgen.SCVI.train) for name in inspect.signature(of).parameters]
-PASSED_ON = {name: KINDS[name] for name in PASSED_ON if name not in ("self", "adata", "seed", "progress", "max_epochs")}
+ALONE = ("self", "adata", "seed", "progress", "max_epochs", "on_epoch")
+PASSED_ON = {name: KINDS[name] for name in PASSED_ON if name not in ALONE}
 WRONG |= {f"{kind} or None": [one for one in WRONG[kind] if one is not None] for kind in PASSED_ON.values()}
 
 #: Every public call, by name: how it is called rightly, and the arguments that are of another kind than elsewhere.

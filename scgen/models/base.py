@@ -92,6 +92,7 @@ class Model(metaclass=Answering):
         precision: str = "auto",
         seed: int = 0,
         progress: bool = True,
+        on_epoch: Callable[[dict[str, float]], object] | None = None,
     ) -> None:
         """Maximise the evidence lower bound over the training cells; called again, go on from the weights as they are.
 
@@ -131,9 +132,15 @@ class Model(metaclass=Answering):
             Seed of the split, the order of the cells and all noise. The global generators are left alone.
         progress
             Whether to show a progress line.
+        on_epoch
+            A function that is called after each epoch, with a dict of numbers: "epoch", from 1, and the new row of
+            ``history``. If it returns True, training stops, and the best weights are kept as after early stopping. If
+            it raises an error, training ends with that error, and the weights of this epoch are kept.
 
         Raises
         ------
+        TypeError
+            If an argument is of the wrong kind.
         ValueError
             If an argument is out of its range, or fewer than two cells are left to train on.
         FloatingPointError
@@ -148,11 +155,19 @@ class Model(metaclass=Answering):
         >>> model.train(max_epochs=3, progress=False)
         >>> model.history.index.tolist()
         [1, 2, 3]
+
+        With TensorBoard, the curve can be watched:
+
+        >>> from torch.utils.tensorboard import SummaryWriter  # doctest: +SKIP
+        >>> writer, elbo = SummaryWriter(), "elbo_validation"  # doctest: +SKIP
+        >>> model.train(on_epoch=lambda row: writer.add_scalar(elbo, row[elbo], row["epoch"]))  # doctest: +SKIP
         """
         plan = max_epochs, batch_size, train_size, early_stopping, patience, learning_rate, kl_start
-        options = trainings.checked(*plan, n_importance_samples, accelerator, devices, precision, seed, progress)
+        options = trainings.checked(
+            *plan, n_importance_samples, accelerator, devices, precision, seed, progress, on_epoch
+        )
         with trainings.recorded(self, options, batch_size, train_size) as (training, validation, rows):
-            self.trainings[-1]["finished"] = fit(self.vae, training, validation, options, rows)
+            self.trainings[-1]["finished"] = fit(self.vae, training, validation, options, rows, on_epoch)
 
     def get_latent_representation(
         self,

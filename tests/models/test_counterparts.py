@@ -267,11 +267,11 @@ def test_an_attribute_of_neither(model):
 
 
 def test_errors_of_what_is_called_are_left_alone(model, monkeypatch):
-    def get_elbo(vae, loader, seed):
-        return int(lr=1)  # in the words of Python's own error
+    def bound(vae, loader, seed):
+        return message_for(lr=1)  # in the words of Python's error for a wrong argument of get_elbo
 
-    monkeypatch.setattr(scgen.models.base.inference, "bound", get_elbo)
-    with pytest.raises(TypeError, match=r"^'lr' is an invalid keyword|unexpected keyword argument 'lr'$"):
+    monkeypatch.setattr(scgen.models.base.inference, "bound", bound)
+    with pytest.raises(TypeError, match=r"^message_for\(\) got an unexpected keyword argument 'lr'$"):
         model.get_elbo()
     with pytest.raises(TypeError, match="positional argument"):
         model.train(1, 2)
