@@ -303,9 +303,8 @@ def asked(name: str, on: SimpleNamespace, **given):
 
 
 CALLS |= {f"SCVI.{name}": (partial(asked, name), {}) for name in QUESTIONS}
-#: What is public and takes nothing of a user's: data, what calls return, and what models are made by.
-OTHERS = {"PRESETS", "PosteriorPredictiveCheck", "Tuning", "SCVI.assemble", "SCVI.build", "SCVI.checked"}
-OTHERS |= {"SCVI.require_training", "Query.get_latent_representation"}
+#: What is public and takes nothing of a user's: data, and what calls return.
+OTHERS = {"PRESETS", "PosteriorPredictiveCheck", "Tuning", "Query.get_latent_representation"}
 
 
 def function_of(call: str):

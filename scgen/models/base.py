@@ -68,6 +68,8 @@ class Model(metaclass=Answering):
         with seeded(arguments["seed"]), torch.inference_mode(False):
             self.vae = self.build(registry, **self.arguments).eval()
 
+    #: What is public for other parts of scgen, and what users need not see: completion does not list it.
+    _hidden = ("assemble", "build", "checked", "fingerprint", "require_training", "source", "source_rows")
     _summary = summary.of_model
     __repr__, __str__, _repr_html_ = summary.line, summary.text, summary.table
 

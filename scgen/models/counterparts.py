@@ -6,6 +6,7 @@ into the errors that Python raises for a name that is not there.
 
 import inspect
 import re
+from collections.abc import Collection
 from contextlib import ContextDecorator
 
 from scgen.arguments import did_you_mean
@@ -223,7 +224,12 @@ ATTRIBUTES = {
 
 
 class Answering(type):
-    """Metaclass of what users call: an argument or attribute of scvi-tools' is answered with what it is called here."""
+    """Metaclass of what users call: an argument or attribute of scvi-tools' is answered with what it is called here.
+
+    Names in the class's ``_hidden`` are not listed by `dir`, and so not offered by completion.
+    """
+
+    _hidden: Collection[str] = ()
 
     def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict):
         super().__init__(name, bases, namespace)
@@ -234,6 +240,10 @@ class Answering(type):
                 setattr(cls, key, _Answered(value)(value))
         # Not written as a method, since type checkers take a class with such a method to have every attribute.
         cls.__getattr__ = lambda self, missing: type(cls).__getattr__(type(self), missing)
+        cls.__dir__ = lambda self: [key for key in object.__dir__(self) if key not in cls._hidden]
+
+    def __dir__(cls) -> list[str]:
+        return [key for key in super().__dir__() if key not in cls._hidden]
 
     def __getattr__(cls, missing: str):
         told = f": {ATTRIBUTES[missing]}" if missing in ATTRIBUTES else ""

@@ -123,3 +123,15 @@ def test_a_tuning(model):
     assert (title, best) == ("Tuning of 2 candidates in 3 trainings", "    best: nb")
     assert [of_model.replace("    model: ", ""), *rest] == str(model).splitlines()
     assert "<script>" not in tuning._repr_html_()
+
+
+def test_completion_lists_what_users_call(model):
+    listed = {name for name in dir(model) if not name.startswith("_")}
+    internal = {"assemble", "build", "checked", "fingerprint", "require_training", "source", "source_rows"}
+    assert not listed & internal
+    assert not set(dir(scgen.SCVI)) & internal
+    assert all(hasattr(model, name) for name in internal)  # other parts of scgen use them
+    assert {"adata", "history", "trainings", "vae", "train", "query", "save", "get_cluster_probs"} <= listed
+    assert {"load", "from_scvi_tools", "setup_anndata", "train"} <= set(dir(scgen.SCVI))
+    query = {name for name in dir(model.query(model.adata.copy())) if not name.startswith("_")}
+    assert {"model", "reference", "train", "transfer_labels", "typicality"} <= query
