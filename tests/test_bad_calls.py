@@ -266,6 +266,11 @@ CALLS = {
     ),
     "SCVI.query": (lambda on, **given: on.model.query(**{"adata": on.new} | given), {}),
     "SCVI.setup_anndata": (lambda on, **given: scgen.SCVI.setup_anndata(**{"adata": on.new} | given), {}),
+    "SCVI.load_query": (
+        lambda on, **given: on.model.load_query(**{"folder": "query", "adata": on.other} | given),
+        {},
+    ),
+    "Query.save": (lambda on, **given: on.query.save(**{"folder": "new"} | given), {}),
     "Query.train": (lambda on, **given: on.query.train(**{"max_epochs": 1} | given), {}),
     "Query.transfer_labels": (
         lambda on, **given: on.query.transfer_labels(**{"labels_key": "cell_type"} | given),
@@ -353,13 +358,14 @@ def on(tmp_path_factory):
         setattr(on, name, model)
     other = new[:60].copy()
     other.obs["batch"] = "other"
-    on.query = on.model.query(other)
+    on.query, on.other = on.model.query(other), other
     on.table = on.model.differential_expression("cell_type", n_samples=10, n_cells=10)
     on.check = scgen.posterior_predictive_check(on.model, n_samples=2)
     cells.obsm["z"] = on.model.get_latent_representation()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("files"))
         on.model.save("saved")
+        on.query.save("query")
         cells.write_h5ad("cells.h5ad")
         yield on
 

@@ -889,7 +889,32 @@ class Model(metaclass=Answering):
         ValueError
             If ``adata`` does not fit the model.
         """
-        return files.load(cls, folder, adata)
+        return files.load(cls, folder, adata)[0]
+
+    def load_query(self, folder: str | Path, adata: AnnData) -> queries.Query:
+        """Return the query that `Query.save` wrote, mapped onto this model: its answers are those that it gave.
+
+        Parameters
+        ----------
+        folder
+            Where it was saved.
+        adata
+            The new cells. ``SCVI.load(folder)`` loads the model of the query alone, also without cells.
+
+        Raises
+        ------
+        scgen.storage.ModelFileError
+            If the folder holds no query, or as in `load`.
+        ValueError
+            If it is a query of another reference, or of this one before it was trained again, or if ``adata`` does not
+            fit.
+
+        Examples
+        --------
+        >>> model.query(new).save("query/")  # doctest: +SKIP
+        >>> query = model.load_query("query/", new)  # doctest: +SKIP
+        """
+        return queries.load(self, folder, adata)
 
     def require_training(self) -> None:
         """Raise RuntimeError if the model is untrained."""

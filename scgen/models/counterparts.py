@@ -246,8 +246,10 @@ class Answering(type):
         return [key for key in super().__dir__() if key not in cls._hidden]
 
     def __getattr__(cls, missing: str):
-        told = f": {ATTRIBUTES[missing]}" if missing in ATTRIBUTES else ""
-        raise AttributeError(f"{cls.__name__} has no attribute {missing!r}{told}")
+        if missing in ATTRIBUTES:
+            told = f"{cls.__name__} has no attribute {missing!r}: {ATTRIBUTES[missing]}"
+            raise AttributeError(told, name=missing, obj=None)  # for which Python suggests no other name
+        raise AttributeError(f"{cls.__name__} has no attribute {missing!r}")
 
 
 class _Answered(ContextDecorator):
