@@ -253,7 +253,7 @@ class Answering(type):
 
 
 class _Answered(ContextDecorator):
-    """Decorator of a function: the TypeError for an unknown argument says what to write instead.
+    """Decorator of a function: the TypeError for arguments that it does not take says what to write instead.
 
     It is the standard library's, so that no function of ours stands between a user's call and what is called, and none
     takes arguments only to pass them on.
@@ -268,19 +268,29 @@ class _Answered(ContextDecorator):
     def __exit__(self, kind, error, trace):
         # Within the function itself, the trace would be longer.
         if kind is TypeError and trace.tb_next is None:
-            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if unknown:
+            if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
                 raise TypeError(_answer(self.function, unknown[1])) from None
+            if re.search("positional arguments? but|multiple values", str(error)):
+                first = [name for name, of in _taken(self.function).items() if of.kind == of.POSITIONAL_OR_KEYWORD]
+                told = f"{error}. By position it takes {', '.join(first) or 'none'}: write the names of all others."
+                raise TypeError(told) from None
+
+
+def _taken(function) -> dict[str, inspect.Parameter]:
+    """Return the arguments that a user gives to a function."""
+    found = inspect.signature(function).parameters
+    return {name: of for name, of in found.items() if name not in ("self", "cls")}
 
 
 def _answer(function, name: str) -> str:
     """Return the message for an argument that a function does not have."""
     place = function.__qualname__
     call = place.removesuffix(".__init__").rpartition(".")[2]
-    own = [one for one in inspect.signature(function).parameters if one not in ("self", "cls")]
+    own = list(_taken(function))
     told = (ARGUMENTS[""] | ARGUMENTS.get(place, {})).get(name, "")
     if told in own:
         return f"{name} is called {told} here: {call}({told}=...)."
     if " " in told:
         return f"{call}() has no argument {name}: {told}."
-    return f"{call}() has no argument {name}.{did_you_mean(name, own)} It takes {', '.join(own)}."
+    nearest = "" if told else did_you_mean(name, own)
+    return f"{call}() has no argument {name}.{nearest} It takes {', '.join(own)}."

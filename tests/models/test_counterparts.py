@@ -273,8 +273,22 @@ def test_errors_of_what_is_called_are_left_alone(model, monkeypatch):
     monkeypatch.setattr(scgen.models.base.inference, "bound", bound)
     with pytest.raises(TypeError, match=r"^message_for\(\) got an unexpected keyword argument 'lr'$"):
         model.get_elbo()
-    with pytest.raises(TypeError, match="positional argument"):
-        model.train(1, 2)
+
+
+def test_arguments_by_position_are_told(model):
+    """scvi-tools takes more of them, and in another order."""
+    told = (
+        r"2 positional arguments but 3 were given\. By position it takes max_epochs: write the names of all others\.$"
+    )
+    with pytest.raises(TypeError, match=told):
+        model.train(1, "gpu")
+    told = r"multiple values for argument 'groupby'\. By position it takes groupby, group1, group2: write"
+    with pytest.raises(TypeError, match=told):
+        model.differential_expression(model.adata, groupby="batch")
+    with pytest.raises(TypeError, match="By position it takes none"):
+        model.query(model.adata).typicality(0)
+    with pytest.raises(TypeError, match=r"missing 1 required positional argument: 'folder'$"):
+        model.save()
 
 
 def test_functions_stay_what_they_were(model):

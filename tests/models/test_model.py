@@ -339,6 +339,20 @@ def test_on_epoch_may_ask_the_model(small):
     assert np.array_equal(embeddings[best], model.get_latent_representation(indices=[3]))
 
 
+def test_on_epoch_may_save_the_model(small, tmp_path):
+    model, seen = model_of(small), []
+
+    def checkpoint(row):
+        model.save(tmp_path, overwrite=True)
+        seen.append(weights_of(model))
+        return row["epoch"] == 2
+
+    train(model, 8, on_epoch=checkpoint)
+    loaded = scgen.SCVI.load(tmp_path, small)
+    assert_same_weights(loaded, seen[-1])
+    assert np.isfinite(loaded.get_elbo())
+
+
 @pytest.mark.parametrize("last", [2, 7])
 def test_on_epoch_stops_where_it_returns_true(small, last):
     model, seen = model_of(small), {}
