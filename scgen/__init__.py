@@ -36,12 +36,14 @@ else:
 
 
 def __getattr__(name: str):
+    if name == "plots":
+        return importlib.import_module("scgen.plots")
     if name not in _HOME:
-        raise AttributeError(f"module 'scgen' has no attribute {name!r}; it has: {', '.join(__all__)}")
+        raise AttributeError(f"module 'scgen' has no attribute {name!r}; it has: {', '.join([*__all__, 'plots'])}")
     module = importlib.import_module(f"scgen.{_HOME[name]}")
     globals()[name] = value = getattr(module, name)
     return value
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, "__version__", "plots"]

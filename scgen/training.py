@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -161,7 +162,12 @@ def one_cycle(progress: float) -> float:
 
 
 def fit(
-    vae: nn.Module, training: CellLoader, validation: CellLoader | None, options: Options, rows: list[dict]
+    vae: nn.Module,
+    training: CellLoader,
+    validation: CellLoader | None,
+    options: Options,
+    rows: list[dict],
+    on_epoch: Callable[[dict], object] | None = None,
 ) -> bool:
     """Train ``vae`` in place and append to ``rows`` what each finished epoch brought; say whether to the planned end.
 
@@ -171,6 +177,8 @@ def fit(
     Weights are compared, and training stopped early, only in the second half of the planned epochs: before it the
     learning rate is high and batches are still mixing, whatever the bound says; stopping so is as planned. An interrupt
     (Ctrl-C) ends training and keeps the best weights so far; before the first epoch is over, it is raised.
+
+    ``on_epoch`` is called with each new row and its "epoch". If it returns True, training stops as planned.
 
     Raises
     ------
@@ -214,7 +222,9 @@ def fit(
                 rows.append(row | {"kl_weight": kl_weight, "seconds": time.perf_counter() - started})
                 bar.update()
                 bar.set_postfix_str(" ".join(f"{name} {row[name]:.1f}" for name in row if name.startswith("elbo")))
-                if best.stop_after(epoch, row.get("elbo_validation", math.nan)):
+                stop = best.stop_after(epoch, row.get("elbo_validation", math.nan))
+                answer = on_epoch({"epoch": len(rows), **rows[-1]}) if on_epoch is not None else None
+                if stop or (isinstance(answer, bool | np.bool_) and answer):
                     break
         except BaseException as error:
             # Half an epoch is no result: whatever went wrong, the weights are those of a finished one.

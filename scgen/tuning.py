@@ -13,6 +13,7 @@ from anndata import AnnData
 
 from scgen.arguments import MOST_EPOCHS, check_flag, check_seed, check_whole, did_you_mean, shown
 from scgen.data.registry import Registry
+from scgen.models import summary
 from scgen.models.scvi import SCVI
 from scgen.training import choose_device, default_batch_size, default_epochs, progress_bar
 
@@ -60,7 +61,7 @@ class Rung:
     keep: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tuning:
     """What `tune` chose, and on which grounds.
 
@@ -81,6 +82,13 @@ class Tuning:
     model: SCVI
     best: str
     table: pd.DataFrame
+
+    def _summary(self) -> tuple[str, dict[str, str]]:
+        title, rows = self.model._summary()
+        tuned = f"Tuning of {self.table['candidate'].nunique()} candidates in {len(self.table)} trainings"
+        return tuned, {"best": self.best, "model": title, **rows}
+
+    __repr__, __str__, _repr_html_ = summary.line, summary.text, summary.table
 
 
 def tune(

@@ -120,6 +120,7 @@ WRONG = {
     "prefix": [None, 3, 1.5, True, b"p_", [], {}, object(), NAN],
     "maps": [None, 3, "xy", [], {}, {"a": 3}, {"a": "xy"}, {"a": np.zeros(4)}, {"a": np.zeros((4, 3))}, {"a": None}],
     "colours": [None, 3, "red", [], {}, {"a": 3}, {"a": None}, {"a": [1] * 4}, {"a": pd.Series([1])}],
+    "function": [3, 1.5, True, "print", b"print", [], [print], {}, {"print": print}, np.zeros(2), NAN, AnnData()],
     "table": [None, 3, "table", [], {}, True, np.zeros((2, 2)), pd.DataFrame(), object()],
 }
 WRONG["rows"] += [[-121], [2**70], [True] * 3, True, [], (), {}, object(), np.zeros((2, 2), int), [None], 3j, {1, 2}]
@@ -196,6 +197,7 @@ KINDS = ADATA_KEYS | {
     "model": "model",
     "prefix": "prefix",
     "maps": "maps",
+    "on_epoch": "function",
     "colours": "colours",
     "history": "table",
     "table": "table",
@@ -208,7 +210,8 @@ KINDS |= dict.fromkeys(FLAGS, "flag") | dict.fromkeys(CHOICES, "choice")
 
 #: Settings of SCVI and of its training: None stands for the default where another call passes them on.
 PASSED_ON = [name for of in (scgen.SCVI, scgen.SCVI.train) for name in inspect.signature(of).parameters]
-PASSED_ON = {name: KINDS[name] for name in PASSED_ON if name not in ("self", "adata", "seed", "progress", "max_epochs")}
+ALONE = ("self", "adata", "seed", "progress", "max_epochs", "on_epoch")
+PASSED_ON = {name: KINDS[name] for name in PASSED_ON if name not in ALONE}
 WRONG |= {f"{kind} or None": [one for one in WRONG[kind] if one is not None] for kind in PASSED_ON.values()}
 
 #: Every public call, by name: how it is called rightly, and the arguments that are of another kind than elsewhere.
@@ -263,6 +266,11 @@ CALLS = {
     ),
     "SCVI.query": (lambda on, **given: on.model.query(**{"adata": on.new} | given), {}),
     "SCVI.setup_anndata": (lambda on, **given: scgen.SCVI.setup_anndata(**{"adata": on.new} | given), {}),
+    "SCVI.load_query": (
+        lambda on, **given: on.model.load_query(**{"folder": "query", "adata": on.other} | given),
+        {},
+    ),
+    "Query.save": (lambda on, **given: on.query.save(**{"folder": "new"} | given), {}),
     "Query.train": (lambda on, **given: on.query.train(**{"max_epochs": 1} | given), {}),
     "Query.transfer_labels": (
         lambda on, **given: on.query.transfer_labels(**{"labels_key": "cell_type"} | given),
@@ -290,6 +298,7 @@ QUESTIONS = (
     *("get_latent_representation", "get_latent_library_size", "get_elbo", "get_reconstruction_error"),
     *("get_marginal_ll", "get_thinned_ll", "active_units", "get_normalized_expression", "get_cluster_probs"),
     *("get_feature_correlation_matrix", "posterior_predictive_sample", "sample_prior", "save"),
+    "view_anndata_setup",
 )
 
 
@@ -299,9 +308,8 @@ def asked(name: str, on: SimpleNamespace, **given):
 
 
 CALLS |= {f"SCVI.{name}": (partial(asked, name), {}) for name in QUESTIONS}
-#: What is public and takes nothing of a user's: data, what calls return, and what models are made by.
-OTHERS = {"PRESETS", "PosteriorPredictiveCheck", "Tuning", "SCVI.assemble", "SCVI.build", "SCVI.checked"}
-OTHERS |= {"SCVI.require_training", "Query.get_latent_representation"}
+#: What is public and takes nothing of a user's: data, and what calls return.
+OTHERS = {"PRESETS", "PosteriorPredictiveCheck", "Tuning", "Query.get_latent_representation"}
 
 
 def function_of(call: str):
@@ -350,13 +358,14 @@ def on(tmp_path_factory):
         setattr(on, name, model)
     other = new[:60].copy()
     other.obs["batch"] = "other"
-    on.query = on.model.query(other)
+    on.query, on.other = on.model.query(other), other
     on.table = on.model.differential_expression("cell_type", n_samples=10, n_cells=10)
     on.check = scgen.posterior_predictive_check(on.model, n_samples=2)
     cells.obsm["z"] = on.model.get_latent_representation()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("files"))
         on.model.save("saved")
+        on.query.save("query")
         cells.write_h5ad("cells.h5ad")
         yield on
 

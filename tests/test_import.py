@@ -35,13 +35,18 @@ def test_training_loads_neither_scanpy_nor_scikit_learn():
 def test_names():
     import scgen
 
-    assert set(scgen.__all__) <= set(dir(scgen))
+    assert set(dir(scgen)) == {*scgen.__all__, "__version__", "plots"}
     assert callable(scgen.integrate)
     import scgen.integration
 
     assert callable(scgen.integrate)
     with pytest.raises(AttributeError, match="SCVI"):
         scgen.scvi  # noqa: B018
+
+
+def test_plots_are_there_and_loaded_when_used():
+    assert not modules_after("import scgen; dir(scgen)") & {"scgen.plots", "matplotlib"}
+    assert "scgen.plots" in modules_after("import scgen; scgen.plots.volcano")
 
 
 def test_the_other_scgen_is_noticed(tmp_path):

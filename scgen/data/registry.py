@@ -251,6 +251,27 @@ class Registry:
             ),
         }
 
+    def view(self, adata: AnnData) -> pd.DataFrame:
+        """Return where in ``adata`` the model reads what, and what is there; see `Model.view_anndata_setup`."""
+        check_types(adata, self.setup)
+        self._gene_columns(adata)  # raises where genes are missing
+        setup, n = self.setup, adata.n_obs
+        obs = _columns_of(adata.obs, [*setup.categorical.values(), *setup.numeric.values()], slice(None))
+        genes = f"{len(self.genes)}: {some(self.genes)}" + (f"; {len(self.missing)} not measured" * bool(self.missing))
+        rows = [
+            ("counts" if setup.counts else "values", setup.where, f"{n} cells x {len(self.genes)} genes"),
+            ("cells", "adata.obs_names", f"{n}: {some(adata.obs_names)}"),
+            ("genes", "adata.var_names", genes),
+        ]
+        for role, key in setup.categorical.items():
+            names, sizes = self.categories[key], np.bincount(self._codes(obs, key, n), minlength=1)
+            told = [f"{name} ({size})" for name, size in zip(names, sizes, strict=False) if size]
+            rows.append((role, f'adata.obs["{key}"]', f"{len(told)}: {some(told, 12)}"))
+        for role, key in setup.numeric.items():
+            values = _numbers(obs, key)
+            rows.append((role, f'adata.obs["{key}"]', f"{values.min():g} to {values.max():g}, mean {values.mean():g}"))
+        return pd.DataFrame(rows, columns=["part", "where", "what"]).set_index("part")
+
     def learned_rows(self, dispersion: str) -> dict[str, int]:
         """Return, of a query, by the ends of their names, parameters with new rows, and how many others each has."""
         keys = [self.setup.batch_key, *self.setup.categorical_covariate_keys]

@@ -15,13 +15,14 @@ from scgen.analysis.likelihood_parameters import likelihood_parameters
 from scgen.arguments import check_choice, check_draws, check_number
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry, setup_anndata
-from scgen.models import differences, files, loaders, queries, trainings
+from scgen.models import differences, files, loaders, queries, summary, trainings
+from scgen.models.counterparts import Answering
 from scgen.modules.vae import VAE
 from scgen.seeding import seeded
 from scgen.training import fit
 
 
-class Model:
+class Model(metaclass=Answering):
     """Base of the models: a `Registry`, the constructor's arguments, and the module that they make.
 
     Attributes
@@ -67,11 +68,10 @@ class Model:
         with seeded(arguments["seed"]), torch.inference_mode(False):
             self.vae = self.build(registry, **self.arguments).eval()
 
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
-        state = f"trained for {len(self.history) or 'unknown'} epochs" if self.is_trained else "untrained"
-        n_genes, n_batches = len(self.registry.genes), len(self.registry.batches)
-        return f"{type(self).__name__}({shown}): {n_genes} genes, {n_batches} batches, {state}"
+    #: What is public for other parts of scgen, and what users need not see: completion does not list it.
+    _hidden = ("assemble", "build", "checked", "fingerprint", "require_training", "source", "source_rows")
+    _summary = summary.of_model
+    __repr__, __str__, _repr_html_ = summary.line, summary.text, summary.table
 
     @property
     def is_trained(self) -> bool:
@@ -94,6 +94,7 @@ class Model:
         precision: str = "auto",
         seed: int = 0,
         progress: bool = True,
+        on_epoch: Callable[[dict[str, float]], object] | None = None,
     ) -> None:
         """Maximise the evidence lower bound over the training cells; called again, go on from the weights as they are.
 
@@ -133,9 +134,15 @@ class Model:
             Seed of the split, the order of the cells and all noise. The global generators are left alone.
         progress
             Whether to show a progress line.
+        on_epoch
+            A function that is called after each epoch, with a dict of numbers: "epoch", from 1, and the new row of
+            ``history``. If it returns True, training stops, and the best weights are kept as after early stopping. If
+            it raises an error, training ends with that error, and the weights of this epoch are kept.
 
         Raises
         ------
+        TypeError
+            If an argument is of the wrong kind.
         ValueError
             If an argument is out of its range, or fewer than two cells are left to train on.
         FloatingPointError
@@ -150,11 +157,19 @@ class Model:
         >>> model.train(max_epochs=3, progress=False)
         >>> model.history.index.tolist()
         [1, 2, 3]
+
+        With TensorBoard, the curve can be watched:
+
+        >>> from torch.utils.tensorboard import SummaryWriter  # doctest: +SKIP
+        >>> writer, elbo = SummaryWriter(), "elbo_validation"  # doctest: +SKIP
+        >>> model.train(on_epoch=lambda row: writer.add_scalar(elbo, row[elbo], row["epoch"]))  # doctest: +SKIP
         """
         plan = max_epochs, batch_size, train_size, early_stopping, patience, learning_rate, kl_start
-        options = trainings.checked(*plan, n_importance_samples, accelerator, devices, precision, seed, progress)
+        options = trainings.checked(
+            *plan, n_importance_samples, accelerator, devices, precision, seed, progress, on_epoch
+        )
         with trainings.recorded(self, options, batch_size, train_size) as (training, validation, rows):
-            self.trainings[-1]["finished"] = fit(self.vae, training, validation, options, rows)
+            self.trainings[-1]["finished"] = fit(self.vae, training, validation, options, rows, on_epoch)
 
     def get_latent_representation(
         self,
@@ -813,6 +828,34 @@ class Model:
         with self.vae.occupied():
             return queries.mapped(self, adata, layer, batch_key, min_overlap)
 
+    def view_anndata_setup(self, adata: AnnData | None = None) -> pd.DataFrame:
+        """Return what the model reads, and where, as a table: counts, cells, genes, batches and further columns.
+
+        Parameters
+        ----------
+        adata
+            Other cells than the model's own.
+
+        Returns
+        -------
+        A row for each part that is read: "where" it is in ``adata``, and "what" is there. Names of batches and labels
+        have their numbers of cells behind them.
+
+        Raises
+        ------
+        ValueError
+            If ``adata`` lacks what the model reads, or the model was loaded without cells.
+
+        Examples
+        --------
+        >>> import scgen
+        >>> adata = scgen.simulate_cells(n_cells=100, n_genes=30, seed=0)
+        >>> scgen.setup_anndata(adata, batch_key="batch")
+        >>> scgen.SCVI(adata).view_anndata_setup().loc["batch_key"].tolist()
+        ['adata.obs["batch"]', '3: batch_1 (29), batch_2 (36), batch_3 (35)']
+        """
+        return self.registry.view(loaders.cells_of(self) if adata is None else adata)
+
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the model, without the cells, into ``folder``: ``model.json`` and a safetensors file.
 
@@ -846,7 +889,32 @@ class Model:
         ValueError
             If ``adata`` does not fit the model.
         """
-        return files.load(cls, folder, adata)
+        return files.load(cls, folder, adata)[0]
+
+    def load_query(self, folder: str | Path, adata: AnnData) -> queries.Query:
+        """Return the query that `Query.save` wrote, mapped onto this model: its answers are those that it gave.
+
+        Parameters
+        ----------
+        folder
+            Where it was saved.
+        adata
+            The new cells. ``SCVI.load(folder)`` loads the model of the query alone, also without cells.
+
+        Raises
+        ------
+        scgen.storage.ModelFileError
+            If the folder holds no query, or as in `load`.
+        ValueError
+            If it is a query of another reference, or of this one before it was trained again, or if ``adata`` does not
+            fit.
+
+        Examples
+        --------
+        >>> model.query(new).save("query/")  # doctest: +SKIP
+        >>> query = model.load_query("query/", new)  # doctest: +SKIP
+        """
+        return queries.load(self, folder, adata)
 
     def require_training(self) -> None:
         """Raise RuntimeError if the model is untrained."""

@@ -1,5 +1,6 @@
 """A model as files: what of it is plain JSON, what is tensors, and how both make a model again."""
 
+import hashlib
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +19,8 @@ from scgen.models import loaders
 from scgen.storage import ModelFileError
 
 
-def save(model, folder: str | Path, overwrite: bool) -> None:
-    """Write ``model`` into ``folder``; see `Model.save`."""
+def save(model, folder: str | Path, overwrite: bool, query: dict | None = None) -> None:
+    """Write ``model`` into ``folder``, and of the model of a query what `load` returns beside it; see `Model.save`."""
     folder = check_path("folder", folder)
     overwrite = check_flag("overwrite", overwrite)
     description = {
@@ -32,6 +33,8 @@ def save(model, folder: str | Path, overwrite: bool) -> None:
         "trainings": model.trainings,
         "data": model.fingerprint,
     }
+    if query is not None:
+        description["query"] = query
     tensors = {f"vae.{name}": tensor for name, tensor in model.vae.state_dict().items()}
     if model.train_indices is not None:
         tensors["train_indices"] = torch.from_numpy(model.train_indices)
@@ -40,7 +43,7 @@ def save(model, folder: str | Path, overwrite: bool) -> None:
 
 
 def load(cls: type, folder: str | Path, adata: AnnData | None):
-    """Return the model in ``folder``; see `Model.load`."""
+    """Return the model in ``folder``, and what is told of a query if it is of one; see `Model.load`."""
     folder = check_path("folder", folder)
     if adata is not None:
         check_types(adata, Setup())
@@ -62,7 +65,16 @@ def load(cls: type, folder: str | Path, adata: AnnData | None):
         raise ModelFileError(f"{folder}/model.json does not describe a model that scgen can build: {error}") from error
     if adata is not None:
         give_cells(model, adata)
-    return model
+    return model, description.get("query")
+
+
+def digest(model) -> str:
+    """Return a hash of a model's weights, by which a query knows its reference."""
+    found = hashlib.sha256()
+    for name, weight in sorted(model.vae.state_dict().items()):
+        found.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode())
+        found.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def assembled(cls: type, registry: Registry, arguments: dict, weights: dict[str, torch.Tensor]):

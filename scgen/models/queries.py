@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,21 +11,23 @@ from anndata import AnnData
 from torch import Tensor
 
 from scgen.analysis import query as analysis
-from scgen.arguments import check_memory, check_seed, check_share, check_whole, did_you_mean, shown
+from scgen.arguments import check_memory, check_path, check_seed, check_share, check_whole, did_you_mean, shown
 from scgen.data.categories import codes_of_column, codes_of_values, names_of
 from scgen.data.checks import Setup, check_types, some
 from scgen.data.genes import identifiers, matched
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry
 from scgen.data.snapshot import Snapshot
-from scgen.models import files, loaders
+from scgen.models import files, loaders, summary
+from scgen.models.counterparts import Answering
+from scgen.storage import ModelFileError
 
 #: The batch of a reference that has none: no value of a column is named so.
 REFERENCE = "<reference>"
 
 
-@dataclass(frozen=True)
-class Query:
+@dataclass(frozen=True, repr=False)
+class Query(metaclass=Answering):
     """New cells, mapped onto a reference.
 
     Attributes
@@ -52,7 +55,7 @@ class Query:
     >>> model.train(max_epochs=3, progress=False)
     >>> query = model.query(adata[new, :25].copy())
     >>> query
-    Query of 115 cells: 25 of 30 genes (83%), by their names in adata.var_names; new in batch: batch_3
+    Query of 115 cells; genes: 25 of 30 (83%), by their names in adata.var_names; new in batch: batch_3
     >>> query.transfer_labels("cell_type").columns.tolist()
     ['label', 'share']
     """
@@ -63,18 +66,8 @@ class Query:
     matched_by: str
     n_trainings: int
 
-    def __repr__(self) -> str:
-        registry = self.model.registry
-        told = [f"new in {key}: {some(registry.categories[key][n:])}" for key, n in registry.known.items()]
-        key = registry.setup.batch_key
-        if key is not None:
-            known = registry.batches[: registry.known.get(key)]
-            codes = np.unique(codes_of_column(self.model.adata.obs[key], known))
-            there = sorted(known[code] for code in codes if code >= 0)
-            told += [f"taken for the reference's own in {key}: {some(there)}"] if there else []
-        n = len(registry.genes)
-        of = f"{n} of {n + len(registry.missing)} genes ({self.overlap:.0%}), by {self.matched_by}"
-        return "; ".join([f"Query of {self.model.adata.n_obs} cells: {of}", *told])
+    _summary = summary.of_query
+    __repr__, __str__, _repr_html_ = summary.line, summary.text, summary.table
 
     def get_latent_representation(self) -> np.ndarray:
         """Return z of each new cell, (n, n_latent), in the space of the reference's."""
@@ -106,6 +99,24 @@ class Query:
             seed=seed,
             progress=progress,
         )
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the query, without any cells, into ``folder``; `Model.load_query` of its reference loads it.
+
+        The files are those of `Model.save`, of the model of the query. The reference has to be saved by itself.
+
+        Raises
+        ------
+        FileExistsError
+            If a model is there and ``overwrite`` is false.
+        ValueError
+            If the reference was trained again since.
+        """
+        self._check_reference()
+        with self.reference.vae.occupied():
+            told = {"matched_by": self.matched_by, "reference": files.digest(self.reference)}
+        with self.model.vae.occupied():
+            files.save(self.model, folder, overwrite, told)
 
     def transfer_labels(self, labels_key: str, *, n_neighbors: int = 15, unknown_below: float = 0.5) -> pd.DataFrame:
         """Return a label for each new cell: what its nearest reference cells vote for.
@@ -221,15 +232,18 @@ class Query:
                 f"the typicality of {missing} of {len(table)} cells is not calibrated (NaN): they are of new batches "
                 f"with fewer than {analysis.MIN_BATCH} cells, too few to tell the batch's effect from a cell's own. "
                 'Compare the ranks of their "distance" or "density" with each other.',
-                stacklevel=2,
+                stacklevel=3,  # from contextlib, which is between the user's call and this one
             )
         return table.set_index(self.model.adata.obs_names)
 
     def _reference_adata(self) -> AnnData:
         """Return the reference's cells; ValueError if there are none, or it is no longer what the query was made of."""
+        self._check_reference()
+        return loaders.cells_of(self.reference)
+
+    def _check_reference(self) -> None:
         if len(self.reference.trainings) != self.n_trainings:
             raise ValueError("the reference was trained again since: map the cells anew, reference.query(adata).")
-        return loaders.cells_of(self.reference)
 
     def _new_batch(self) -> np.ndarray:
         """Return a number for each new cell's batch and covariates that the reference has not seen, -1 for none."""
@@ -295,6 +309,26 @@ def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, 
     files.give_cells(model, adata)
     _fit_new_libraries(model, adata)
     return Query(model, reference, overlap, by, len(reference.trainings))
+
+
+def load(reference, folder: str | Path, adata: AnnData) -> Query:
+    """Return a query that was saved; see `Model.load_query`."""
+    reference.require_training()
+    folder = check_path("folder", folder)
+    check_types(adata, Setup())
+    model, told = files.load(type(reference), folder, None)
+    if not isinstance(told, dict) or not {"matched_by", "reference"} <= told.keys():
+        raise ModelFileError(f"{folder} holds a model, and no query that query.save(folder) wrote: use SCVI.load.")
+    with reference.vae.occupied():
+        if told["reference"] != files.digest(reference):
+            raise ValueError(
+                f"{folder} holds a query of another reference, or of this one before it was trained again. Load it "
+                "with the model that it was made of, or map the cells anew: model.query(adata)."
+            )
+    files.give_cells(model, adata)
+    n_genes, n_missing = len(model.registry.genes), len(model.registry.missing)
+    overlap = n_genes / (n_genes + n_missing)
+    return Query(model, reference, overlap, told["matched_by"], len(reference.trainings))
 
 
 def _extended(registry: Registry, setup: Setup, genes: list[str | None], adata: AnnData) -> Registry:

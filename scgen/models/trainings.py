@@ -1,12 +1,13 @@
 """A training of a model: its cells, the loop, and what the model remembers of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
 import pandas as pd
 import torch
 
+from scgen.arguments import shown
 from scgen.data.loader import CellLoader
 from scgen.models import loaders
 from scgen.training import NonFiniteLoss, Options, choose_device
@@ -26,8 +27,14 @@ def checked(
     precision: str,
     seed: int,
     progress: bool,
+    on_epoch: Callable | None = None,
 ) -> Options:
-    """Return the arguments of `Model.train`, in its order, as options; raise where one is wrong."""
+    """Return the arguments of `Model.train`, in its order, as options; raise where one is wrong.
+
+    ``on_epoch`` is none of them, since options are kept and saved.
+    """
+    if on_epoch is not None and not callable(on_epoch):
+        raise TypeError(f"on_epoch={shown(on_epoch)}; it takes a function of a dict, such as on_epoch=print.")
     device = choose_device(accelerator)
     plan = max_epochs, learning_rate, kl_start, n_importance_samples, early_stopping, patience
     options = Options(*plan, device, precision, seed, progress)

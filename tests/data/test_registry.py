@@ -895,3 +895,35 @@ def test_check_without_doubts_is_an_empty_table(good):
     table = scgen.check(good, batch_key="batch")
     assert list(table) == ["level", "where", "finding", "n", "suggestion"]
     assert table.empty
+
+
+def test_the_setup_as_a_table(good):
+    good.layers["raw"] = good.X.copy()
+    covariates = {"categorical_covariate_keys": ["donor"], "continuous_covariate_keys": ["percent_mito"]}
+    scgen.setup_anndata(
+        good, layer="raw", batch_key="batch", labels_key="cell_type", size_factor_key="size_factor", **covariates
+    )
+    model = scgen.SCVI(good, dispersion="gene-label")
+    table = model.view_anndata_setup()
+    assert table["where"].tolist()[:3] == ['adata.layers["raw"]', "adata.obs_names", "adata.var_names"]
+    assert table.loc["counts", "what"] == f"{N} cells x {G} genes"
+    for part, key in (("batch_key", "batch"), ("labels_key", "cell_type"), (table.index[5], "donor")):
+        sizes = good.obs[key].value_counts().sort_index()
+        told = ", ".join(f"{name} ({size})" for name, size in sizes.items())
+        assert table.loc[part].tolist() == [f'adata.obs["{key}"]', f"{len(sizes)}: {told}"]
+    for part, key in (("size_factor_key", "size_factor"), (table.index[-1], "percent_mito")):
+        low, high, mean = good.obs[key].agg(["min", "max", "mean"])
+        assert table.loc[part].tolist() == [f'adata.obs["{key}"]', f"{low:g} to {high:g}, mean {mean:g}"]
+    # Of other cells, and of what they lack.
+    some = good[good.obs["batch"] == "batch_1"].copy()
+    assert model.view_anndata_setup(some).loc["batch_key", "what"] == f"1: batch_1 ({some.n_obs})"
+    del some.obs["donor"]
+    with pytest.raises(ValueError, match='0 columns named "donor"'):
+        model.view_anndata_setup(some)
+    with pytest.raises(ValueError, match="1 of the model's 20 genes are not in"):
+        model.view_anndata_setup(good[:, 1:].copy())
+
+
+def test_the_setup_of_a_model_without_batches(good):
+    scgen.setup_anndata(good)
+    assert scgen.SCVI(good).view_anndata_setup().index.tolist() == ["counts", "cells", "genes"]

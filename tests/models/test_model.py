@@ -1,5 +1,6 @@
 """What a trained model answers, and what training guarantees."""
 
+import json
 import os
 import signal
 import subprocess
@@ -306,6 +307,90 @@ def test_an_interrupt_keeps_what_was_learned(small, caplog):
     assert model.trainings[-1]["finished"] is False
     assert train(model_of(small), 2).trainings[-1]["finished"] is True
     assert np.isfinite(model.get_latent_representation()).all()
+
+
+def weights_of(model):
+    return {name: weight.clone() for name, weight in model.vae.state_dict().items()}
+
+
+def assert_same_weights(model, weights):
+    for name, weight in model.vae.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def test_on_epoch_is_told_each_row_of_the_history(small):
+    told = []
+    model = train(model_of(small), 3, on_epoch=told.append)
+    train(model, 2, on_epoch=told.append)
+    assert told == [{"epoch": epoch, **row} for epoch, row in enumerate(model.history.to_dict("records"), start=1)]
+    assert {type(value) for row in told for name, value in row.items() if name != "epoch"} == {float}
+    assert json.loads(json.dumps(model.trainings)) == model.trainings
+    assert "on_epoch" not in model.trainings[0]
+
+
+def test_on_epoch_may_ask_the_model(small):
+    model, alone, asked = model_of(small), train(model_of(small), 4), []
+    train(model, 4, on_epoch=lambda row: asked.append((model.get_elbo(), model.get_latent_representation(indices=[3]))))
+    assert_same_weights(model, weights_of(alone))
+    elbos, embeddings = zip(*asked, strict=True)
+    assert len(set(elbos)) == 4
+    best = model.history["elbo_validation"].loc[3:].idxmax() - 1  # of the second half of the epochs, which is kept
+    assert elbos[best] == model.get_elbo()
+    assert np.array_equal(embeddings[best], model.get_latent_representation(indices=[3]))
+
+
+def test_on_epoch_may_save_the_model(small, tmp_path):
+    model, seen = model_of(small), []
+
+    def checkpoint(row):
+        model.save(tmp_path, overwrite=True)
+        seen.append(weights_of(model))
+        return row["epoch"] == 2
+
+    train(model, 8, on_epoch=checkpoint)
+    loaded = scgen.SCVI.load(tmp_path, small)
+    assert_same_weights(loaded, seen[-1])
+    assert np.isfinite(loaded.get_elbo())
+
+
+@pytest.mark.parametrize("last", [2, 7])
+def test_on_epoch_stops_where_it_returns_true(small, last):
+    model, seen = model_of(small), {}
+
+    def stop(row):
+        seen[row["epoch"]] = weights_of(model)
+        return np.bool_(row["epoch"] == last)
+
+    train(model, 10, on_epoch=stop)
+    assert model.history.index.tolist() == list(range(1, last + 1))
+    assert model.trainings[0]["finished"]
+    bounds = model.history["elbo_validation"]
+    # Weights are compared in the second half of the planned epochs.
+    assert_same_weights(model, seen[last if last < 6 else bounds.loc[6:].idxmax()])
+    assert not model.vae.training
+
+
+def test_on_epoch_goes_on_where_it_returns_anything_else(small):
+    for answer in (1, "stop", [1], np.ones(2), False, np.False_, None):
+        assert len(train(model_of(small), 2, on_epoch=lambda row, answer=answer: answer).history) == 2
+
+
+def test_an_error_of_on_epoch_is_raised_and_keeps_the_weights_of_its_epoch(small):
+    model, seen = model_of(small), []
+
+    def fail(row):
+        seen.append(weights_of(model))
+        if row["epoch"] == 3:
+            return weights_of(lr=row)  # in the words of Python's error for a wrong argument of train
+        return None
+
+    with pytest.raises(TypeError, match=r"^weights_of\(\) got an unexpected keyword argument 'lr'$"):
+        train(model, 8, on_epoch=fail)
+    assert len(model.history) == 3
+    assert not model.trainings[0]["finished"]
+    assert_same_weights(model, seen[2])
+    assert not model.vae.training
+    train(model, 1)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -1,6 +1,10 @@
 """Cells mapped onto a reference: whatever the order and names of genes, of unseen batches, with genes missing."""
 
+import inspect
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -13,6 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import scgen
 from scgen.analysis import query as analysis
 from scgen.data.genes import identifiers, matched, places_of
+from scgen.storage import ModelFileError
 
 
 @pytest.fixture(scope="module")
@@ -504,6 +509,103 @@ def test_a_query_model_is_saved_and_loaded(reference, new, tmp_path):
     loaded = scgen.SCVI.load(tmp_path, query.model.adata)
     np.testing.assert_array_equal(loaded.get_latent_representation(), query.get_latent_representation())
     assert loaded.registry == query.model.registry
+
+
+def answers(query) -> dict[str, np.ndarray]:
+    """Return what a query says; another process runs this function, too."""
+    labels, typical = query.transfer_labels("cell_type"), query.typicality()
+    return {
+        "z": query.get_latent_representation(),
+        "bound": query.model.get_elbo(return_mean=False),
+        "expression": query.model.get_normalized_expression(return_numpy=True),
+        "label": labels["label"].to_numpy(str),
+        "share": labels["share"].to_numpy(),
+        "told": np.array(str(query)),
+        **{name: typical[name].to_numpy() for name in typical},
+    }
+
+
+LATER = """
+import sys
+from pathlib import Path
+import anndata, numpy as np, scgen
+
+{}
+folder = Path(sys.argv[1])
+reference = scgen.SCVI.load(folder / "reference", anndata.read_h5ad(folder / "reference.h5ad"))
+new = anndata.read_h5ad(folder / "new.h5ad")
+for name in ("mapped", "trained"):
+    np.savez(folder / name, **answers(reference.load_query(folder / name, new)))
+"""
+
+
+def test_a_saved_query_has_the_same_answers_in_another_process(reference, new, tmp_path):
+    new = new[:, 20:].copy()
+    reference.save(tmp_path / "reference")
+    reference.adata.write_h5ad(tmp_path / "reference.h5ad")
+    new.write_h5ad(tmp_path / "new.h5ad")
+    expected = {}
+    for name in ("mapped", "trained"):
+        query = reference.query(new)
+        if name == "trained":
+            query.train(3, accelerator="cpu", progress=False)
+        query.save(tmp_path / name)
+        expected[name] = answers(query)
+    command = [sys.executable, "-c", LATER.format(inspect.getsource(answers)), str(tmp_path)]
+    subprocess.run(command, check=True, cwd=Path(scgen.__file__).parents[1])
+    for name in ("mapped", "trained"):
+        found = np.load(tmp_path / f"{name}.npz", allow_pickle=False)
+        assert found.keys() == expected[name].keys()
+        for key, values in expected[name].items():
+            assert np.array_equal(found[key], values, equal_nan=values.dtype.kind == "f"), (name, key)
+    assert not np.array_equal(expected["mapped"]["bound"], expected["trained"]["bound"])
+
+
+def test_a_saved_query_goes_on_training_as_it_would_have(reference, new, tmp_path):
+    query = reference.query(new)
+    query.train(2, accelerator="cpu", progress=False)
+    query.save(tmp_path)
+    loaded = reference.load_query(tmp_path, new)
+    assert loaded.model.registry == query.model.registry
+    assert (loaded.overlap, loaded.matched_by, loaded.n_trainings) == (
+        query.overlap,
+        query.matched_by,
+        query.n_trainings,
+    )
+    for one in (query, loaded):
+        one.train(2, accelerator="cpu", seed=1, progress=False)
+    assert np.array_equal(loaded.get_latent_representation(), query.get_latent_representation())
+    pd.testing.assert_frame_equal(
+        loaded.model.history.drop(columns="seconds"), query.model.history.drop(columns="seconds")
+    )
+
+
+def test_a_saved_query_is_of_its_own_reference(reference, new, tmp_path):
+    query = reference.query(new)
+    query.save(tmp_path / "query")
+    with pytest.raises(FileExistsError, match="holds a model already"):
+        query.save(tmp_path / "query")
+    query.save(tmp_path / "query", overwrite=True)
+    other = scgen.SCVI(reference.adata, n_latent=6, n_hidden=32)
+    with pytest.raises(RuntimeError, match="untrained"):
+        other.load_query(tmp_path / "query", new)
+    other.train(1, accelerator="cpu", progress=False)
+    with pytest.raises(ValueError, match="a query of another reference"):
+        other.load_query(tmp_path / "query", new)
+    # Of a reference that was trained again since.
+    stale = other.query(new)
+    stale.save(tmp_path / "stale")
+    other.train(1, accelerator="cpu", progress=False)
+    with pytest.raises(ValueError, match="before it was trained again"):
+        other.load_query(tmp_path / "stale", new)
+    with pytest.raises(ValueError, match="the reference was trained again since"):
+        stale.save(tmp_path / "stale", overwrite=True)
+    # A model is no query, but the model of a query is a model.
+    reference.save(tmp_path / "reference")
+    with pytest.raises(ModelFileError, match="holds a model, and no query"):
+        reference.load_query(tmp_path / "reference", new)
+    loaded = scgen.SCVI.load(tmp_path / "query", new)
+    assert np.array_equal(loaded.get_latent_representation(), query.get_latent_representation())
 
 
 def test_a_loaded_reference_knows_its_identifiers(reference, new, tmp_path):

@@ -1,0 +1,79 @@
+"""Models and queries in plain words: on one line, on a few, and as a table for notebooks.
+
+Each class says what there is to tell, in `_summary`: a title, and rows of a name and a text.
+"""
+
+import inspect
+from html import escape
+
+import numpy as np
+
+from scgen.data.categories import codes_of_column
+from scgen.data.checks import some
+
+
+def line(self) -> str:
+    """Return the summary on one line, as `repr` shows it."""
+    title, rows = self._summary()
+    return "; ".join([title, *(f"{name}: {told}" for name, told in rows.items())])
+
+
+def text(self) -> str:
+    """Return the summary on a line for each row, as `print` shows it."""
+    title, rows = self._summary()
+    return "\n".join([title, *(f"    {name}: {told}" for name, told in rows.items())])
+
+
+def table(self) -> str:
+    """Return the summary as HTML, as notebooks show it."""
+    title, rows = self._summary()
+    # Escaped, since a batch may have any name.
+    cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(told)}</td></tr>" for name, told in rows.items())
+    return f"<table><caption>{escape(title)}</caption>{cells}</table>"
+
+
+def of_model(model) -> tuple[str, dict[str, str]]:
+    """Return the title and the rows of a model."""
+    registry = model.registry
+    defaults = {name: of.default for name, of in inspect.signature(type(model)).parameters.items()}
+    # Models saved before there was a choice have fewer arguments.
+    changed = [f"{name}={value!r}" for name, value in model.arguments.items() if value != defaults.get(name)]
+    cells = "no cells" if model.adata is None else f"{model.adata.n_obs} cells"
+    rows = {"arguments": ", ".join(changed) or "the defaults", "training": of_training(model)}
+    if registry.setup.batch_key is not None:
+        rows = {"batches": f"{len(registry.batches)} ({some(registry.batches, 3)})", **rows}
+    return f"{type(model).__name__} model of {cells} x {len(registry.genes)} genes", rows
+
+
+def of_training(model) -> str:
+    """Return how long a model was trained, and how good it became."""
+    if not model.is_trained:
+        return "none"
+    history, last = model.history, model.trainings[-1]
+    if history.empty:
+        return f"by {last['trained_by']}" if "trained_by" in last else "done, without a history"
+    told = f"{len(history)} epoch{'s' if len(history) > 1 else ''}"
+    if "seconds" in history:
+        seconds = history["seconds"].sum()
+        told += f" in {seconds:.0f} s" if seconds < 60 else f" in {seconds / 60:.1f} min"
+    if "elbo_validation" in history:
+        bound = "ELBO" if last.get("n_importance_samples", 1) == 1 else "importance-weighted bound"
+        told += f", best validation {bound} {history['elbo_validation'].max():.1f} nats per cell"
+    return told + (", interrupted" if last.get("finished") is False else "")
+
+
+def of_query(query) -> tuple[str, dict[str, str]]:
+    """Return the title and the rows of a query."""
+    registry, cells = query.model.registry, query.model.adata
+    n = len(registry.genes)
+    rows = {"genes": f"{n} of {n + len(registry.missing)} ({query.overlap:.0%}), by {query.matched_by}"}
+    rows |= {f"new in {key}": some(registry.categories[key][known:]) for key, known in registry.known.items()}
+    key = registry.setup.batch_key
+    if key is not None:
+        known = registry.batches[: registry.known.get(key)]
+        codes = np.unique(codes_of_column(cells.obs[key], known))
+        there = sorted(known[code] for code in codes if code >= 0)
+        rows |= {f"taken for the reference's own in {key}": some(there)} if there else {}
+    if not query.model.history.empty:
+        rows["training"] = of_training(query.model)
+    return f"Query of {cells.n_obs} cells", rows
