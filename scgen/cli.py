@@ -189,7 +189,7 @@ def _integrate(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.output} is the input, which is never overwritten; name another output.")
     from scgen import integration, reporting
 
-    names = ("model/model.json", reporting.SCORES, *reporting.PICTURES)
+    names = ("model/model.json", *reporting.SCORES, *reporting.PICTURES)
     there = [name for name in names if (report / name).exists()]
     if there and not args.overwrite:
         raise ValueError(f"{report} holds {there[0]} already; name another --report, or pass --overwrite.")
@@ -219,7 +219,8 @@ def _integrate(args: argparse.Namespace) -> int:
         model.save(report / "model", overwrite=args.overwrite)
     except FileExistsError:
         raise FileExistsError(f"{report} was written by another program meanwhile; {args.output} is written") from None
-    (report / reporting.SCORES).unlink(missing_ok=True)  # of an earlier run
+    for name in reporting.SCORES:
+        (report / name).unlink(missing_ok=True)  # of an earlier run
     leiden = f"leiden_{args.suffix}"
     n_clusters = adata.obs[leiden].nunique()
     say(f"wrote {args.output}: obsm X_{args.suffix} and X_umap_{args.suffix}, obs {leiden} ({n_clusters} clusters)")
