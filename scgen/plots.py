@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from scgen import canvas
 from scgen.arguments import check_names, check_whole, shown
@@ -200,9 +201,9 @@ def history(model, *, ax: Axes | None = None, save: str | Path | None = None) ->
     span = float(np.nanmax(last) - np.nanmin(last)) or 1.0
     ax.set_ylim(float(np.nanmin(last)) - 0.3 * span, float(np.nanmax(last)) + 0.1 * span)
     _mark_trainings(ax, table, getattr(model, "trainings", []))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="epoch", ylabel="ELBO (nats per cell)", title="Training")
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False)
     canvas.write(ax.figure.figure, save)
     return ax
 
@@ -262,7 +263,8 @@ def scores(table: pd.DataFrame, *, ax: Axes | None = None, save: str | Path | No
     ax.set_yticks(places, names, fontsize=7)
     ax.invert_yaxis()
     ax.margins(y=0.02)
-    ax.set_xlim(min(0.0, table.min().min()), max(1.0, table.max().max()) * 1.06)
+    least, most = min(0.0, table.min().min()), max(1.0, table.max().max())
+    ax.set_xlim(least - 0.1 * (least < 0), most + 0.06)
     ax.set_title("Scores: higher is better", fontsize=10)
     ax.legend(
         frameon=False,
@@ -331,8 +333,10 @@ def volcano(
     if not isinstance(table, pd.DataFrame):
         raise TypeError(f"table={shown(table)}; it takes a table of model.differential_expression(...).")
     called = next((name for name in table if str(name).startswith("is_de_fdr_")), None)
-    if called is None:
+    if called is None or not {"comparison", "delta", "lfc_mean", "bayes_factor"} <= set(table):
         raise ValueError('the table has no fold changes: it takes one of differential_expression(mode="change").')
+    if not len(table):
+        raise ValueError("the table has no genes; it takes all rows of a comparison, called or not.")
     symbols = _symbols(gene_symbols, table.index)
     comparisons = list(table.groupby("comparison", sort=False))
     canvas.check_ax(ax, len(comparisons))
@@ -442,6 +446,8 @@ def _check_maps(maps: Mapping[str, np.ndarray], colours: Mapping[str, pd.Series]
     for name, xy in maps.items():
         if np.ndim(xy) != 2 or np.shape(xy)[1] != 2 or np.asarray(xy).dtype.kind not in "iuf":
             raise ValueError(f"maps[{name!r}]={shown(xy)}; it takes numbers of shape (n, 2).")
+        if not len(xy):
+            raise ValueError(f"maps[{name!r}] has no cells; it takes numbers of shape (n, 2).")
     n_cells = {len(xy) for xy in maps.values()}
     for name, values in colours.items():
         if not isinstance(values, pd.Series) or n_cells != {len(values)}:
@@ -459,9 +465,9 @@ def _mark_trainings(ax: Axes, table: pd.DataFrame, trainings: Sequence[Mapping])
         own.insert(0, one)
         if one["first_epoch"] == 1:
             break
-    for one in own:
-        if one["first_epoch"] > 1:
-            ax.axvline(one["first_epoch"] - 0.5, color="0.4", linewidth=0.8, linestyle=":")
+    for i, one in enumerate(own[1:]):
+        label = "train was called again" if i == 0 else None
+        ax.axvline(one["first_epoch"] - 0.5, color="0.4", linewidth=0.8, linestyle=":", label=label)
     kept = own[-1].get("kept_epoch") if own else None
     if kept is not None and kept in table.index:
         column = "elbo_validation" if "elbo_validation" in table else "elbo_train"

@@ -241,6 +241,22 @@ def test_large_numbers_long_names_and_odd_names(tmp_path):
     assert axes.get_window_extent().width / axes.figure.dpi > 4
 
 
+def test_cells_without_any_category():
+    axes = plots.scatters({"map": XY}, {"kind": pd.Series([None] * 200, dtype="category")})
+    assert legend_of(axes) == {"NaN (200)": matplotlib.colors.to_rgb(canvas.LIGHT_GREY)}
+    assert len(points(axes)[0]) == 200
+    with pytest.raises(ValueError, match="no cells"):
+        plots.scatters({"map": XY[:0]}, {"kind": KINDS[:0]})
+
+
+def test_axes_of_a_subfigure(tmp_path):
+    figure = Figure()
+    ax = figure.subfigures(1, 2)[0].subplots()
+    plots.volcano(de_table(), ax=ax, save=tmp_path / "volcano.png")
+    assert len(ax.texts) == 16
+    assert matplotlib.image.imread(tmp_path / "volcano.png").shape[1] == int(figure.get_figwidth() * canvas.DPI)
+
+
 def test_many_categories_have_no_legend(tmp_path):
     labels = pd.Series(np.arange(200) % 50)
     axes = plots.scatters({"map": XY}, {"kind": labels}, save=tmp_path / "map.png")
@@ -315,7 +331,8 @@ def test_history_marks_the_kept_epoch_and_where_trainings_began(cells):
     assert border.get_xdata() == [6.5, 6.5]
     kept = model.history["elbo_validation"].iloc[8:].idxmax()
     np.testing.assert_array_equal(ring.get_xydata(), [[kept, model.history.loc[kept, "elbo_validation"]]])
-    assert f"weights kept: epoch {kept}" in [text.get_text() for text in axes.get_legend().get_texts()]
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts[2:] == ["train was called again", f"weights kept: epoch {kept}"]
     lower, upper = axes.get_ylim()
     assert lower < ring.get_ydata()[0] < upper
     # Models that were saved before this was known have no marks.
@@ -341,6 +358,7 @@ def test_history_of_a_query_has_its_own_epochs_only(trained):
 
 def test_scores_are_bars_with_their_meaning():
     table = score_table()
+    table.iloc[1, 0] = -0.2
     axes = plots.scores(table)
     widths = [[bar.get_width() for bar in bars] for bars in axes.containers if hasattr(bars, "patches")]
     np.testing.assert_array_equal(np.transpose(widths), table.fillna(0))
@@ -457,9 +475,12 @@ def test_symbols_stand_for_names(form):
         plots.volcano(de_table(), gene_symbols={"ENSG1": "CD3E"})
 
 
-def test_volcano_asks_for_fold_changes():
+@pytest.mark.parametrize("missing", ["is_de_fdr_0.1", "lfc_mean", "comparison"])
+def test_volcano_asks_for_fold_changes(missing):
     with pytest.raises(ValueError, match=r"mode=.change"):
-        plots.volcano(de_table().drop(columns="is_de_fdr_0.1"))
+        plots.volcano(de_table().drop(columns=missing))
+    with pytest.raises(ValueError, match="no genes"):
+        plots.volcano(de_table()[:0])
 
 
 # Checks
