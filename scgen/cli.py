@@ -208,7 +208,7 @@ def _check_outputs(args: argparse.Namespace, report: Path) -> None:
         raise ValueError(f"{args.output} would be both the output and the folder of the report; name another --report.")
     if args.output.exists() and any(path.exists() and args.output.samefile(path) for path in args.input):
         raise ValueError(f"{args.output} is the input, which is never overwritten; name another output.")
-    names = ("model/model.json", reporting.SCORES, *reporting.PICTURES)
+    names = ("model/model.json", *reporting.SCORES, *reporting.PICTURES)
     there = [name for name in names if (report / name).exists()]
     if there and not args.overwrite:
         raise ValueError(f"{report} holds {there[0]} already; name another --report, or pass --overwrite.")
@@ -225,7 +225,8 @@ def _report(args: argparse.Namespace, adata, model, report: Path) -> None:
     except FileExistsError:
         raise FileExistsError(f"{report} was written by another program meanwhile; {args.output} is written") from None
     args.written.append(report / "model")
-    (report / reporting.SCORES).unlink(missing_ok=True)  # of an earlier run
+    for name in reporting.SCORES:
+        (report / name).unlink(missing_ok=True)  # of an earlier run
     _say("drawing the cells without the integration (PCA, UMAP) beside those with it ...")
     before = reporting.uncorrected(model)
     colours = [key for key in (args.batch_key, args.labels_key, f"leiden_{args.suffix}") if key is not None]

@@ -1,146 +1,420 @@
-"""Pictures: arrays in, PNG out."""
+"""Pictures of cells, trainings, scores and genes.
 
-from collections.abc import Mapping
+Each function takes its data first and returns the Axes that it drew on, or the Figure where there are several panels.
+In a notebook the picture is shown, as those of matplotlib's pyplot are. With ``save=`` it is written to a file, and
+pyplot is not used: nothing is shown, and no figure stays open.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from scgen.arguments import check_path, check_whole, shown
+from scgen import canvas
+from scgen.arguments import check_names, check_whole, shown
+from scgen.point_labels import label_points
+
+#: What the scores of scib-metrics mean, by their names there.
+MEANINGS = {
+    "Isolated labels": "cells of types that few batches have are near each other",
+    "KMeans NMI": "k-means clusters and cell types agree (shared information)",
+    "Leiden NMI": "Leiden clusters and cell types agree (shared information)",
+    "KMeans ARI": "k-means clusters and cell types agree (pairs of cells)",
+    "Leiden ARI": "Leiden clusters and cell types agree (pairs of cells)",
+    "Silhouette label": "cells are nearer to their own type than to others",
+    "cLISI": "the neighbours of a cell are of its type",
+    "Silhouette batch": "within a type, cells are as near to other batches as to their own",
+    "BRAS": "within a type, cells are as near to other batches as to their own",
+    "iLISI": "the neighbours of a cell come from many batches",
+    "KBET": "the batches have the same shares near every cell",
+    "Graph connectivity": "the cells of a type are connected through their neighbours",
+    "PCR comparison": "batches explain less of the variance than without correction",
+    "bio": "mean of the scores that compare with cell types",
+    "batch": "mean of the scores that compare batches",
+    "total": "0.6 bio + 0.4 batch",
+}
+#: More names could not be read.
+MOST_LABELS = 50
 
 
 def scatters(
-    path: Path, maps: Mapping[str, np.ndarray], colours: Mapping[str, pd.Series], max_categories: int = 40
-) -> None:
-    """Draw each map (n, 2), a column, coloured by each category, a row; NaN positions are left out.
+    maps: Mapping[str, np.ndarray],
+    colours: Mapping[str, pd.Series],
+    *,
+    last_map_only: Sequence[str] = (),
+    split_by: str | None = None,
+    max_categories: int = 40,
+    ax: Axes | None = None,
+    save: str | Path | None = None,
+) -> Axes | Figure:
+    """Draw maps of cells, such as UMAPs, side by side, once for each column that colours them.
 
-    Cells are drawn in random order, so that no category hides another; beyond ``max_categories`` there is no legend.
-    """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    path = _picture(path)
-    max_categories = check_whole("max_categories", max_categories, 0)
-    for name, value in (("maps", maps), ("colours", colours)):
-        if not isinstance(value, Mapping) or not len(value):
-            raise TypeError(f"{name}={shown(value)}; it takes a mapping of titles to what is drawn, and one at least.")
-    for name, xy in maps.items():
-        if np.ndim(xy) != 2 or np.shape(xy)[1] != 2 or np.asarray(xy).dtype.kind not in "iuf":
-            raise ValueError(f"maps[{name!r}]={shown(xy)}; it takes numbers of shape (n, 2).")
-    n_cells = {len(xy) for xy in maps.values()}
-    for name, values in colours.items():
-        if not isinstance(values, pd.Series) or n_cells != {len(values)}:
-            raise ValueError(
-                f"colours[{name!r}]={shown(values)}; it takes a Series of as many values as maps have rows."
-            )
-    figure = Figure(figsize=(5.2 * len(maps) + 2.5, 4.6 * len(colours)), layout="constrained")
-    grid = figure.subplots(len(colours), len(maps), squeeze=False)
-    order = np.random.default_rng(0).permutation(len(next(iter(maps.values()))))
-    for row, (name, values) in zip(grid, colours.items(), strict=True):
-        column = values.astype("category").cat.remove_unused_categories().cat
-        categories = [*map(str, column.categories), *(["NaN"] if values.isna().any() else [])]
-        codes = np.where(column.codes < 0, len(categories) - 1, column.codes)
-        palette = colormaps["tab10" if len(categories) <= 10 else "tab20" if len(categories) <= 20 else "nipy_spectral"]
-        shades = palette(
-            np.linspace(0.03, 0.97, len(categories)) if len(categories) > 20 else np.arange(len(categories))
-        )
-        for axes, (title, xy) in zip(row, maps.items(), strict=True):
-            size = float(np.clip(60_000 / len(xy), 1, 25))
-            axes.scatter(*xy[order].T, c=shades[codes[order]], s=size, linewidths=0, rasterized=True)
-            axes.set(title=f"{title}, by {name}", xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
-        if len(categories) <= max_categories:
-            handles = [
-                row[-1].plot([], [], "o", color=shade, label=category)[0]
-                for shade, category in zip(shades, categories, strict=True)
-            ]
-            row[-1].legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
-def training_curve(path: Path, history: pd.DataFrame) -> None:
-    """Draw the evidence lower bound of training and validation cells, by epoch."""
-    from matplotlib.figure import Figure
-
-    path = _picture(path)
-    if not isinstance(history, pd.DataFrame) or not len(history) or "elbo_train" not in history:
-        raise TypeError(f"history={shown(history)}; it takes the table model.history of a trained model.")
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    for column, label in (("elbo_train", "training cells, with dropout"), ("elbo_validation", "validation cells")):
-        if column in history:
-            axes.plot(history.index, history[column], label=label, marker="." if len(history) < 20 else None)
-    # The first epochs are far below the rest and would flatten it.
-    last = history.filter(like="elbo").iloc[len(history) // 4 :]
-    span = float(np.ptp(last.to_numpy())) or 1.0
-    axes.set_ylim(float(last.min().min()) - 0.3 * span, float(last.max().max()) + 0.1 * span)
-    axes.set(xlabel="epoch", ylabel="ELBO (nats per cell)", title="Training")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
-
-
-def volcano(path: Path, table: pd.DataFrame, n_labels: int = 8) -> None:
-    """Draw the Bayes factors of genes against their log2 fold changes, a panel for each comparison.
+    Cells are drawn in random order, so that no category hides another. Cells without a category are light grey and lie
+    behind the others. Legends have the number of cells of each category.
 
     Parameters
     ----------
-    path
-        Where the PNG goes.
-    table
-        What `Model.differential_expression` returns in mode "change".
-    n_labels
-        Genes named in each lower corner: of those called, the ones that fall and rise most.
+    maps
+        Positions of the cells, (n, 2) each, by title. Cells at NaN are left out.
+    colours
+        A Series of n categories for each row of panels, by title.
+    last_map_only
+        Titles of ``colours`` that are drawn on the last map only, such as clusters that were found there.
+    split_by
+        A title of ``colours``. A further row has the last map once for each of its categories, with all other cells in
+        light grey behind.
+    max_categories
+        There is no legend for more categories.
+    ax
+        Where to draw, for one map and one column without ``split_by``; None makes a figure.
+    save
+        File to write, such as "maps.png"; None shows the picture instead.
+
+    Returns
+    -------
+    The Axes of one panel, or the Figure of several.
 
     Raises
     ------
-    ValueError
-        If the table is not of mode "change".
-    """
-    from matplotlib.figure import Figure
+    TypeError, ValueError
+        If an argument is not what it should be, or ``ax`` is given for several panels.
 
-    path = _picture(path)
-    n_labels = check_whole("n_labels", n_labels, 0)
+    Examples
+    --------
+    >>> import numpy as np, pandas as pd
+    >>> from scgen import plots
+    >>> xy = np.random.default_rng(0).normal(size=(100, 2))
+    >>> cell_type = pd.Series(["B", "T"] * 50)
+    >>> axes = plots.scatters({"UMAP": xy}, {"cell type": cell_type})
+    >>> [text.get_text() for text in axes.get_legend().get_texts()]
+    ['B (50)', 'T (50)']
+    """
+    canvas.check_data_first("scatters", "maps", maps)
+    save = canvas.check_save(save)
+    max_categories = check_whole("max_categories", max_categories, 0)
+    _check_maps(maps, colours)
+    last_map_only = check_names("last_map_only", last_map_only)
+    for name, titles in (("last_map_only", last_map_only), ("split_by", [] if split_by is None else [split_by])):
+        for one in titles:
+            if not isinstance(one, str) or one not in colours:
+                known = ", ".join(map(shown, colours))
+                raise ValueError(f"{name}={shown(one)}; it takes titles of colours, which are {known}.")
+    columns = {name: canvas.Categories(values, max_categories) for name, values in colours.items()}
+    split = None if split_by is None else columns[split_by]
+    n_panels = len(maps) * len(columns) + (0 if split is None else len(split.labels))
+    canvas.check_ax(ax, n_panels)
+    title, last = list(maps.items())[-1]
+    order = np.random.default_rng(0).permutation(len(last))
+    legend = max(column.legend_width for column in columns.values())
+    if n_panels == 1:
+        ((name, column),) = columns.items()
+        ax = canvas.new_figure(4.8 + legend, 4.6, save).subplots() if ax is None else ax
+        column.draw(ax, last[order], order, canvas.plain(f"{title}, by {name}"))
+        column.add_legend(ax)
+        canvas.write(ax.figure.figure, save)
+        return ax
+    width, heights = 4.8 * len(maps) + legend, [4.6 * len(columns)]
+    if split is not None:
+        in_a_row = min(len(split.labels), 6)
+        n_rows = -(-len(split.labels) // in_a_row)
+        heights.append(0.4 + min(width / in_a_row, 4.6) * n_rows)
+    figure = canvas.new_figure(width, sum(heights), save)
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).ravel()
+    for row, (name, column) in zip(
+        parts[0].subplots(len(columns), len(maps), squeeze=False), columns.items(), strict=True
+    ):
+        for axes, (of, xy) in zip(row, maps.items(), strict=True):
+            if name in last_map_only and axes is not row[-1]:
+                axes.remove()
+            else:
+                column.draw(axes, xy[order], order, canvas.plain(f"{of}, by {name}"))
+        column.add_legend(row[-1])
+    if split is not None:
+        parts[1].suptitle(canvas.plain(f"{title}, each {split_by} with all other cells in grey"), fontsize=11)
+        panels = parts[1].subplots(n_rows, in_a_row, squeeze=False).ravel()
+        for i, axes in enumerate(panels):
+            if i < len(split.labels):
+                split.draw(axes, last[order], order, split.labels[i], only=i)
+            else:
+                axes.remove()
+    canvas.write(figure, save)
+    return figure
+
+
+def history(model, *, ax: Axes | None = None, save: str | Path | None = None) -> Axes:
+    """Draw the evidence lower bound (ELBO) of training and validation cells, by epoch.
+
+    A ring marks the epoch whose weights the model has: the one with the best ELBO of validation cells in the second
+    half of the planned epochs. Of several trainings, dotted lines mark where the later ones began.
+
+    Parameters
+    ----------
+    model
+        A trained model, or a table like its ``history``, of which the marks are not known.
+    ax
+        Where to draw; None makes a figure.
+    save
+        File to write, such as "history.png"; None shows the picture instead.
+
+    Returns
+    -------
+    The Axes.
+
+    Raises
+    ------
+    TypeError
+        If ``model`` is neither a model nor such a table.
+    ValueError
+        If the history has no epochs, or ``save`` cannot be written.
+
+    Examples
+    --------
+    >>> import scgen
+    >>> from scgen import plots
+    >>> adata = scgen.simulate_cells(n_cells=100, n_genes=30, seed=0)
+    >>> scgen.setup_anndata(adata, batch_key="batch")
+    >>> model = scgen.SCVI(adata)
+    >>> model.train(max_epochs=4, progress=False)
+    >>> axes = plots.history(model)
+    >>> axes.get_xlabel(), axes.get_ylabel()
+    ('epoch', 'ELBO (nats per cell)')
+    """
+    canvas.check_data_first("history", "model", model)
+    save = canvas.check_save(save)
+    canvas.check_ax(ax)
+    table = model if isinstance(model, pd.DataFrame) else getattr(model, "history", None)
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"model={shown(model)}; it takes a trained model, or its table model.history.")
+    if not len(table) or "elbo_train" not in table:
+        raise ValueError("the history has no epochs, or no column elbo_train: train the model first: model.train().")
+    ax = canvas.new_figure(6.4, 4, save).subplots() if ax is None else ax
+    marker = "." if len(table) < 20 else None
+    for column, label in (("elbo_train", "training cells, with dropout"), ("elbo_validation", "validation cells")):
+        if column in table and table[column].notna().any():
+            ax.plot(table.index, table[column], label=label, marker=marker)
+    # The first epochs are far below the rest and would flatten it.
+    last = table.filter(like="elbo").iloc[len(table) // 4 :]
+    span = float(np.nanmax(last) - np.nanmin(last)) or 1.0
+    ax.set_ylim(float(np.nanmin(last)) - 0.3 * span, float(np.nanmax(last)) + 0.1 * span)
+    _mark_trainings(ax, table, getattr(model, "trainings", []))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="epoch", ylabel="ELBO (nats per cell)", title="Training")
+    ax.legend(frameon=False)
+    canvas.write(ax.figure.figure, save)
+    return ax
+
+
+def scores(table: pd.DataFrame, *, ax: Axes | None = None, save: str | Path | None = None) -> Axes:
+    """Draw the scores of embeddings beside each other, with what each score means; higher is better.
+
+    Parameters
+    ----------
+    table
+        A row for each score, a column for each embedding, as in the ``scores.csv`` of a report. The names of scores are
+        those of scib-metrics; others are drawn without their meaning.
+    ax
+        Where to draw; None makes a figure.
+    save
+        File to write, such as "scores.png"; None shows the picture instead.
+
+    Returns
+    -------
+    The Axes.
+
+    Raises
+    ------
+    TypeError
+        If ``table`` is no table of numbers.
+    ValueError
+        If ``table`` is empty, or ``save`` cannot be written.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from scgen import plots
+    >>> table = pd.DataFrame({"uncorrected PCA": [0.6, 0.1], "scgen": [0.7, 0.5]}, index=["KMeans NMI", "iLISI"])
+    >>> axes = plots.scores(table)
+    >>> [text.get_text() for text in axes.get_legend().get_texts()]
+    ['uncorrected PCA', 'scgen']
+    """
+    canvas.check_data_first("scores", "table", table)
+    save = canvas.check_save(save)
+    canvas.check_ax(ax)
+    if not isinstance(table, pd.DataFrame) or not all(pd.api.types.is_numeric_dtype(of) for of in table.dtypes):
+        raise TypeError(
+            f"table={shown(table)}; it takes a table of numbers: a row for each score, a column for each embedding."
+        )
+    if not table.size:
+        raise ValueError("table is empty; it takes a row for each score, and a column for each embedding.")
+    ax = canvas.new_figure(8.5, 0.9 + 0.42 * len(table), save).subplots() if ax is None else ax
+    height = 0.7 / table.shape[1]
+    places = np.arange(len(table))
+    shades = ["0.7", *canvas.distinct_colours(max(table.shape[1] - 1, 1))]
+    for i, (name, values) in enumerate(table.items()):
+        bars = ax.barh(
+            places + (i - (table.shape[1] - 1) / 2) * height, values.fillna(0), height, color=shades[i], label=name
+        )
+        ax.bar_label(bars, [" no value" if np.isnan(value) else f" {value:.2f}" for value in values], fontsize=7)
+    names = [f"{name}\n{MEANINGS[name]}" if name in MEANINGS else str(name) for name in table.index]
+    ax.set_yticks(places, names, fontsize=7)
+    ax.invert_yaxis()
+    ax.margins(y=0.02)
+    least, most = min(0.0, table.min().min()), max(1.0, table.max().max())
+    ax.set_xlim(least - 0.1 * (least < 0), most + 0.06)
+    ax.set_title("Scores: higher is better", fontsize=10)
+    ax.legend(
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.04 - 0.4 / len(table)),
+        ncols=table.shape[1],
+        fontsize=8,
+    )
+    ax.spines[["top", "right"]].set_visible(False)
+    canvas.write(ax.figure.figure, save)
+    return ax
+
+
+def volcano(
+    table: pd.DataFrame,
+    *,
+    n_labels: int = 8,
+    gene_symbols: Mapping[str, str] | pd.Series | None = None,
+    ax: Axes | None = None,
+    save: str | Path | None = None,
+) -> Axes | Figure:
+    """Draw the Bayes factors of genes against their log2 fold changes, a panel for each comparison.
+
+    Genes that are called are red. Dotted lines are at the fold change that was of interest, ``delta``.
+
+    Parameters
+    ----------
+    table
+        What `Model.differential_expression` returns in mode "change".
+    n_labels
+        Genes named on each side, at most 50: of those called, the ones that fall and rise most. A name is left out
+        where it would overlap another.
+    gene_symbols
+        Symbols by the names that the table has, such as ``adata.var["symbol"]``. A gene without one keeps its name.
+    ax
+        Where to draw a single comparison; None makes a figure.
+    save
+        File to write, such as "volcano.png"; None shows the picture instead.
+
+    Returns
+    -------
+    The Axes of one comparison, or the Figure of several.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not what it should be, the table is not of mode "change", or ``ax`` is given for several
+        comparisons.
+
+    Examples
+    --------
+    >>> import scgen
+    >>> from scgen import plots
+    >>> adata = scgen.simulate_cells(n_cells=200, n_genes=30, seed=0)
+    >>> scgen.setup_anndata(adata, batch_key="batch")
+    >>> model = scgen.SCVI(adata)
+    >>> model.train(max_epochs=10, progress=False)
+    >>> table = model.differential_expression("cell_type", "type_1", "type_2")
+    >>> axes = plots.volcano(table)
+    >>> axes.get_xlabel()
+    'log2 fold change'
+    """
+    canvas.check_data_first("volcano", "table", table)
+    save = canvas.check_save(save)
+    n_labels = check_whole("n_labels", n_labels, 0, MOST_LABELS)
     if not isinstance(table, pd.DataFrame):
         raise TypeError(f"table={shown(table)}; it takes a table of model.differential_expression(...).")
     called = next((name for name in table if str(name).startswith("is_de_fdr_")), None)
-    if called is None:
+    if called is None or not {"comparison", "delta", "lfc_mean", "bayes_factor"} <= set(table):
         raise ValueError('the table has no fold changes: it takes one of differential_expression(mode="change").')
+    if not len(table):
+        raise ValueError("the table has no genes; it takes all rows of a comparison, called or not.")
+    symbols = _symbols(gene_symbols, table.index)
     comparisons = list(table.groupby("comparison", sort=False))
-    n_columns = min(len(comparisons), 3)
-    n_rows = -(-len(comparisons) // n_columns)
-    figure = Figure(figsize=(5 * n_columns, 4.2 * n_rows), layout="constrained")
-    panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
+    canvas.check_ax(ax, len(comparisons))
+    if len(comparisons) == 1:
+        ax = canvas.new_figure(6, 4.8, save).subplots() if ax is None else ax
+        panels = [ax]
+    else:
+        n_columns = 2 if len(comparisons) == 4 else min(len(comparisons), 3)
+        n_rows = -(-len(comparisons) // n_columns)
+        figure = canvas.new_figure(5 * n_columns, 4.4 * n_rows, save)
+        panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     for axes, (name, rows) in zip(panels, comparisons, strict=False):
         for chosen, colour in ((~rows[called], "0.75"), (rows[called], "tab:red")):
-            axes.scatter(*rows.loc[chosen, ["lfc_mean", "bayes_factor"]].to_numpy().T, s=6, c=colour)
+            xy = rows.loc[chosen, ["lfc_mean", "bayes_factor"]].to_numpy()
+            axes.scatter(*xy.T, s=6, c=colour, linewidths=0, rasterized=True)
         for sign in (-1, 1):
             axes.axvline(sign * rows["delta"].iloc[0], color="0.4", linewidth=0.8, linestyle=":")
-        # The surest share one height, where their names would lie over each other: they stand in the corners.
-        ascending = rows[rows[called]].sort_values("lfc_mean")["lfc_mean"]
-        falls, rises = ascending[ascending < 0].head(n_labels), ascending[ascending > 0].tail(n_labels)[::-1]
-        axes.text(0.02, 0.02, "\n".join(falls.index), transform=axes.transAxes, fontsize=7, va="bottom")
-        axes.text(0.98, 0.02, "\n".join(rises.index), transform=axes.transAxes, fontsize=7, va="bottom", ha="right")
-        axes.set(title=f"{name}: {rows[called].sum()} called", xlabel="log2 fold change", ylabel="Bayes factor (log)")
+        axes.set(
+            title=canvas.plain(f"{name}: {rows[called].sum()} called"),
+            xlabel="log2 fold change",
+            ylabel="Bayes factor (log)",
+        )
+        # The surest genes share one height, as many draws as there are can show: their names need room above.
+        bottom, top = axes.get_ylim()
+        if n_labels:
+            axes.margins(x=0.1)
+            axes.set_ylim(bottom, top + 0.3 * (top - bottom))
     for axes in panels[len(comparisons) :]:
         axes.remove()
-    figure.savefig(path, dpi=110)
+    for axes, (_, rows) in zip(panels, comparisons, strict=False):
+        ascending = rows[rows[called]].sort_values("lfc_mean")
+        falls, rises = (ascending[ascending["lfc_mean"] * sign > 0] for sign in (-1, 1))
+        named = pd.concat([falls.head(n_labels), rises.tail(n_labels)])
+        named = named.iloc[np.argsort(-named["lfc_mean"].abs().to_numpy(), kind="stable")]
+        every, some = (of[["lfc_mean", "bayes_factor"]].to_numpy() for of in (rows, named))
+        label_points(axes, [symbols.get(gene, gene) for gene in named.index], some, every)
+    canvas.write(panels[0].figure.figure, save)
+    return panels[0] if len(comparisons) == 1 else figure
 
 
-def posterior_predictive(path: Path, check) -> None:
+def posterior_predictive(check, *, save: str | Path | None = None) -> Figure:
     """Draw observed counts against replicates of them: zeros, variances and libraries, a panel each.
 
     Parameters
     ----------
-    path
-        Where the PNG goes.
     check
         What `scgen.posterior_predictive_check` returns.
-    """
-    from matplotlib.figure import Figure
+    save
+        File to write, such as "check.png"; None shows the picture instead.
 
-    path = _picture(path)
+    Returns
+    -------
+    The Figure.
+
+    Raises
+    ------
+    TypeError
+        If ``check`` is something else.
+    ValueError
+        If ``save`` cannot be written.
+
+    Examples
+    --------
+    >>> import scgen
+    >>> from scgen import plots
+    >>> adata = scgen.simulate_cells(n_cells=100, n_genes=30, seed=0)
+    >>> scgen.setup_anndata(adata, batch_key="batch")
+    >>> model = scgen.SCVI(adata)
+    >>> model.train(max_epochs=4, progress=False)
+    >>> figure = plots.posterior_predictive(scgen.posterior_predictive_check(model))
+    >>> [axes.get_title() for axes in figure.axes]
+    ['Share of zeros of each gene', 'Mean and variance of each gene', 'Library of each cell']
+    """
+    canvas.check_data_first("posterior_predictive", "check", check)
+    save = canvas.check_save(save)
     if not all(isinstance(getattr(check, name, None), pd.DataFrame) for name in ("genes", "cells")):
         raise TypeError(f"check={shown(check)}; it takes what scgen.posterior_predictive_check(model) returns.")
-    figure = Figure(figsize=(13, 4.3), layout="constrained")
+    figure = canvas.new_figure(13, 4.3, save)
     zeros, variances, libraries = figure.subplots(1, 3)
     _against_observed(zeros, check.genes, "zero_share")
     _against_observed(libraries, check.cells, "library")
@@ -160,20 +434,63 @@ def posterior_predictive(path: Path, check) -> None:
         variances.set(xscale="log", yscale="log")
     variances.set(title="Mean and variance of each gene", xlabel="mean", ylabel="variance")
     variances.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+    canvas.write(figure, save)
+    return figure
 
 
-def _picture(path: str | Path) -> Path:
-    """Return where a picture goes; raise before it is drawn where it could not be written."""
-    from matplotlib.figure import Figure
+def _check_maps(maps: Mapping[str, np.ndarray], colours: Mapping[str, pd.Series]) -> None:
+    """Raise where the arguments of `scatters` are no maps and categories of the same cells."""
+    for name, value in (("maps", maps), ("colours", colours)):
+        if not isinstance(value, Mapping) or not len(value):
+            raise TypeError(f"{name}={shown(value)}; it takes a mapping of titles to what is drawn, and one at least.")
+    for name, xy in maps.items():
+        if np.ndim(xy) != 2 or np.shape(xy)[1] != 2 or np.asarray(xy).dtype.kind not in "iuf":
+            raise ValueError(f"maps[{name!r}]={shown(xy)}; it takes numbers of shape (n, 2).")
+        if not len(xy):
+            raise ValueError(f"maps[{name!r}] has no cells; it takes numbers of shape (n, 2).")
+    n_cells = {len(xy) for xy in maps.values()}
+    for name, values in colours.items():
+        if not isinstance(values, pd.Series) or n_cells != {len(values)}:
+            raise ValueError(
+                f"colours[{name!r}]={shown(values)}; it takes a Series of as many values as maps have rows."
+            )
 
-    path = check_path("path", path)
-    formats = Figure().canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in formats:
-        raise ValueError(f"path={shown(str(path))}; it takes a file that ends in .{', .'.join(sorted(formats))}.")
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"path={shown(str(path))}: " + ("that is a folder." if path.is_dir() else "no such folder."))
-    return path
+
+def _mark_trainings(ax: Axes, table: pd.DataFrame, trainings: Sequence[Mapping]) -> None:
+    """Mark the epoch whose weights are kept, and where later trainings began; older models do not know of these."""
+    own = []  # trainings of the same history: the trainings of a reference are not those of a model that maps onto it
+    for one in reversed(trainings):
+        if "first_epoch" not in one:
+            break
+        own.insert(0, one)
+        if one["first_epoch"] == 1:
+            break
+    for i, one in enumerate(own[1:]):
+        label = "train was called again" if i == 0 else None
+        ax.axvline(one["first_epoch"] - 0.5, color="0.4", linewidth=0.8, linestyle=":", label=label)
+    kept = own[-1].get("kept_epoch") if own else None
+    if kept is not None and kept in table.index:
+        column = "elbo_validation" if "elbo_validation" in table else "elbo_train"
+        how = {"markersize": 9, "markerfacecolor": "none", "color": "black", "linestyle": "none"}
+        ax.plot([kept], [table.loc[kept, column]], "o", label=f"weights kept: epoch {kept}", **how)
+
+
+def _symbols(gene_symbols: Mapping[str, str] | pd.Series | None, genes: pd.Index) -> dict[str, str]:
+    """Return the symbols that are there, by genes' names."""
+    if gene_symbols is None:
+        return {}
+    if not isinstance(gene_symbols, Mapping | pd.Series):
+        raise TypeError(
+            f"gene_symbols={shown(gene_symbols)}; it takes a mapping or Series from the table's gene names to symbols: "
+            'gene_symbols=adata.var["symbol"].'
+        )
+    symbols = {gene: str(symbol) for gene, symbol in gene_symbols.items() if isinstance(symbol, str) and symbol}
+    if not symbols.keys() & set(genes):
+        raise ValueError(
+            f"gene_symbols has none of the table's genes, such as {shown(genes[0])}; its own are, for example, "
+            f"{shown(next(iter(symbols), None))}."
+        )
+    return symbols
 
 
 def _against_observed(axes, table: pd.DataFrame, name: str) -> None:

@@ -13,14 +13,18 @@ from scgen.models.base import Model
 
 #: Scores are computed on at most so many cells, drawn at random.
 MAX_SCORED_CELLS = 20_000
-#: The names of what `draw` and `scores` write.
-PICTURES, SCORES = ("umap.png", "training.png"), "scores.csv"
+#: The names of the files that `draw` and `scores` write.
+PICTURES, SCORES = ("umap.png", "training.png"), ("scores.csv", "scores.png")
+#: Each batch has a panel of its own on the map if there are at most so many.
+FEW_BATCHES = 6
 
 
 def draw(
     model: Model, adata: AnnData, before: np.ndarray, folder: Path, colours: list[str], *, suffix: str = "scgen"
 ) -> list[Path]:
     """Draw the maps before and after, coloured by columns of obs, and the training curve; return the files' paths.
+
+    Leiden clusters are on the map after only, since they were found there. A few batches have a panel each.
 
     Parameters
     ----------
@@ -31,24 +35,31 @@ def draw(
     folder
         Where to write.
     colours
-        Columns of obs.
+        Columns of obs, the one of the batches first.
     suffix
-        Ends the names of the embedding and its UMAP in ``adata.obsm``.
+        Ends the names of the embedding and its UMAP in ``adata.obsm``, and of the clusters in ``adata.obs``.
     """
     kept = np.flatnonzero(np.isfinite(adata.obsm[f"X_{suffix}"]).all(axis=1))
     xy = np.full((adata.n_obs, 2), np.nan, np.float32)
     xy[kept] = _umap_of(before)
     maps = {"uncorrected (PCA)": xy, "scgen": adata.obsm[f"X_umap_{suffix}"]}
     paths = [folder / name for name in PICTURES]
-    plots.scatters(paths[0], maps, {key: adata.obs[key] for key in colours})
-    plots.training_curve(paths[1], model.history)
+    n_batches = adata.obs[colours[0]].nunique()
+    plots.scatters(
+        maps,
+        {key: adata.obs[key] for key in colours},
+        last_map_only=[key for key in colours if key == f"leiden_{suffix}"],
+        split_by=colours[0] if 2 <= n_batches <= FEW_BATCHES else None,
+        save=paths[0],
+    )
+    plots.history(model, save=paths[1])
     return paths
 
 
 def scores(
     adata: AnnData, before: np.ndarray, folder: Path, *, batch_key: str, labels_key: str, suffix: str = "scgen"
 ) -> pd.DataFrame:
-    """Return, and write, the scores of uncorrected PCA and of the embedding; see `integration_scores`."""
+    """Return the scores of uncorrected PCA and of the embedding, as files too; see `integration_scores`."""
     embedding = np.asarray(adata.obsm[f"X_{suffix}"])
     kept = np.flatnonzero(np.isfinite(embedding).all(axis=1))
     after, obs = embedding[kept], adata.obs.iloc[kept]
@@ -60,7 +71,8 @@ def scores(
         obs[labels_key].iloc[chosen],
         before[chosen],
     )
-    table.to_csv(folder / SCORES, float_format="%.4f")
+    table.to_csv(folder / SCORES[0], float_format="%.4f")
+    plots.scores(table, save=folder / SCORES[1])
     return table
 
 

@@ -168,8 +168,11 @@ def fit(
     options: Options,
     rows: list[dict],
     on_epoch: Callable[[dict], object] | None = None,
-) -> bool:
-    """Train ``vae`` in place and append to ``rows`` what each finished epoch brought; say whether to the planned end.
+) -> dict[str, bool | int]:
+    """Train ``vae`` in place and append to ``rows`` what each finished epoch brought.
+
+    Returns whether training "finished" as planned, and the "kept_epoch": the row, counted from 1, whose weights the
+    module now has.
 
     Minibatches are taken from where the loaders put them, ``options.device``. On a CPU the loss of every step is looked
     at; on a GPU, where the host runs ahead and to look would be to wait, their sum is at the end of an epoch.
@@ -236,7 +239,8 @@ def fit(
             logger.warning("interrupted after %d epochs; the best weights so far are kept", len(rows) - n_before)
     best.restore()
     vae.eval()
-    return not interrupted
+    kept = len(rows) if best.weights is None else n_before + best.epoch + 1
+    return {"finished": not interrupted, "kept_epoch": kept}
 
 
 def progress_bar(total: int, description: str, unit: str, shown: bool) -> tqdm:

@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
+from matplotlib.figure import Figure
 
 import scgen
 from scgen import arguments, cli, integration, plots
@@ -122,7 +123,12 @@ WRONG = {
     "colours": [None, 3, "red", [], {}, {"a": 3}, {"a": None}, {"a": [1] * 4}, {"a": pd.Series([1])}],
     "function": [3, 1.5, True, "print", b"print", [], [print], {}, {"print": print}, np.zeros(2), NAN, AnnData()],
     "table": [None, 3, "table", [], {}, True, np.zeros((2, 2)), pd.DataFrame(), object()],
+    "ax": [3, 1.5, "ax", b"ax", True, [], {}, np.zeros(2), Figure(), object(), NAN],
+    "symbols": [3, "symbol", b"symbol", True, [], ["A"], {}, {"nope": "A"}, {"gene_1": 3}, np.array(["A"]), object()],
+    "title": [3, 1.5, True, b"a", "", "nope", [], ["a"], {}, object(), NAN],
+    "titles": [*NO_NAMES, "a", ["nope"], ["a", "nope"]],
 }
+WRONG["optional path"] = [*WRONG["path"][1:], "nowhere/a.png", "a.doc", "saved"]
 WRONG["rows"] += [[-121], [2**70], [True] * 3, True, [], (), {}, object(), np.zeros((2, 2), int), [None], 3j, {1, 2}]
 WRONG["rows"] += [pd.NA, pd.Series([0.5]), np.array(["a"]), pd.array([True, None]), 120, NAN, np.datetime64("2020")]
 WRONG["batch"] += [np.array([["batch_1"]]), AnnData(), pd.NA, 3j]
@@ -184,7 +190,6 @@ KINDS = ADATA_KEYS | {
     "covariates": "covariates",
     "gene_list": "names",
     "folder": "path",
-    "path": "path",
     "groupby": "column",
     "group1": "group",
     "group2": "group",
@@ -199,8 +204,12 @@ KINDS = ADATA_KEYS | {
     "maps": "maps",
     "on_epoch": "function",
     "colours": "colours",
-    "history": "table",
     "table": "table",
+    "save": "optional path",
+    "ax": "ax",
+    "gene_symbols": "symbols",
+    "last_map_only": "titles",
+    "split_by": "title",
     "check": "table",
 }
 FLAGS = ("progress", "overwrite", "early_stopping", "give_mean", "return_dist", "return_mean", "return_ess")
@@ -279,17 +288,18 @@ CALLS = {
     "Query.typicality": (lambda on, **given: on.query.typicality(**given), {}),
     "plots.scatters": (
         lambda on, **given: plots.scatters(
-            **{"path": "a.png", "maps": {"a": np.zeros((4, 2))}, "colours": {"a": pd.Series([1] * 4)}} | given
+            **{"save": "a.png", "maps": {"a": np.zeros((4, 2))}, "colours": {"a": pd.Series([1] * 4)}} | given
         ),
         {},
     ),
-    "plots.training_curve": (
-        lambda on, **given: plots.training_curve(**{"path": "a.png", "history": on.model.history} | given),
+    "plots.history": (lambda on, **given: plots.history(**{"save": "a.png", "model": on.model} | given), {}),
+    "plots.scores": (
+        lambda on, **given: plots.scores(**{"save": "a.png", "table": pd.DataFrame({"scgen": [0.5]})} | given),
         {},
     ),
-    "plots.volcano": (lambda on, **given: plots.volcano(**{"path": "a.png", "table": on.table} | given), {}),
+    "plots.volcano": (lambda on, **given: plots.volcano(**{"save": "a.png", "table": on.table} | given), {}),
     "plots.posterior_predictive": (
-        lambda on, **given: plots.posterior_predictive(**{"path": "a.png", "check": on.check} | given),
+        lambda on, **given: plots.posterior_predictive(**{"save": "a.png", "check": on.check} | given),
         {},
     ),
 }
@@ -333,7 +343,7 @@ def test_every_argument_has_a_kind():
         names = [name for name in dir(home) if not name.startswith("_")]
         public |= {f"{prefix}.{name}" for name in names if inspect.isroutine(getattr(home, name))}
     known = {call for call in CALLS if not call.startswith("integration.")}
-    public -= {"plots.check_path", "plots.check_whole", "plots.shown"}  # of scgen.arguments
+    public -= {"plots.check_names", "plots.check_whole", "plots.shown", "plots.label_points"}  # of other modules
     assert public == known | OTHERS
     for call in CALLS:
         parameters = inspect.signature(function_of(call)).parameters.values()

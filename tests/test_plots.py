@@ -1,54 +1,489 @@
-"""Pictures are drawn whatever the categories are."""
+"""Pictures show what they say, whatever the data are; measured by matplotlib's own objects."""
 
+import itertools
+import stat
 from types import SimpleNamespace
 
+import matplotlib
 import matplotlib.colors
 import matplotlib.image
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import pyplot
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from nbclient import NotebookClient
 
 import scgen
-from scgen import plots
+from scgen import canvas, plots, reporting
 
 
-@pytest.mark.parametrize("n_categories", [1, 10, 20, 60])
-def test_maps(tmp_path, n_categories):
-    xy = np.random.default_rng(0).normal(size=(200, 2))
-    xy[3] = np.nan
-    labels = pd.Series(np.resize([f"c{i}" for i in range(n_categories)], 200), dtype="category")
-    labels[7] = np.nan
-    plots.scatters(tmp_path / "maps.png", {"before": xy, "after": -xy}, {"label": labels, "number": labels.cat.codes})
-    picture = matplotlib.image.imread(tmp_path / "maps.png")
-    assert picture.shape[1] > picture.shape[0] > 500
-    assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > n_categories  # a colour for each
+@pytest.fixture(autouse=True)
+def no_figure_is_left():
+    pyplot.close("all")
+    yield
+    pyplot.close("all")
+
+
+def de_table(n_comparisons: int = 1, n_genes: int = 40) -> pd.DataFrame:
+    """Return a table of `differential_expression`, of which the surest genes share one Bayes factor."""
+    lfc = np.linspace(-3, 3, n_genes)
+    columns = {"lfc_mean": lfc, "bayes_factor": np.minimum(5 * abs(lfc) - 5, 6.9), "delta": 0.25}
+    table = pd.DataFrame(columns | {"is_de_fdr_0.1": abs(lfc) > 1}, index=[f"gene_{i}" for i in range(n_genes)])
+    return pd.concat([table.assign(comparison=f"{i} vs rest") for i in range(n_comparisons)])
+
+
+def history_of(n_epochs: int, validation: bool = True) -> pd.DataFrame:
+    table = pd.DataFrame({"elbo_train": np.linspace(-900, -800, n_epochs)}, index=range(1, n_epochs + 1))
+    return table.assign(elbo_validation=table["elbo_train"] - 5) if validation else table
+
+
+def score_table() -> pd.DataFrame:
+    values = {"uncorrected PCA": [0.6, 0.1, np.nan], "scgen": [0.7, 0.5, 0.9]}
+    return pd.DataFrame(values, index=["KMeans NMI", "iLISI", "my own"])
+
+
+def some_check() -> SimpleNamespace:
+    def table(*names):
+        return pd.DataFrame({f"{name}_{kind}": [1.0, 2.0] for name in names for kind in ("observed", "replicated")})
+
+    genes, cells = table("mean", "variance", "zero_share"), table("library")
+    return SimpleNamespace(genes=genes.assign(zero_share_within=True), cells=cells.assign(library_within=True))
+
+
+XY = np.random.default_rng(0).normal(size=(200, 2))
+KINDS = pd.Series(["a", "b"] * 100)
+#: By name, the data of each picture of one panel, and of each of several.
+ONE = {
+    "scatters": ({"map": XY}, {"kind": KINDS}),
+    "history": (history_of(9),),
+    "scores": (score_table(),),
+    "volcano": (de_table(),),
+}
+SEVERAL = {
+    "scatters": ({"map": XY, "other": XY}, {"kind": KINDS}),
+    "volcano": (de_table(2),),
+    "posterior_predictive": (some_check(),),
+}
+CALLS = [(name, data, Axes) for name, data in ONE.items()] + [(name, data, Figure) for name, data in SEVERAL.items()]
+
+
+@pytest.mark.parametrize(("name", "data", "kind"), CALLS)
+def test_what_is_returned_shown_and_written(tmp_path, name, data, kind):
+    function, parameters = getattr(plots, name), dict(matplotlib.rcParams)
+    returned = function(*data)
+    assert isinstance(returned, kind)
+    figure = returned if kind is Figure else returned.figure
+    assert figure.number in pyplot.get_fignums()  # pyplot shows it
+    pyplot.close("all")
+    path = tmp_path / "picture.png"
+    path.write_text("an earlier picture")
+    written = function(*data, save=path)
+    assert isinstance(written, kind)
+    assert pyplot.get_fignums() == []
+    assert dict(matplotlib.rcParams) == parameters
+    picture = matplotlib.image.imread(path)
+    assert picture.std() > 0.01
+    size = (written if kind is Figure else written.figure).get_size_inches()
+    assert picture.shape[1::-1] == tuple((size * canvas.DPI).astype(int))
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "new").touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "new").stat().st_mode)
+
+
+@pytest.mark.parametrize("ending", ["pdf", "svg", "PNG"])
+def test_the_ending_says_the_format(tmp_path, ending):
+    path = tmp_path / f"picture.{ending}"
+    plots.history(history_of(5), save=str(path))
+    start = path.read_bytes()[:6]
+    assert {"pdf": start[:4] == b"%PDF", "svg": start[:5] == b"<?xml", "PNG": start[1:4] == b"PNG"}[ending]
+
+
+@pytest.mark.parametrize(("name", "data"), ONE.items())
+def test_axes_of_ones_own(tmp_path, name, data):
+    figure, (ax, other) = pyplot.subplots(1, 2)
+    assert getattr(plots, name)(*data, ax=ax, save=tmp_path / "both.png") is ax
+    assert pyplot.get_fignums() == [figure.number]
+    assert ax.has_data()
+    assert not other.has_data()
+    height, width = matplotlib.image.imread(tmp_path / "both.png").shape[:2]
+    assert (width, height) == tuple((figure.get_size_inches() * canvas.DPI).astype(int))
+
+
+@pytest.mark.parametrize("name", ["scatters", "volcano"])
+def test_several_panels_take_no_axes(name):
+    _, ax = pyplot.subplots()
+    with pytest.raises(ValueError, match="ax= takes one panel, and there are 2 to draw"):
+        getattr(plots, name)(*SEVERAL[name], ax=ax)
+    assert not ax.has_data()
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch, error):
+    path = tmp_path / "picture.png"
+    path.write_text("an earlier picture")
+
+    def failing(self, file, **_):
+        file.write_text("half")
+        raise error
+
+    monkeypatch.setattr(Figure, "savefig", failing)
+    with pytest.raises(error):
+        plots.history(history_of(5), save=path)
+    assert path.read_text() == "an earlier picture"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", [*ONE, "posterior_predictive"])
+def test_bad_calls_draw_nothing(tmp_path, name):
+    function = getattr(plots, name)
+    data = (ONE | SEVERAL)[name]
+    with pytest.raises(TypeError, match=rf"The data come first: {name}\(\w+, save='old.png'\)"):
+        function("old.png", *data[1:])
+    for path, words in (
+        ("picture.doc", "ends in .*png"),
+        ("picture", "ends in"),
+        (tmp_path / "nowhere" / "a.png", "no such folder"),
+        (3, "takes a path"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"save=.*{words}"):
+            function(*data, save=path)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ValueError, match="that is a folder"):
+        function(*data, save=tmp_path / "folder.png")
+    if name in ONE:
+        with pytest.raises(TypeError, match="it takes Axes of matplotlib"):
+            function(*data, ax=pyplot.subplots(1, 2)[1])
+        pyplot.close("all")
+    assert pyplot.get_fignums() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_a_notebook_shows_each_picture_once(tmp_path):
+    several = "pd.concat([table.assign(comparison=name) for name in 'ab'])"
+    cells = {
+        f"import pandas as pd\nfrom scgen import plots\ntable = pd.read_pickle({str(tmp_path / 'table.pkl')!r})": 0,
+        "plots.volcano(table)": 1,
+        "figure = plots.volcano(table)": 1,
+        f"plots.volcano({several})": 1,
+        f"figure = plots.volcano({several})": 1,
+        "figure": 1,
+        f"plots.volcano({several})\nimport matplotlib.pyplot as plt\nplt.show()": 1,
+        "plots.volcano(table)\nplots.volcano(table)": 2,
+        f"plots.volcano(table, save={str(tmp_path / 'volcano.png')!r})": 0,
+    }
+    de_table().to_pickle(tmp_path / "table.pkl")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    NotebookClient(notebook, timeout=100).execute()
+    for cell, expected in zip(notebook.cells, cells.values(), strict=True):
+        shown = [output for output in cell.outputs if "image/png" in output.get("data", {})]
+        assert len(shown) == expected, cell.source
+    assert (tmp_path / "volcano.png").exists()
+
+
+# Maps
+
+
+def colours_of(axes) -> dict[tuple, tuple]:
+    """Return the colour of each dot, by its position."""
+    xy, colours = points(axes)
+    return dict(zip(map(tuple, xy.tolist()), map(tuple, colours.tolist()), strict=True))
+
+
+def legend_of(axes) -> dict[str, tuple]:
+    """Return the colours in the legend, by their labels."""
+    legend = axes.get_legend()
+    texts = [text.get_text() for text in legend.get_texts()]
+    return {
+        text: matplotlib.colors.to_rgb(handle.get_color())
+        for text, handle in zip(texts, legend.legend_handles, strict=True)
+    }
+
+
+@pytest.mark.parametrize("n_categories", [1, 2, 6, 14, 25, 30, 110])
+def test_categories_are_counted_and_told_apart(tmp_path, n_categories):
+    xy = np.random.default_rng(0).normal(size=(400, 2))
+    labels = pd.Series(np.resize([f"c{i}" for i in range(n_categories)], 400), dtype="category")
+    labels[:7] = np.nan
+    labels = labels.cat.add_categories("empty")
+    axes = plots.scatters({"map": xy}, {"kind": labels}, max_categories=200, save=tmp_path / "map.png")
+    legend = legend_of(axes)
+    grey = matplotlib.colors.to_rgb(canvas.LIGHT_GREY)
+    counts = labels.value_counts()
+    expected = {f"{name} ({counts[name]})" for name in counts.index if counts[name]} | {"NaN (7)"}
+    assert legend.keys() == expected
+    assert legend["NaN (7)"] == grey
+    assert len(set(legend.values())) == n_categories + 1
+    shown = colours_of(axes)
+    for position, label in zip(map(tuple, xy.tolist()), labels, strict=True):
+        wanted = grey if label != label else legend[f"{label} ({counts[label]})"]
+        assert np.allclose(shown[position], wanted)
+
+
+def test_large_numbers_long_names_and_odd_names(tmp_path):
+    names = ["$x$ and $y$", "_hidden", "CD4-positive, alpha-beta memory T cell of blood, type 1"]
+    names += [names[-1][:-1] + "2"]
+    labels = pd.Series(np.repeat(names, [1204, 100, 100, 100]))
+    xy = np.random.default_rng(0).normal(size=(len(labels), 2))
+    axes = plots.scatters({"map": xy}, {"kind": labels}, save=tmp_path / "map.png")
+    texts = axes.get_legend().get_texts()
+    shown = [text.get_text() for text in texts]
+    assert len(set(shown)) == 4
+    assert any("(1,204)" in text for text in shown)
+    assert all(len(text) < 50 for text in shown)
+    axes.figure.draw_without_rendering()
+    right = axes.figure.bbox.width
+    assert all(text.get_window_extent().x1 <= right for text in texts)
+    # The legend has its own room: the panel does not become narrow.
+    assert axes.get_window_extent().width / axes.figure.dpi > 4
+
+
+def test_cells_without_any_category():
+    axes = plots.scatters({"map": XY}, {"kind": pd.Series([None] * 200, dtype="category")})
+    assert legend_of(axes) == {"NaN (200)": matplotlib.colors.to_rgb(canvas.LIGHT_GREY)}
+    assert len(points(axes)[0]) == 200
+    with pytest.raises(ValueError, match="no cells"):
+        plots.scatters({"map": XY[:0]}, {"kind": KINDS[:0]})
+
+
+def test_axes_of_a_subfigure(tmp_path):
+    figure = Figure()
+    ax = figure.subfigures(1, 2)[0].subplots()
+    plots.volcano(de_table(), ax=ax, save=tmp_path / "volcano.png")
+    assert len(ax.texts) == 16
+    assert matplotlib.image.imread(tmp_path / "volcano.png").shape[1] == int(figure.get_figwidth() * canvas.DPI)
+
+
+def test_many_categories_have_no_legend(tmp_path):
+    labels = pd.Series(np.arange(200) % 50)
+    axes = plots.scatters({"map": XY}, {"kind": labels}, save=tmp_path / "map.png")
+    assert axes.get_legend() is None
+
+
+def test_columns_on_the_last_map_and_categories_apart(tmp_path):
+    batch = pd.Series(np.resize(["x", "y", "z"], 200))
+    maps = {"before": XY, "after": np.where(np.arange(200)[:, None] == 3, np.nan, -XY)}
+    figure = plots.scatters(
+        maps, {"batch": batch, "cluster": KINDS}, last_map_only=["cluster"], split_by="batch", save=tmp_path / "a.png"
+    )
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    rows = ["before, by batch", "after, by batch", "after, by cluster"]
+    assert list(panels) == [*rows, "x (67)", "y (67)", "z (66)"]
+    np.testing.assert_allclose(in_order(points(panels["before, by batch"])[0]), in_order(XY))
+    grey, legend = matplotlib.colors.to_rgb(canvas.LIGHT_GREY), legend_of(panels["after, by batch"])
+    for name in "xyz":
+        title = next(title for title in panels if title.startswith(f"{name} ("))
+        others, front = panels[title].collections
+        there = (batch == name).to_numpy() & (np.arange(200) != 3)
+        for dots, shown in ((front, there), (others, ~there & (np.arange(200) != 3))):
+            xy = dots.get_offsets().data
+            np.testing.assert_allclose(in_order(xy[np.isfinite(xy).all(1)]), in_order(-XY[shown]))
+        assert front.zorder >= others.zorder
+        assert np.allclose(front.get_facecolors()[:, :3], legend[title])
+        assert np.allclose(others.get_facecolors()[:, :3], grey)
+
+
+@pytest.mark.parametrize("n_batches", [1, 2, 7])
+def test_the_report_shows_few_batches_apart(tmp_path, monkeypatch, trained, n_batches):
+    adata = trained.adata.copy()
+    adata.obsm["X_scgen"] = trained.get_latent_representation()
+    adata.obsm["X_umap_scgen"] = np.random.default_rng(0).normal(size=(adata.n_obs, 2))
+    adata.obs["batch"] = pd.Categorical(np.resize([f"batch_{i}" for i in range(n_batches)], adata.n_obs))
+    adata.obs["leiden_scgen"] = pd.Categorical(np.resize(["0", "1"], adata.n_obs))
+    figures, write = [], canvas.write
+    monkeypatch.setattr(canvas, "write", lambda figure, path: figures.append(figure) or write(figure, path))
+    paths = reporting.draw(trained, adata, adata.obsm["X_scgen"], tmp_path, ["batch", "cell_type", "leiden_scgen"])
+    assert sorted(path.name for path in paths) == sorted(path.name for path in tmp_path.iterdir())
+    titles = [axes.get_title() for axes in figures[0].axes]
+    maps = ("uncorrected (PCA)", "scgen")
+    expected = [f"{one}, by {key}" for key in ("batch", "cell_type") for one in maps] + ["scgen, by leiden_scgen"]
+    sizes = adata.obs["batch"].value_counts()
+    expected += [f"{name} ({size})" for name, size in sizes.sort_index().items()] if n_batches == 2 else []
+    assert titles == expected
+
+
+# Trainings
 
 
 @pytest.mark.parametrize("n_epochs", [1, 50])
 @pytest.mark.parametrize("validation", [True, False])
-def test_training_curve(tmp_path, n_epochs, validation):
-    history = pd.DataFrame({"elbo_train": np.linspace(-900, -800, n_epochs)}, index=range(1, n_epochs + 1))
-    if validation:
-        history["elbo_validation"] = history["elbo_train"] - 5
-    plots.training_curve(tmp_path / "curve.png", history)
-    assert matplotlib.image.imread(tmp_path / "curve.png").std() > 0.01
+def test_history(n_epochs, validation):
+    table = history_of(n_epochs, validation)
+    axes = plots.history(table)
+    lines = axes.get_lines()
+    assert len(lines) == 1 + validation  # of a table, nothing is marked
+    for line, column in zip(lines, table, strict=True):
+        np.testing.assert_array_equal(line.get_xdata(), table.index)
+        np.testing.assert_array_equal(line.get_ydata(), table[column])
+    lower, upper = axes.get_ylim()
+    assert lower < table.iloc[-1].min() <= table.iloc[-1].max() < upper
 
 
-@pytest.mark.parametrize("n_comparisons", [1, 4])
-def test_volcano(tmp_path, n_comparisons):
-    lfc = np.linspace(-3, 3, 40)
-    table = pd.DataFrame(
-        {"lfc_mean": lfc, "bayes_factor": 5 * abs(lfc) - 5, "delta": 0.25, "is_de_fdr_0.1": abs(lfc) > 2},
-        index=[f"gene_{i}" for i in range(40)],
-    )
-    several = pd.concat([table.assign(comparison=f"{i} vs rest") for i in range(n_comparisons)])
-    plots.volcano(tmp_path / "volcano.png", several)
-    picture = matplotlib.image.imread(tmp_path / "volcano.png")
-    assert picture.std() > 0.01
-    assert (picture.shape[1] > 1.5 * picture.shape[0]) == (n_comparisons == 4)
+def test_history_marks_the_kept_epoch_and_where_trainings_began(cells):
+    model = scgen.SCVI(cells, n_latent=2, n_hidden=8)
+    model.train(max_epochs=6, early_stopping=False, progress=False, accelerator="cpu")
+    model.train(max_epochs=4, early_stopping=False, progress=False, accelerator="cpu", seed=1)
+    axes = plots.history(model)
+    *_, border, ring = axes.get_lines()
+    assert border.get_xdata() == [6.5, 6.5]
+    kept = model.history["elbo_validation"].iloc[8:].idxmax()
+    np.testing.assert_array_equal(ring.get_xydata(), [[kept, model.history.loc[kept, "elbo_validation"]]])
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts[2:] == ["train was called again", f"weights kept: epoch {kept}"]
+    lower, upper = axes.get_ylim()
+    assert lower < ring.get_ydata()[0] < upper
+    # Models that were saved before this was known have no marks.
+    del model.trainings[-1]["first_epoch"], model.trainings[-1]["kept_epoch"]
+    assert len(plots.history(model).get_lines()) == 2
+
+
+def test_history_of_a_query_has_its_own_epochs_only(trained):
+    new = trained.adata[:60].copy()
+    new.obs["batch"] = "other"
+    query = trained.query(new)
+    with pytest.raises(ValueError, match="no epochs"):
+        plots.history(query.model)
+    query.train(max_epochs=2, progress=False, accelerator="cpu")
+    axes = plots.history(query.model)
+    assert axes.get_lines()[0].get_xdata().tolist() == [1, 2]
+    kept = query.model.trainings[-1]["kept_epoch"]
+    assert axes.get_lines()[-1].get_xdata() == [kept]
+
+
+# Scores
+
+
+def test_scores_are_bars_with_their_meaning():
+    table = score_table()
+    table.iloc[1, 0] = -0.2
+    axes = plots.scores(table)
+    widths = [[bar.get_width() for bar in bars] for bars in axes.containers if hasattr(bars, "patches")]
+    np.testing.assert_array_equal(np.transpose(widths), table.fillna(0))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(table)
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    assert names == [f"KMeans NMI\n{plots.MEANINGS['KMeans NMI']}", f"iLISI\n{plots.MEANINGS['iLISI']}", "my own"]
+    assert "no value" in [text.get_text().strip() for text in axes.texts]
+    assert "higher is better" in axes.get_title()
+    assert axes.yaxis_inverted()  # in the order of the table, from above
+
+
+@pytest.mark.parametrize("n_rows", [1, 13])
+@pytest.mark.parametrize("n_columns", [1, 4])
+def test_scores_of_any_size_fit(tmp_path, n_rows, n_columns):
+    rng = np.random.default_rng(0)
+    rows = list(plots.MEANINGS)[:n_rows]
+    table = pd.DataFrame(rng.uniform(size=(n_rows, n_columns)), rows, [f"embedding {i}" for i in range(n_columns)])
+    axes = plots.scores(table, save=tmp_path / "scores.png")
+    figure = axes.figure
+    figure.draw_without_rendering()
+    extents = [text.get_window_extent() for text in (*axes.get_yticklabels(), *axes.get_legend().get_texts())]
+    assert all(figure.bbox.containsx(one.x0) and figure.bbox.containsx(one.x1) for one in extents)
+    assert all(figure.bbox.containsy(one.y0) and figure.bbox.containsy(one.y1) for one in extents)
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(extents, 2))
+
+
+def test_the_report_has_scores_as_numbers_and_as_a_picture(tmp_path, monkeypatch, trained):
+    adata = trained.adata.copy()
+    adata.obsm["X_scgen"] = trained.get_latent_representation()
+    # scib-metrics is not installed everywhere.
+    monkeypatch.setattr(reporting, "integration_scores", lambda *_: score_table())
+    keys = {"batch_key": "batch", "labels_key": "cell_type"}
+    table = reporting.scores(adata, adata.obsm["X_scgen"], tmp_path, **keys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(reporting.SCORES)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "scores.csv", index_col=0), table)
+    assert matplotlib.image.imread(tmp_path / "scores.png").std() > 0.01
+
+
+# Genes
+
+
+def test_volcano_shows_genes_where_they_are():
+    table = de_table()
+    axes = plots.volcano(table, n_labels=0)
+    xy, colours = points(axes)
+    np.testing.assert_allclose(in_order(xy), in_order(table["lfc_mean"], table["bayes_factor"]))
+    red = (colours == matplotlib.colors.to_rgb("tab:red")).all(1)
+    np.testing.assert_allclose(np.sort(xy[red, 0]), np.sort(table["lfc_mean"][table["is_de_fdr_0.1"]]))
+    assert axes.get_title() == f"0 vs rest: {table['is_de_fdr_0.1'].sum()} called"
+    assert len(axes.texts) == 0
+
+
+@pytest.mark.parametrize("n_comparisons", [2, 4, 5])
+def test_volcano_has_a_panel_for_each_comparison(n_comparisons):
+    figure = plots.volcano(de_table(n_comparisons), n_labels=1)
+    assert [axes.get_title().split(" vs")[0] for axes in figure.axes] == [str(i) for i in range(n_comparisons)]
+    assert all(len(axes.texts) == 2 for axes in figure.axes)
+
+
+@pytest.mark.parametrize("n_genes", [40, 2000])
+@pytest.mark.parametrize("dpi", [None, canvas.DPI])
+def test_names_stand_near_their_dots_and_apart(n_genes, dpi):
+    table = de_table(n_genes=n_genes)
+    # As many genes share their place as in real tables.
+    table["lfc_mean"] += np.random.default_rng(0).normal(size=n_genes) * 0.05
+    axes = plots.volcano(table, n_labels=8)
+    called = table[table["is_de_fdr_0.1"]].sort_values("lfc_mean")
+    names = [text.get_text() for text in axes.texts]
+    assert set(names) <= {*called.index[:8], *called.index[-8:]}
+    assert len(names) == 16
+    axes.figure.dpi = dpi or axes.figure.dpi
+    axes.figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    frame = axes.get_window_extent()
+    for text, box in zip(axes.texts, boxes, strict=True):
+        assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+        assert frame.y0 <= box.y0 < box.y1 <= frame.y1
+        assert text.xy == tuple(table.loc[text.get_text(), ["lfc_mean", "bayes_factor"]])
+        dot = axes.transData.transform(text.xy)
+        gap = np.maximum(np.maximum(box.min - dot, dot - box.max), 0)
+        assert 0 < np.hypot(*gap) < 100 * axes.figure.dpi / 72
+        # The line ends at the dot, up to the point that is left free around it.
+        ends = text.arrow_patch.get_path().vertices
+        ends = text.arrow_patch.get_transform().transform(ends)
+        assert np.hypot(*(ends - dot).T).min() < 3 * axes.figure.dpi / 72
+
+
+def test_names_that_find_no_place_are_left_out():
+    _, ax = pyplot.subplots(figsize=(2, 2))
+    table = de_table(n_genes=400)
+    plots.volcano(table.rename(index=lambda name: f"a rather long name of {name}"), n_labels=50, ax=ax)
+    ax.figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in ax.texts]
+    assert len(boxes) < 100
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+def test_names_may_be_anything():
+    table = de_table().rename(index={"gene_0": "$odd$", "gene_39": "_hidden"})
+    axes = plots.volcano(table, n_labels=1)
+    axes.figure.draw_without_rendering()
+    assert {text.get_text() for text in axes.texts} == {"$odd$", "_hidden"}
+
+
+@pytest.mark.parametrize("form", [dict, pd.Series])
+def test_symbols_stand_for_names(form):
+    symbols = form({"gene_0": "CD3E", "gene_1": None, "gene_38": "", "elsewhere": "CD4"})
+    axes = plots.volcano(de_table(), n_labels=2, gene_symbols=symbols)
+    assert sorted(text.get_text() for text in axes.texts) == ["CD3E", "gene_1", "gene_38", "gene_39"]
+    with pytest.raises(TypeError, match=r'gene_symbols=adata.var\["symbol"\]'):
+        plots.volcano(de_table(), gene_symbols="symbol")
+    with pytest.raises(ValueError, match=r"none of the table's genes, such as 'gene_0'; its own are, .* 'ENSG1'"):
+        plots.volcano(de_table(), gene_symbols={"ENSG1": "CD3E"})
+
+
+@pytest.mark.parametrize("missing", ["is_de_fdr_0.1", "lfc_mean", "comparison"])
+def test_volcano_asks_for_fold_changes(missing):
     with pytest.raises(ValueError, match=r"mode=.change"):
-        plots.volcano(tmp_path / "none.png", several.drop(columns="is_de_fdr_0.1"))
+        plots.volcano(de_table().drop(columns=missing))
+    with pytest.raises(ValueError, match="no genes"):
+        plots.volcano(de_table()[:0])
+
+
+# Checks
 
 
 def points(axes) -> tuple[np.ndarray, np.ndarray]:
@@ -67,7 +502,7 @@ def in_order(*columns) -> np.ndarray:
 
 
 @pytest.mark.parametrize("covered", [True, False])
-def test_posterior_predictive(tmp_path, monkeypatch, covered):
+def test_posterior_predictive(tmp_path, covered):
     rng = np.random.default_rng(0)
     mean = np.append(rng.gamma(1, 2, 300), 0)  # the last gene is not expressed
     values = {"mean": mean, "variance": mean + mean**2, "zero_share": np.exp(-mean)}
@@ -79,14 +514,10 @@ def test_posterior_predictive(tmp_path, monkeypatch, covered):
     genes = pd.concat([table(name, of) for name, of in values.items()], axis=1)
     check = SimpleNamespace(genes=genes, cells=table("library", library))
     check.cells.loc[:9, "library_within"] = not covered
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *of, **how: figures.append(figure) or save(figure, *of, **how)
-    )
-    plots.posterior_predictive(tmp_path / "check.png", check)
+    figure = plots.posterior_predictive(check, save=tmp_path / "check.png")
     picture = matplotlib.image.imread(tmp_path / "check.png")
     assert picture.shape[1] > 2.5 * picture.shape[0]
-    zeros, variances, libraries = figures[0].axes
+    zeros, variances, libraries = figure.axes
     grey, red, orange = (np.array(matplotlib.colors.to_rgb(name)) for name in ("0.45", "tab:red", "tab:orange"))
     xy, colours = points(zeros)
     share = values["zero_share"]
@@ -107,5 +538,5 @@ def test_posterior_predictive(tmp_path, monkeypatch, covered):
 
 def test_a_check_of_one_cell_is_drawn(tmp_path, trained):
     check = scgen.posterior_predictive_check(trained, indices=[0], n_samples=3)
-    plots.posterior_predictive(tmp_path / "one.png", check)
+    plots.posterior_predictive(check, save=tmp_path / "one.png")
     assert matplotlib.image.imread(tmp_path / "one.png").std() > 0.01

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from scipy import special
 from torch import Tensor
 
 from scgen.analysis.comparisons import Comparison
@@ -316,28 +317,50 @@ def compare(
 def as_scanpy(table: pd.DataFrame, groupby: str) -> dict:
     """Return a table of `Model.differential_expression` in the form of ``scanpy.tl.rank_genes_groups``.
 
-    Genes that are higher in the group come first, the surest of them first, as Scanpy has them; then the lower ones,
-    the surest last.
+    As in Scanpy, the genes of a group are listed by falling scores: first the genes that are higher in the group, the
+    surest first, then the lower ones, the surest last. The p-values rise along the first and fall along the second.
     """
     columns: dict[str, dict] = {name: {} for name in ("names", "scores", "logfoldchanges", "pvals", "pvals_adj")}
     for group, rows in table.groupby("group1", sort=False):
         if "proba_de" in rows:
             p, lfc = rows["proba_de"], rows["lfc_mean"]
-            higher = np.where(lfc > 0, p, -p)
+            scores = _scores_of_change(rows)
         else:
             p, lfc = rows[["proba_m1", "proba_m2"]].max(axis=1), np.log2(rows["scale1"] / rows["scale2"])
-            higher = rows["proba_m1"].to_numpy()
+            # Where the cells of one group are above all cells of the other, the fold change goes on ranking.
+            scores = rows["bayes_factor"] + np.where(p == 1, lfc, 0)
         falling = p.to_numpy().argsort(kind="stable")[::-1]
         error = np.empty(len(p))
         error[falling] = running_error(p.to_numpy()[falling])
-        values = {"scores": rows["bayes_factor"], "logfoldchanges": lfc, "pvals": 1 - p, "pvals_adj": error}
-        order = np.lexsort((-lfc, -higher))
+        values = {"scores": scores, "logfoldchanges": lfc, "pvals": 1 - p, "pvals_adj": error}
+        # Scores are equal where as many draws agree; then the larger change comes first.
+        higher = lfc if "proba_de" in rows else rows["proba_m1"]
+        order = np.lexsort((-lfc, -higher, -scores))
         columns["names"][group] = rows.index.to_numpy(object)[order]
         for name, of_all in values.items():
             columns[name][group] = np.asarray(of_all, np.float64)[order]
     arrays = {name: np.rec.fromarrays(list(of.values()), names=list(of)) for name, of in columns.items()}
     params = {"groupby": groupby, "reference": table["group2"].iloc[0], "method": "scgen", "use_raw": False}
     return {"params": params | {"layer": None, "corr_method": "posterior"}, **arrays}
+
+
+def _scores_of_change(rows: pd.DataFrame) -> np.ndarray:
+    """Return z scores that rank the genes of one comparison in mode "change", (G,), with the sign of the change.
+
+    A score s belongs to the probability of an error as a z score belongs to its two-sided p-value: 1 - p = 2 (1 -
+    Phi(abs(s))). Where all draws agree, p is 1 and ranks no more. There, a score is the distance of the mean change
+    from ``delta`` in standard deviations.
+    """
+    error = 1 - rows["proba_de"]
+    half_a_draw = special.expit(-rows["bayes_factor"]).min()  # where any gene has p = 1
+    distance = (rows["lfc_mean"].abs() - rows["delta"]) / np.maximum(rows["lfc_std"], 1e-12)
+    size = np.where(
+        error > 0,
+        -special.ndtri(error / 2),
+        # A smooth maximum: above what draws can show, and larger for a larger distance.
+        np.logaddexp(-special.ndtri(half_a_draw / 2), distance),
+    )
+    return np.where(rows["lfc_mean"] > 0, size, -size)
 
 
 def sample(group: np.ndarray, most: int, seed: int) -> np.ndarray:

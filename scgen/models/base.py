@@ -37,7 +37,8 @@ class Model(metaclass=Answering):
         A row per epoch: elbo_train, elbo_validation and the means of its parts (nats per cell; higher is better),
         kl_weight, seconds.
     trainings
-        The options of each call of `train`, and whether it "finished" without an interrupt or error.
+        The options of each call of `train`, whether it "finished" without an interrupt or error, its "first_epoch" in
+        ``history`` and the "kept_epoch", whose weights it left.
     train_indices, validation_indices
         Rows of ``adata`` that were trained on and validated on; None before training.
     source, source_rows
@@ -169,7 +170,7 @@ class Model(metaclass=Answering):
             *plan, n_importance_samples, accelerator, devices, precision, seed, progress, on_epoch
         )
         with trainings.recorded(self, options, batch_size, train_size) as (training, validation, rows):
-            self.trainings[-1]["finished"] = fit(self.vae, training, validation, options, rows, on_epoch)
+            self.trainings[-1] |= fit(self.vae, training, validation, options, rows, on_epoch)
 
     def get_latent_representation(
         self,
@@ -670,10 +671,7 @@ class Model(metaclass=Answering):
             Draws of the means; cells sampled of each group; the seed of both.
         key_added
             Where in ``adata.uns`` to write a copy in the form of ``scanpy.tl.rank_genes_groups``, for its plots and
-            ``scanpy.get.rank_genes_groups_df``: genes that are higher in the group first; scores are Bayes factors,
-            pvals 1 - p, the posterior probability of an error, and pvals_adj its mean over all genes that are as sure,
-            the expected false discovery rate. None writes nothing. In mode "vanilla", p is the larger of the two
-            probabilities.
+            ``scanpy.get.rank_genes_groups_df``. None writes nothing. Notes say what is in it.
 
         Returns
         -------
@@ -692,6 +690,13 @@ class Model(metaclass=Answering):
 
         Notes
         -----
+        The copy that ``key_added`` writes has the fields of Scanpy. "names" are listed by falling "scores". "pvals" are
+        1 - p, the posterior probability of an error; in mode "vanilla", p is the larger of the two probabilities.
+        "pvals_adj" are the means of these over all genes that are at least as sure, the expected false discovery rate.
+        Scores in mode "change" are z scores with the sign of lfc_mean: as in Scanpy, pvals = 2 (1 - Phi(abs(score))).
+        Where all draws agree, pvals is 0, and the score is about (abs(lfc_mean) - delta) / lfc_std. So scores rank also
+        the surest genes. Scores in mode "vanilla" are Bayes factors, plus the log2 fold change where p is 1.
+
         A draw of a group's mean weighs its cells at random and takes z from q, and is spread until it varies by no less
         than the standard error of the counts: the decoder's weights are a point estimate. Of three cells and fewer the
         counts say hardly anything. Means of rho are compared after a pseudocount is added: the 0.9 quantile of the

@@ -56,6 +56,7 @@ def recorded(
         training, validation = loaders.of_training(model, options, batch_size, train_size)
         rows: list[dict] = model.history.to_dict(orient="records")
         started = {"device": str(options.device), "batch_size": training.batch_size, "finished": False}
+        started |= {"first_epoch": len(rows) + 1}
         model.trainings.append(asdict(options) | started)
         new_rows = model.registry.learned_rows(model.arguments["dispersion"])
         try:
@@ -69,4 +70,6 @@ def recorded(
                 model.trainings.pop()
                 if not rows:
                     model.train_indices = model.validation_indices = None
+            else:
+                model.trainings[-1].setdefault("kept_epoch", len(rows))  # an error leaves the last good weights
             model.history = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="epoch"))

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import scanpy as sc
 import torch
+from matplotlib import pyplot
 from scipy import sparse, stats
 from sklearn.metrics import roc_auc_score
 from torch import nn
@@ -351,19 +352,73 @@ def test_scanpy_reads_the_copy(simulated, tmp_path):
     copy.write_h5ad(tmp_path / "cells.h5ad")
     copy = sc.read_h5ad(tmp_path / "cells.h5ad")
     read = sc.get.rank_genes_groups_df(copy, "type_2").set_index("names")
-    mine = table[table["group1"] == "type_2"]
-    rising = mine[mine["lfc_mean"] > 0]
-    assert read.index[: len(rising)].tolist() == rising.index.tolist()
-    assert (read["logfoldchanges"][len(rising) :] <= 0).all()
-    mine = mine.loc[read.index]
+    mine = table[table["group1"] == "type_2"].loc[read.index]
     np.testing.assert_allclose(read["pvals"], mine["proba_not_de"])
     np.testing.assert_allclose(read["logfoldchanges"], mine["lfc_mean"])
-    np.testing.assert_allclose(read["scores"], mine["bayes_factor"])
     assert (read["pvals_adj"] <= 0.05).tolist() == mine["is_de_fdr_0.05"].tolist()
-    sc.pl.rank_genes_groups(copy, show=False)
-    sc.pl.rank_genes_groups_dotplot(copy, n_genes=3, show=False)
-    model.differential_expression("cell_type", adata=copy, mode="vanilla", key_added="wins")
-    assert sc.get.rank_genes_groups_df(copy, "type_2", key="wins")["scores"].is_monotonic_decreasing
+
+
+def ranked(table: pd.DataFrame, adata) -> pd.DataFrame:
+    """Return what Scanpy reads of the first group, after checks that hold in each mode."""
+    copy = adata.copy()
+    copy.uns["rank_genes_groups"] = de.as_scanpy(table, "cell_type")
+    read = sc.get.rank_genes_groups_df(copy, "type_1")
+    assert read["scores"].is_monotonic_decreasing
+    higher, lower = read[read["scores"] > 0], read[read["scores"] <= 0]
+    assert len(higher) > 10
+    assert len(lower) > 10
+    assert higher["pvals"].is_monotonic_increasing
+    assert lower["pvals"].is_monotonic_decreasing
+    # Scanpy draws a group's first genes by name, at their scores.
+    (axes,) = sc.pl.rank_genes_groups(copy, groups=["type_1"], n_genes=20, show=False)
+    assert [text.get_text() for text in axes.texts] == read["names"][:20].tolist()
+    np.testing.assert_allclose([text.get_position()[1] for text in axes.texts], read["scores"][:20])
+    pyplot.close("all")
+    return read.set_index("names").join(table[table["group1"] == "type_1"])
+
+
+def test_scores_of_fold_changes_rank(simulated):
+    read = ranked(simulated[1].differential_expression("cell_type"), simulated[0])
+    assert (read["scores"] * read["lfc_mean"] >= 0).all()
+    # Scanpy's own scores and p-values are related so.
+    told = read[read["pvals"] > 0]
+    assert len(told) > 20
+    np.testing.assert_allclose(2 * stats.norm.sf(told["scores"].abs()), told["pvals"], atol=1e-12)
+    surest = read[read["pvals"] == 0]
+    assert len(surest) > 20
+    assert not surest["scores"].duplicated().any()
+    assert surest["scores"].abs().min() > told["scores"].abs().max()
+    # Far beyond what draws can show, a score is a z score of the draws' mean and standard deviation.
+    far = surest[surest["scores"].abs() > 7]
+    assert len(far) > 5
+    z = (far["lfc_mean"].abs() - 0.25) / far["lfc_std"]
+    np.testing.assert_allclose(far["scores"].abs(), z, rtol=0.01)
+
+
+def test_scores_of_wins_rank(simulated):
+    read = ranked(simulated[1].differential_expression("cell_type", mode="vanilla"), simulated[0])
+    assert (np.sign(read["scores"]) == np.sign(read["proba_m1"] - 0.5)).all()
+    told, surest = read[read["pvals"] > 0], read[read["pvals"] == 0]
+    np.testing.assert_allclose(told["scores"], told["bayes_factor"])
+    assert not surest["scores"].duplicated().any()
+
+
+def test_scores_where_every_cell_wins():
+    wins = np.array([1.0, 0.5, 1, 0, 0.9, 0])
+    scale1 = np.array([4.0, 1, 2, 1, 1, 1])
+    scale2 = np.array([1.0, 1, 1, 2, 1, 8])
+    factor = np.log(np.clip(wins, 0.01, 0.99) / (1 - np.clip(wins, 0.01, 0.99)))
+    columns = {"proba_m1": wins, "proba_m2": 1 - wins, "bayes_factor": factor, "scale1": scale1, "scale2": scale2}
+    table = pd.DataFrame(columns, index=list("abcdef")).assign(group1="one", group2="rest")
+    written = de.as_scanpy(table, "kind")
+    assert written["names"]["one"].tolist() == ["a", "c", "e", "b", "d", "f"]
+    limit = np.log(99)
+    np.testing.assert_allclose(written["scores"]["one"], [limit + 2, limit + 1, np.log(9), 0, -limit - 1, -limit - 3])
+
+
+def test_a_copy_is_not_written_over_something_else(simulated):
+    adata, model = simulated
+    copy = adata.copy()
     copy.uns["mine"] = {"precious": 1}
     for key in ("scgen", "mine", "a/b", "", True):
         with pytest.raises((TypeError, ValueError), match=r"key_added|adata.uns"):

@@ -1,5 +1,6 @@
 """What a trained model answers, and what training guarantees."""
 
+import copy
 import json
 import os
 import signal
@@ -193,6 +194,47 @@ def test_early_stopping_keeps_no_weights_of_the_first_half():
             break
     best.restore()
     assert (stopped, module.weight.item()) == (8, 6)
+
+
+def test_trainings_tell_which_weights_were_kept(small, tmp_path, monkeypatch):
+    model, original = model_of(small), training.Best.stop_after
+    values, ends = iter([5.0, 9, 1, 3, 2, 2, 9, 9, 1, 2]), []
+
+    def told(self, epoch, value):
+        ends.append(copy.deepcopy(self.vae.state_dict()))
+        return original(self, epoch, next(values))
+
+    monkeypatch.setattr(training.Best, "stop_after", told)
+    # Of the second halves, the fourth epoch of six and the last one of four are best.
+    for n_epochs, first, kept in ((6, 1, 4), (4, 7, 10)):
+        train(model, n_epochs, early_stopping=False)
+        assert (model.trainings[-1]["first_epoch"], model.trainings[-1]["kept_epoch"]) == (first, kept)
+        now = model.vae.state_dict()
+        same = [all(torch.equal(now[name], end[name]) for name in now) for end in ends]
+        assert np.flatnonzero(same).tolist() == [kept - 1]
+    # Nothing is compared where there are no validation cells, or where an error comes first: the last weights are kept.
+    monkeypatch.undo()
+    whole = train(model_of(small), 3, train_size=1.0)
+    assert whole.trainings[-1]["kept_epoch"] == 3
+    monkeypatch.setattr(training, "evaluate", failing_at(training.evaluate, 3))
+    with pytest.raises(FloatingPointError):
+        train(model, 20)
+    assert (model.trainings[-1]["first_epoch"], model.trainings[-1]["kept_epoch"]) == (11, 12)
+    model.save(tmp_path / "model")
+    assert scgen.SCVI.load(tmp_path / "model", small).trainings == model.trainings
+
+
+def failing_at(evaluate, number):
+    """Return the function, which raises when it is called for the n-th time."""
+    calls = []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == number:
+            raise training.NonFiniteLoss(np.array([0]), np.array([0]), 1, 1)
+        return evaluate(*arguments)
+
+    return failing
 
 
 @pytest.mark.parametrize("n_cells", [2, 3, 5, 17, 33])

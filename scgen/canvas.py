@@ -1,0 +1,172 @@
+"""What pictures are drawn on and with: figures, the files that they are written to, and the colours of categories."""
+
+import os
+import secrets
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from scgen import atomic
+from scgen.arguments import check_path, shown
+
+#: Dots per inch of a file.
+DPI = 150
+#: What is missing, or in the background.
+LIGHT_GREY = "0.83"
+#: Names of categories are cut to so many letters.
+LONGEST_NAME = 36
+
+
+class NotebookFigure(Figure):
+    """A figure of pyplot that a notebook shows once.
+
+    Jupyter shows the figures of pyplot when a cell has run. A figure that is also the cell's result would be shown
+    twice.
+    """
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+        if "inline" in matplotlib.get_backend():
+            from matplotlib import pyplot
+
+            pyplot.close(self)
+        return {}  # matplotlib's own formatter shows it
+
+
+def check_save(path: str | Path | None) -> Path | None:
+    """Return where a picture is to be written; raise where it could not be.
+
+    Examples
+    --------
+    >>> check_save("nowhere/volcano.png")
+    Traceback (most recent call last):
+    ValueError: save='nowhere/volcano.png': no such folder.
+    """
+    if path is None:
+        return None
+    path = check_path("save", path)
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(f"save={shown(str(path))}; it takes a file that ends in .{', .'.join(sorted(formats))}.")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"save={shown(str(path))}: " + ("that is a folder." if path.is_dir() else "no such folder."))
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"save={shown(str(path))}: the folder cannot be written to.")
+    return path
+
+
+def check_ax(ax: Axes | None, n_panels: int = 1) -> None:
+    """Raise where ``ax`` is no Axes, or where one is given for several panels."""
+    if ax is None:
+        return
+    if not isinstance(ax, Axes):
+        raise TypeError(f"ax={shown(ax)}; it takes Axes of matplotlib: _, ax = plt.subplots().")
+    if n_panels > 1:
+        raise ValueError(f"ax= takes one panel, and there are {n_panels} to draw: leave ax out, or draw one at a time.")
+
+
+def check_data_first(call: str, name: str, value) -> None:
+    """Raise where a path is given as the data.
+
+    Examples
+    --------
+    >>> check_data_first("volcano", "table", "volcano.png")
+    Traceback (most recent call last):
+    TypeError: table='volcano.png' is a path. The data come first: volcano(table, save='volcano.png').
+    """
+    if isinstance(value, str | Path):
+        path = shown(str(value))
+        raise TypeError(f"{name}={path} is a path. The data come first: {call}({name}, save={path}).")
+
+
+def new_figure(width: float, height: float, save: Path | None) -> Figure:
+    """Return a figure, in inches; one of pyplot, which shows it, unless it is written to a file."""
+    if save is not None:
+        return Figure(figsize=(width, height), layout="constrained")
+    from matplotlib import pyplot
+
+    return pyplot.figure(figsize=(width, height), layout="constrained", FigureClass=NotebookFigure)
+
+
+def write(figure: Figure, path: Path | None) -> None:
+    """Write a figure in one step, so that the file is never half a picture; None writes nothing."""
+    if path is None:
+        return
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=DPI)
+        atomic.permit(temporary)
+        atomic.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plain(text: str) -> str:
+    """Return a text that matplotlib writes as it is, also where it has dollar signs."""
+    return text.replace("$", r"\$")
+
+
+def distinct_colours(n: int) -> list:
+    """Return so many colours that can be told apart, as far as there are so many."""
+    if n <= 10:
+        return list(matplotlib.colormaps["tab10"].colors[:n])
+    if n > 102:
+        return list(matplotlib.colormaps["turbo"](np.linspace(0.03, 0.97, n)))
+    from scanpy.plotting import palettes  # loaded here, since scanpy takes seconds to load
+
+    return next(list(of[:n]) for of in (palettes.default_20, palettes.default_28, palettes.default_102) if len(of) >= n)
+
+
+class Categories:
+    """Categories of cells, with a colour and a label for each; cells without one are light grey.
+
+    Attributes
+    ----------
+    labels, shades
+        Of the categories: names with numbers of cells, and colours.
+    codes
+        (n,) of the cells; -1 for those without a category.
+    """
+
+    def __init__(self, values: pd.Series, max_categories: int):
+        column = values.astype("category").cat.remove_unused_categories().cat
+        self.codes = column.codes.to_numpy()
+        names = [str(name) for name in column.categories]
+        names = [name if len(name) <= LONGEST_NAME else f"{name[:22]}…{name[-13:]}" for name in names]
+        # matplotlib leaves names that begin with "_" out of legends.
+        names = [plain(f" {name}" if name.startswith("_") else name) for name in names]
+        counts = np.bincount(self.codes + 1, minlength=len(names) + 1)
+        self.labels = [f"{name} ({count:,})" for name, count in zip(names, counts[1:], strict=True)]
+        self.shades = distinct_colours(len(names))
+        self.legend = [*zip(self.labels, self.shades, strict=True)]
+        if counts[0]:
+            self.legend.append((f"NaN ({counts[0]:,})", LIGHT_GREY))
+        if len(self.legend) > max_categories:
+            self.legend = []
+        self.n_columns = -(-len(self.legend) // 20)
+        letters = max((len(label) for label, _ in self.legend), default=0)
+        self.legend_width = self.n_columns * (0.4 + 0.07 * letters)
+
+    def draw(self, ax: Axes, xy: np.ndarray, order: np.ndarray, title: str, only: int | None = None) -> None:
+        """Draw cells, which are in the given order, in the colours of their categories, or of one of them only."""
+        codes = self.codes[order]
+        inches = ax.get_window_extent().width / ax.figure.figure.dpi
+        size = float(np.clip(3000 * inches**2 / len(xy), 1, 25))
+        coloured = codes >= 0 if only is None else codes == only
+        for chosen, colour in ((~coloured, LIGHT_GREY), (coloured, None)):
+            shades = colour or [self.shades[code] for code in codes[chosen]]
+            ax.scatter(*xy[chosen].T, c=shades, s=size, linewidths=0, rasterized=True)
+        ax.set_title(title, fontsize=11 if only is None else 9)
+        ax.set(xticks=[], yticks=[])
+        if only is None:
+            ax.set(xlabel="UMAP 1", ylabel="UMAP 2")
+
+    def add_legend(self, ax: Axes) -> None:
+        """Write names and numbers of cells beside the Axes."""
+        handles = [ax.plot([], [], "o", color=shade, label=label)[0] for label, shade in self.legend]
+        if handles:
+            place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "ncols": self.n_columns}
+            ax.legend(handles=handles, frameon=False, fontsize=8, columnspacing=1, **place)
