@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from scgen import __version__, flags, h5ad, readers, streams
+from scgen.command import flags, h5ad, readers, streams
+from scgen.command.parser import parser
 
 #: What a shell sees: 0 done; 1 the data, a file or a value are at fault; 2 an argument is unknown or missing, or not
 #: one of its choices; 129, 130 and 143 ended by SIGHUP, Ctrl-C and SIGTERM; 141 nobody reads on.
@@ -22,7 +23,7 @@ OK, FAILED, UNREAD = 0, 1, 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; errors of the user's are one line on stderr, without a traceback."""
     streams.open_closed()
-    args = _parser().parse_args(argv)
+    args = parser(COMMANDS).parse_args(argv)
     args.written = []  # what the command says that it has written, should it be interrupted
     # What the process ignores, as nohup makes it, stays ignored.
     before = {number: signal.getsignal(number) for number in h5ad.ENDING}
@@ -74,89 +75,6 @@ def _end(number: int, frame) -> None:
     for other in h5ad.ENDING:
         signal.signal(other, signal.SIG_IGN)  # a second one would interrupt the clearing
     sys.exit(128 + number)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="scgen",
-        description="Integrate batches of single-cell counts.",
-        epilog="`scgen COMMAND --help` lists the options of a command.",
-    )
-    parser.add_argument("--version", action="version", version=f"scgen {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    def add(name: str, text: str, run: Callable, usage: str, example: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name,
-            usage=f"scgen {name} {usage} [options]",
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}.",
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.set_defaults(run=run, command=command)
-        return command
-
-    command = add(
-        "integrate",
-        "train on the cells of a file, embed, cluster, draw and score them",
-        _integrate,
-        "IN [IN ...] -o OUT.h5ad --batch-key COLUMN",
-        "scgen integrate cells.h5ad -o integrated.h5ad --batch-key sample --labels-key cell_type --n-top-genes 2000\n"
-        "  scgen integrate day1.h5 day2.h5 -o integrated.h5ad --batch-key sample   # 10x files: a sample each",
-    )
-    flags.add_data_arguments(command, batch_required=True)
-    flags.add_output(command, "h5ad file to write: the cells of IN, all their genes, and the results")
-    flags.add_integration_arguments(command)
-    group = command.add_argument_group("model", "the arguments of scgen.SCVI; what is not given has its default")
-    flags.add_model_arguments(group)
-    group = command.add_argument_group("training", "the arguments of SCVI.train; what is not given has its default")
-    flags.add_training_arguments(group)
-    integrate = command
-
-    command = add(
-        "check",
-        "say what is wrong or doubtful about the cells of a file",
-        _check,
-        "IN [IN ...]",
-        "scgen check cells.h5ad --batch-key sample --layer counts",
-    )
-    flags.add_data_arguments(command)
-    command.set_defaults(command=integrate)  # for which what it says is meant
-
-    command = add(
-        "simulate",
-        "write simulated cells of known batches and types",
-        _simulate,
-        "-o OUT.h5ad",
-        "scgen simulate -o simulated.h5ad --n-cells 3000 --n-batches 4",
-    )
-    flags.add_output(command, "h5ad file to write")
-    for flag, default in (("cells", 2000), ("genes", 500), ("batches", 3)):
-        command.add_argument(
-            f"--n-{flag}",
-            type=flags.whole(1),
-            default=default,
-            metavar="N",
-            help=f"number of {flag} (default {default})",
-        )
-
-    command = add(
-        "convert",
-        "make a model of scgen's from one that scvi-tools saved",
-        _convert,
-        "SCVI_DIR -o DIR",
-        "scgen convert scvi_model/ -o scgen_model/ --data cells.h5ad",
-    )
-    command.add_argument(
-        "input", type=flags.path, metavar="SCVI_DIR", help="folder with model.pt; no code in it is run"
-    )
-    flags.add_output(command, "folder to write, for scgen.SCVI.load", "DIR")
-    command.add_argument("--prefix", default="", help="prefix of the file names in SCVI_DIR (default none)")
-    command.add_argument(
-        "--data", type=flags.path, metavar="IN", help="the cells that it was trained on, to read their library sizes"
-    )
-    return parser
 
 
 def _integrate(args: argparse.Namespace) -> int:
@@ -327,6 +245,8 @@ def _one_line(command, message, category, filename, lineno, file=None, line=None
         text = flags.in_flags(str(message), command)
         print(f"scgen: warning: {' '.join(text.split())}", file=sys.stderr)
 
+
+COMMANDS = {"integrate": _integrate, "check": _check, "simulate": _simulate, "convert": _convert}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,10 @@ ROOT = Path(__file__).parents[1] / "scgen"
 ALLOWED = {
     "__init__": (),
     "arguments": (),
-    "cli": ("__version__", "flags", "h5ad", "integration", "readers", "reporting", "streams", "models", "data"),
+    "cli": ("command", "integration", "reporting", "models", "data"),
+    "command": (),
+    "command.parser": ("__version__", "command.flags"),
+    "command.h5ad": ("atomic",),
     "integration": ("models", "tuning", "data"),
     "criticism": ("models", "analysis", "data"),
     "tuning": ("models", "training", "data"),
@@ -19,11 +22,7 @@ ALLOWED = {
     "plots": ("canvas", "point_labels"),
     "point_labels": (),
     "canvas": ("atomic",),
-    "flags": (),
-    "readers": (),
-    "streams": (),
     "atomic": (),
-    "h5ad": ("atomic",),
     "storage": ("atomic",),
     "threads": (),
     "seeding": (),
@@ -53,7 +52,7 @@ ALLOWED = {
 }
 #: Import nothing else of scgen's, and may be imported everywhere.
 FOR_ALL = ("scgen.arguments.", "scgen.seeding.", "scgen.threads")
-MAY_NAME_ANNDATA = ("data", "models", "analysis", "integration", "criticism", "tuning", "reporting", "h5ad", "readers")
+MAY_NAME_ANNDATA = ("data", "models", "analysis", "integration", "criticism", "tuning", "reporting", "command")
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 import scgen
 from scgen import arguments, cli, integration, plots
+from scgen.command.parser import parser
 from scgen.models.base import Model
 from scgen.models.queries import Query
 
@@ -593,7 +594,7 @@ RIGHT = {
 
 
 def test_every_flag_has_wrong_values():
-    commands = next(one for one in cli._parser()._actions if isinstance(one, argparse._SubParsersAction)).choices
+    commands = next(one for one in parser(cli.COMMANDS)._actions if isinstance(one, argparse._SubParsersAction)).choices
     assert commands.keys() == WRONG_FLAGS.keys()
     for name, command in commands.items():
         flags = {(one.option_strings or [one.dest])[-1] for one in command._actions} - {"--help"}

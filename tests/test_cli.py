@@ -22,7 +22,9 @@ import pandas as pd
 import pytest
 
 import scgen
-from scgen import cli, flags, h5ad, readers, streams
+from scgen import cli
+from scgen.command import flags, h5ad, readers, streams
+from scgen.command.parser import parser
 from scgen.models.scvi import CHOICES
 
 SCGEN = [sys.executable, "-m", "scgen.cli"]
@@ -168,8 +170,8 @@ def test_help_and_version():
 
 
 def test_every_argument_has_a_help():
-    parser = cli._parser()
-    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    whole = parser(cli.COMMANDS)
+    (commands,) = (action for action in whole._actions if isinstance(action, argparse._SubParsersAction))
     for name, command in commands.choices.items():
         for action in command._actions:
             assert action.help, f"{name}: {action.dest}"
@@ -205,7 +207,7 @@ def test_defaults_in_the_help_are_those_of_the_functions(function, texts):
     ],
 )  # fmt: skip
 def test_messages_name_flags(message, wanted):
-    (commands,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (commands,) = (action for action in parser(cli.COMMANDS)._actions if isinstance(action, argparse._SubParsersAction))
     assert flags.in_flags(message, commands.choices["integrate"]) == wanted
 
 
@@ -360,7 +362,7 @@ def test_killed_while_writing_leaves_old_or_new(tmp_path, start):
     code = f"""
 import scgen
 from pathlib import Path
-from scgen.h5ad import write
+from scgen.command.h5ad import write
 adata = scgen.simulate_cells(n_cells=400, n_genes=200)
 print("ready", flush=True)
 while True:
@@ -482,7 +484,7 @@ def test_what_nohup_ignores_stays_ignored(tmp_path):
     code = """
 import os, signal, sys
 from scgen import cli
-cli._simulate = lambda args: (os.kill(os.getpid(), signal.SIGHUP), print("went on"), 0)[-1]
+cli.COMMANDS["simulate"] = lambda args: (os.kill(os.getpid(), signal.SIGHUP), print("went on"), 0)[-1]
 sys.exit(cli.main(["simulate", "-o", "out.h5ad"]))
 """
 
@@ -526,7 +528,7 @@ def test_output_to_a_full_disk(source):
 
 def options(command):
     """Return the options of a command, by the names that they have for it."""
-    (commands,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (commands,) = (action for action in parser(cli.COMMANDS)._actions if isinstance(action, argparse._SubParsersAction))
     return {action.dest: action for action in commands.choices[command]._actions if action.dest != "help"}
 
 

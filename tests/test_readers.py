@@ -12,7 +12,7 @@ import pytest
 from scipy import io, sparse
 
 import scgen
-from scgen import readers
+from scgen.command import readers
 
 COUNTS = np.random.default_rng(0).poisson(1.0, (30, 6))
 CELLS = [f"AAAC{i}-1" for i in range(30)]

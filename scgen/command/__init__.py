@@ -1,0 +1,1 @@
+"""What the command `scgen` is made of, besides `scgen.cli`: its flags, the files that it reads and writes."""
