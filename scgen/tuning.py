@@ -15,7 +15,8 @@ from scgen.arguments import MOST_EPOCHS, check_flag, check_seed, check_whole, di
 from scgen.data.registry import Registry
 from scgen.models import summary
 from scgen.models.scvi import SCVI
-from scgen.training import choose_device, default_batch_size, default_epochs, progress_bar
+from scgen.training.loop import progress_bar
+from scgen.training.options import choose_device, default_batch_size, default_epochs
 
 #: Named arguments of `SCVI`, for ``SCVI(adata, **PRESETS["nb"])``.
 PRESETS: dict[str, dict] = {

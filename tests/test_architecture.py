@@ -26,7 +26,7 @@ ALLOWED = {
     "storage": ("atomic",),
     "threads": (),
     "seeding": (),
-    "training": ("data",),
+    "training": ("data", "training"),
     "models": (
         "__version__",
         "analysis",

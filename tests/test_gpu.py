@@ -11,7 +11,7 @@ from scgen.data.loader import CellLoader
 from scgen.data.snapshot import Snapshot
 from scgen.data.stores import DeviceStore, MemoryStore, on_device
 from scgen.kernels import dispatch, reference
-from scgen.training import Adam
+from scgen.training.optimizer import Adam
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

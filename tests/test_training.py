@@ -1,5 +1,6 @@
 """The parts of the training loop that have an oracle of their own."""
 
+import copy
 import subprocess
 import sys
 import textwrap
@@ -9,15 +10,18 @@ import pytest
 import torch
 
 import scgen
-from scgen import training
 from scgen.data.stores import DeviceStore, MemoryStore
+from scgen.models import loaders
+from scgen.training.loop import fit
+from scgen.training.optimizer import Adam
+from scgen.training.options import Options, default_batch_size
 
 
 def test_adam_is_that_of_torch():
     torch.manual_seed(0)
     ours, theirs = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
     theirs.load_state_dict(ours.state_dict())
-    adam, optimizer = training.Adam(ours), torch.optim.Adam(theirs.parameters(), eps=0.01, weight_decay=1e-6)
+    adam, optimizer = Adam(ours), torch.optim.Adam(theirs.parameters(), eps=0.01, weight_decay=1e-6)
     for step in range(20):
         x, learning_rate = torch.randn(7, 5), 0.1 / (step + 1)
         ours(x).square().sum().backward()
@@ -39,7 +43,7 @@ def test_steps_after_a_spike_are_those_of_clipped_gradients(device):
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 2)).to(device) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    adam, optimizer = training.Adam(ours), torch.optim.Adam(theirs.parameters(), lr=0.1, eps=0.01, weight_decay=1e-6)
+    adam, optimizer = Adam(ours), torch.optim.Adam(theirs.parameters(), lr=0.1, eps=0.01, weight_decay=1e-6)
     usual, clipped = None, []
     for step in range(30):
         x = torch.randn(50, 5).to(device) * (1000 if step in (10, 11, 20) else 1)
@@ -60,7 +64,7 @@ def moved(gradients, device):
     """Return how far steps with these gradients, of both of two weights, move them from 0."""
     layer = torch.nn.Linear(2, 1, bias=False).to(device)
     torch.nn.init.zeros_(layer.weight)
-    adam = training.Adam(layer)
+    adam = Adam(layer)
     for gradient in gradients:
         layer.weight.grad = torch.full((1, 2), gradient, device=device)
         adam.step(0.1)
@@ -159,7 +163,7 @@ def test_training_loads_no_compiler_nor_what_is_for_plots_and_neighbours():
     ],
 )
 def test_minibatches_grow_with_the_data(device, n_cells, size):
-    assert training.default_batch_size(n_cells, torch.device(device)) == size
+    assert default_batch_size(n_cells, torch.device(device)) == size
 
 
 def test_few_cells_are_not_learned_by_heart():
@@ -174,3 +178,30 @@ def test_few_cells_are_not_learned_by_heart():
 
     default, *others = (bound(epochs) for epochs in (None, 25, 100, 400))
     assert default > max(others)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_state_goes_on_to_the_same_weights(device):
+    """Whatever the epoch: what is saved after it holds all that the rest of the training depends on."""
+    adata = scgen.simulate_cells(n_cells=200, n_genes=30, n_batches=2, seed=0)
+    scgen.setup_anndata(adata, batch_key="batch")
+    plan = (8, 0.02, 4.0, 1, True, 3, torch.device(device), "32", 0, False)
+
+    def trained(**how):
+        model = scgen.SCVI(adata, n_hidden=16)
+        loaders_of_it = loaders.of_training(model, Options(*plan), 64, 0.9)
+        rows = how.pop("rows", [])
+        told = fit(model.vae, *loaders_of_it, Options(*plan), rows, **how)
+        return model.vae.state_dict(), [row["elbo_train"] for row in rows], told
+
+    saved, rows = {}, []
+    weights, elbos, told = trained(
+        rows=rows, on_state=lambda state: saved.update({state.epoch: copy.deepcopy((state.state_dict(), list(rows)))})
+    )
+    assert len(saved) == len(elbos) > 4
+    for epoch in (1, 4, len(elbos) - 1):
+        state, before = saved[epoch]
+        again, elbos_again, told_again = trained(rows=before, resume=state)
+        assert elbos_again == elbos
+        assert told_again == told
+        assert all(torch.equal(weight, again[name]) for name, weight in weights.items())

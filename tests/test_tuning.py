@@ -7,7 +7,8 @@ import torch
 from scipy import stats
 
 import scgen
-from scgen import training, tuning
+from scgen import tuning
+from scgen.training import monitoring, options
 from scgen.tuning import Trial, mixing
 
 
@@ -90,7 +91,7 @@ def test_the_table(found, cells):
 def test_the_sum_of_epochs_is_bounded(n_cells):
     device = torch.device("cpu")
     n_training = round(0.9 * n_cells)
-    full = training.default_epochs(-(-n_training // training.default_batch_size(n_training, device)))
+    full = options.default_epochs(-(-n_training // options.default_batch_size(n_training, device)))
     first, second, last = tuning._rungs(n_cells, device, None)
     assert (last.epochs, last.keep) == (None, 1)
     assert (first.keep, second.keep, second.epochs) == (2, 1, 2 * first.epochs)
@@ -384,7 +385,7 @@ def test_a_likelihood_that_is_not_finite_is_told(few, monkeypatch, value):
 def test_an_interrupt_ends_it(few, monkeypatch, when):
     # After the second epoch of a short training, and within the full one: `train` itself would keep what it has.
     calls, before = [], few.copy()
-    original = training.Best.stop_after
+    original = monitoring.Best.stop_after
 
     def interrupting(self, epoch, value):
         stop = original(self, epoch, value)
@@ -393,7 +394,7 @@ def test_an_interrupt_ends_it(few, monkeypatch, when):
             raise KeyboardInterrupt
         return stop
 
-    monkeypatch.setattr(training.Best, "stop_after", interrupting)
+    monkeypatch.setattr(monitoring.Best, "stop_after", interrupting)
     with pytest.raises(KeyboardInterrupt):
         tuned(few, ["nb", "zinb"], max_epochs=16)
     assert len(calls) == when

@@ -19,7 +19,7 @@ from scgen.models import differences, files, loaders, queries, summary, training
 from scgen.models.counterparts import Answering
 from scgen.modules.vae import VAE
 from scgen.seeding import seeded
-from scgen.training import fit
+from scgen.training.loop import fit
 
 
 class Model(metaclass=Answering):

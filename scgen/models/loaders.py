@@ -16,7 +16,8 @@ from scgen.data.loader import CellLoader, rows_asked_for, split
 from scgen.data.registry import Registry
 from scgen.data.snapshot import Snapshot
 from scgen.data.stores import BackedStore, MemoryStore, in_memory, on_device
-from scgen.training import Options, default_batch_size, start_from_data
+from scgen.training.options import Options, default_batch_size
+from scgen.training.start import start_from_data
 
 #: The validation bound is computed on at most so many cells.
 MAX_VALIDATION_CELLS = 1024

@@ -10,7 +10,8 @@ import torch
 from scgen.arguments import shown
 from scgen.data.loader import CellLoader
 from scgen.models import loaders
-from scgen.training import NonFiniteLoss, Options, choose_device
+from scgen.training.monitoring import NonFiniteLoss
+from scgen.training.options import Options, choose_device
 
 
 def checked(

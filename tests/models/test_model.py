@@ -17,12 +17,12 @@ import torch
 from scipy import sparse, stats
 
 import scgen
-from scgen import training
 from scgen.analysis import inference
 from scgen.data.stores import MemoryStore
 from scgen.distributions import CellCounts
 from scgen.kernels import dispatch
-from scgen.training import seeded
+from scgen.seeding import seeded
+from scgen.training import loop, monitoring, optimizer
 
 
 def model_of(adata, **arguments):
@@ -103,7 +103,7 @@ def test_four_hops_to_the_mathematics(small, monkeypatch):
     package = Path(scgen.__file__).parent
     ours = [f for f in stacks[0] if package in Path(f.filename).parents]
     places = [f"{Path(f.filename).relative_to(package)}:{f.name}" for f in ours]
-    assert places == ["models/base.py:train", "training.py:fit", "modules/vae.py:forward"]  # and log_prob itself
+    assert places == ["models/base.py:train", "training/loop.py:fit", "modules/vae.py:forward"]  # and log_prob itself
 
 
 def test_same_seed_same_bits_and_global_generators_untouched(small):
@@ -183,7 +183,7 @@ def test_split_and_history(small):
 
 def test_early_stopping_keeps_no_weights_of_the_first_half():
     module = torch.nn.Linear(1, 1)
-    best = training.Best(module, first_epoch=5, patience=2)
+    best = monitoring.Best(module, first_epoch=5, patience=2)
     stopped = None
     # The best value of all comes early; of the second half, epoch 6 is best.
     for epoch, value in enumerate([9.0, 8, 7, 6, 5, 1, 3, 2, 1, 0]):
@@ -197,14 +197,14 @@ def test_early_stopping_keeps_no_weights_of_the_first_half():
 
 
 def test_trainings_tell_which_weights_were_kept(small, tmp_path, monkeypatch):
-    model, original = model_of(small), training.Best.stop_after
+    model, original = model_of(small), monitoring.Best.stop_after
     values, ends = iter([5.0, 9, 1, 3, 2, 2, 9, 9, 1, 2]), []
 
     def told(self, epoch, value):
         ends.append(copy.deepcopy(self.vae.state_dict()))
         return original(self, epoch, next(values))
 
-    monkeypatch.setattr(training.Best, "stop_after", told)
+    monkeypatch.setattr(monitoring.Best, "stop_after", told)
     # Of the second halves, the fourth epoch of six and the last one of four are best.
     for n_epochs, first, kept in ((6, 1, 4), (4, 7, 10)):
         train(model, n_epochs, early_stopping=False)
@@ -216,7 +216,7 @@ def test_trainings_tell_which_weights_were_kept(small, tmp_path, monkeypatch):
     monkeypatch.undo()
     whole = train(model_of(small), 3, train_size=1.0)
     assert whole.trainings[-1]["kept_epoch"] == 3
-    monkeypatch.setattr(training, "evaluate", failing_at(training.evaluate, 3))
+    monkeypatch.setattr(loop, "evaluate", failing_at(loop.evaluate, 3))
     with pytest.raises(FloatingPointError):
         train(model, 20)
     assert (model.trainings[-1]["first_epoch"], model.trainings[-1]["kept_epoch"]) == (11, 12)
@@ -231,7 +231,7 @@ def failing_at(evaluate, number):
     def failing(*arguments):
         calls.append(arguments)
         if len(calls) == number:
-            raise training.NonFiniteLoss(np.array([0]), np.array([0]), 1, 1)
+            raise monitoring.NonFiniteLoss(np.array([0]), np.array([0]), 1, 1)
         return evaluate(*arguments)
 
     return failing
@@ -329,7 +329,7 @@ def test_a_first_training_interrupted_at_once_leaves_an_untrained_model(small, m
 def test_an_interrupt_keeps_what_was_learned(small, caplog):
     model = model_of(small)
     calls = []
-    original = training.Best.stop_after
+    original = monitoring.Best.stop_after
 
     def interrupting(self, epoch, value):
         calls.append(epoch)
@@ -337,12 +337,12 @@ def test_an_interrupt_keeps_what_was_learned(small, caplog):
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, epoch, value)
 
-    training.Best.stop_after = interrupting
+    monitoring.Best.stop_after = interrupting
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
     try:
         train(model, 50)
     finally:
-        training.Best.stop_after = original
+        monitoring.Best.stop_after = original
         signal.signal(signal.SIGINT, before)
     assert 3 <= len(model.history) <= 5
     assert "interrupted" in caplog.text
@@ -440,7 +440,7 @@ def test_half_an_epoch_leaves_no_trace(small, monkeypatch, error):
     model = train(model_of(small), 5)
     answers = model.get_latent_representation(), model.history.copy(), list(model.trainings)
     steps = []
-    original = training.Adam.step
+    original = optimizer.Adam.step
 
     def failing(self, *args):
         steps.append(self)
@@ -450,7 +450,7 @@ def test_half_an_epoch_leaves_no_trace(small, monkeypatch, error):
 
     for trained in (model, fresh := model_of(small, seed=4)):
         steps.clear()
-        monkeypatch.setattr(training.Adam, "step", failing)
+        monkeypatch.setattr(optimizer.Adam, "step", failing)
         with pytest.raises(error):
             train(trained, 5, batch_size=20)
         monkeypatch.undo()

@@ -14,7 +14,7 @@ from scgen.data.stores import MemoryStore
 from scgen.models.scvi import SCVI
 from scgen.modules.networks import MLP, CovariateLinear, Dropout, SliceBatchNorm
 from scgen.modules.priors import LibraryPrior
-from scgen.training import start_from_data
+from scgen.training.start import start_from_data
 
 DEFAULTS = {
     "n_latent": 10,

@@ -1,0 +1,1 @@
+"""Training a module: the loop, its options, its optimiser, and what it watches."""

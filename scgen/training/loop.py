@@ -1,0 +1,119 @@
+"""The training loop: minibatches, learning rate, validation, early stopping, and what may go wrong."""
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from scgen.data.loader import CellLoader
+from scgen.seeding import seeded
+from scgen.training.monitoring import Best, evaluate, locate_nonfinite, search_nonfinite
+from scgen.training.optimizer import Adam
+from scgen.training.options import Options, default_epochs, warmup_cosine
+from scgen.training.state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+
+def fit(
+    vae: nn.Module,
+    training: CellLoader,
+    validation: CellLoader | None,
+    options: Options,
+    rows: list[dict],
+    on_epoch: Callable[[dict], object] | None = None,
+    on_state: Callable[[TrainingState], object] | None = None,
+    resume: dict | None = None,
+) -> dict[str, bool | int]:
+    """Train ``vae`` in place and append to ``rows`` what each finished epoch brought.
+
+    Returns whether training "finished" as planned, and the "kept_epoch": the row, counted from 1, whose weights the
+    module now has.
+
+    Minibatches are taken from where the loaders put them, ``options.device``. On a CPU the loss of every step is looked
+    at; on a GPU, where the host runs ahead and to look would be to wait, their sum is at the end of an epoch.
+
+    Weights are compared, and training stopped early, only in the second half of the planned epochs: before it the
+    learning rate is high and batches are still mixing, whatever the bound says; stopping so is as planned. An interrupt
+    (Ctrl-C) ends training and keeps the best weights so far; before the first epoch is over, it is raised.
+
+    ``on_epoch`` is called with each new row and its "epoch". If it returns True, training stops as planned.
+    ``on_state`` is called with the `TrainingState` after each epoch. What its ``state_dict`` returned is taken by
+    ``resume``, with the same options and the rows of the epochs before: training goes on to the same weights.
+
+    Raises
+    ------
+    NonFiniteLoss
+        If the loss is NaN or infinite; ``vae`` then has the weights of the last good epoch.
+    """
+    max_epochs = options.max_epochs or default_epochs(len(training))
+    n_steps = max_epochs * len(training)
+    patience = (options.patience or math.ceil(max_epochs / 4)) if options.early_stopping else None
+    best = Best(vae, first_epoch=max_epochs // 2, patience=patience)
+    state = TrainingState(vae, Adam(vae), best, training.rng)
+    reduced = options.precision == "bf16"
+    n_before, interrupted = len(rows), False
+    with (
+        seeded(options.seed),
+        progress_bar(max_epochs, "training", "epoch", options.progress) as bar,
+    ):
+        try:
+            if resume is not None:
+                state.load_state_dict(resume)
+                bar.update(state.epoch)
+                n_before -= state.epoch  # the rows of the epochs before are there
+            for epoch in range(state.epoch, max_epochs):
+                started, sums = time.perf_counter(), 0.0
+                vae.train()
+                with vae.reduced_products(reduced):
+                    for cells in training:
+                        learning_rate = options.learning_rate * warmup_cosine(state.step / n_steps)
+                        kl_weight = 1 + (options.kl_start - 1) * max(0.0, 1 - 2 * (state.step + 1) / n_steps)
+                        elbo = vae(cells, n_importance_samples=options.n_importance_samples)
+                        loss = elbo.loss(kl_weight)
+                        if options.device.type == "cpu" and not torch.isfinite(loss):
+                            raise locate_nonfinite(vae, cells)
+                        loss.backward()
+                        state.optimizer.step(learning_rate)
+                        sums += elbo.value.detach().sum()
+                        state.step += 1
+                if not math.isfinite(sums):
+                    best.restore(last=True)
+                    raise search_nonfinite(vae, training)
+                row = {
+                    "elbo_train": float(sums) / len(training.index),
+                    **evaluate(vae, validation, options.n_importance_samples),
+                }
+                rows.append(row | {"kl_weight": kl_weight, "seconds": time.perf_counter() - started})
+                bar.update()
+                bar.set_postfix_str(" ".join(f"{name} {row[name]:.1f}" for name in row if name.startswith("elbo")))
+                stop = best.stop_after(epoch, row.get("elbo_validation", math.nan))
+                state.epoch = epoch + 1
+                if on_state is not None:
+                    on_state(state)
+                answer = on_epoch({"epoch": len(rows), **rows[-1]}) if on_epoch is not None else None
+                if stop or (isinstance(answer, bool | np.bool_) and answer):
+                    break
+        except BaseException as error:
+            # Half an epoch is no result: whatever went wrong, the weights are those of a finished one.
+            best.restore(last=True)
+            if not isinstance(error, KeyboardInterrupt) or len(rows) == n_before:
+                vae.eval()
+                raise
+            interrupted = True
+            logger.warning("interrupted after %d epochs; the best weights so far are kept", len(rows) - n_before)
+    best.restore()
+    vae.eval()
+    kept = len(rows) if best.weights is None else n_before + best.epoch + 1
+    return {"finished": not interrupted, "kept_epoch": kept}
+
+
+def progress_bar(total: int, description: str, unit: str, shown: bool) -> tqdm:
+    """Return a progress line, which is not shown where there is no console: ``sys.stderr`` is then None."""
+    return tqdm(total=total, desc=description, unit=unit, disable=not shown or sys.stderr is None)

@@ -1,0 +1,97 @@
+"""How to train: the options of a training, their defaults, and the schedule of the learning rate."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from scgen.arguments import MOST_EPOCHS, check_choice, check_flag, check_number, check_seed, check_whole
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train; see `Model.train` for the meaning of each."""
+
+    max_epochs: int | None
+    learning_rate: float
+    kl_start: float
+    n_importance_samples: int
+    early_stopping: bool
+    patience: int | None
+    device: torch.device
+    precision: str
+    seed: int
+    progress: bool
+
+    def __post_init__(self):
+        plain = {
+            "learning_rate": check_number("learning_rate", self.learning_rate, "a positive number", above=0),
+            "kl_start": check_number("kl_start", self.kl_start, "a weight from 0", least=0),
+            "n_importance_samples": check_whole("n_importance_samples", self.n_importance_samples, 1),
+            "seed": check_seed(self.seed),
+        }
+        for name, most in (("max_epochs", MOST_EPOCHS), ("patience", None)):
+            if getattr(self, name) is not None:
+                plain[name] = check_whole(name, getattr(self, name), 1, most)
+        for name in ("early_stopping", "progress"):
+            plain[name] = check_flag(name, getattr(self, name))
+        plain["precision"] = check_choice("precision", self.precision, ("auto", "32", "bf16"))
+        if self.precision == "auto":
+            plain["precision"] = "bf16" if has_fast_bfloat16(self.device) else "32"
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+    def check(self, batch_size: int | None, train_size: float, devices: int) -> None:
+        """Raise where the other arguments of `Model.train` are of a wrong kind, or out of their range."""
+        if batch_size is not None:
+            check_whole("batch_size", batch_size, 3)
+        check_number("train_size", train_size, "a share above 0 and up to 1", above=0, most=1)
+        if check_whole("devices", devices, 1) != 1:
+            raise ValueError(f"devices={devices!r}: this version trains on one device; use devices=1.")
+
+
+def choose_device(accelerator: str) -> torch.device:
+    """Return the device for "auto", "cpu" or "gpu" ("cuda"); ValueError for others, or for no GPU."""
+    if not isinstance(accelerator, str) or accelerator not in ("cuda", "mps"):
+        check_choice("accelerator", accelerator, ("auto", "cpu", "gpu"))
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(f'accelerator="{accelerator}", but torch sees no GPU here. Use accelerator="cpu" or "auto".')
+    if accelerator == "mps":
+        raise ValueError(
+            'accelerator="mps" is not supported: the likelihoods need float64, which Apple\'s MPS lacks. Use '
+            'accelerator="cpu".'
+        )
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Say whether the device multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every release
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+
+
+def default_batch_size(n_cells: int, device: torch.device) -> int:
+    """Return the cells in a minibatch: as many as leave 400 minibatches in 50 passes, but 64 to 512.
+
+    On a GPU, whose steps cost the same, they are up to 4096 if these leave 400 minibatches in 25 passes.
+    """
+    size = min(max(n_cells * 50 // 400, 64), 512)
+    return size if device.type != "cuda" else max(size, min(n_cells * 25 // 400, 4096))
+
+
+def default_epochs(n_steps: int) -> int:
+    """Return the number of passes, of so many minibatches each: enough for 400 steps, but 25 to 50 passes.
+
+    More passes over few cells, and their ELBO is one of cells learned by heart (benchmarks/NOTES.md).
+    """
+    return min(max(math.ceil(400 / n_steps), 25), 50)
+
+
+def warmup_cosine(progress: float) -> float:
+    """Return the share of the peak learning rate at a share of the planned steps: a short rise, then a cosine to 0."""
+    rise = 0.1
+    if progress < rise:
+        return max(progress / rise, 0.01)
+    return 0.5 * (1 + math.cos(math.pi * (progress - rise) / (1 - rise)))

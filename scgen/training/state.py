@@ -1,0 +1,53 @@
+"""Where a training stands between two epochs."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from scgen.seeding import generator
+from scgen.training.monitoring import Best
+from scgen.training.optimizer import Adam
+
+
+@dataclass
+class TrainingState:
+    """All that the rest of a training depends on, besides its options and its cells.
+
+    Attributes
+    ----------
+    vae, optimizer, best
+        The module that is trained, its optimiser, and its best weights so far.
+    order
+        The generator of the order of the cells.
+    epoch, step
+        How many epochs and minibatches are done.
+    """
+
+    vae: nn.Module
+    optimizer: Adam
+    best: Best
+    order: np.random.Generator
+    epoch: int = 0
+    step: int = 0
+
+    def state_dict(self) -> dict:
+        """Return the state in tensors and plain Python; the tensors are those in use, not copies."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "weights": self.vae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best.state_dict(),
+            "order": self.order.bit_generator.state,
+            "noise": generator(self.vae.device).get_state(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what `state_dict` returned; the noise of the `seeded` block goes on from there, too."""
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.vae.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.best.load_state_dict(state["best"])
+        self.order.bit_generator.state = state["order"]
+        generator(self.vae.device).set_state(state["noise"])
