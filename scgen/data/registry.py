@@ -269,7 +269,8 @@ class Registry:
             rows.append((role, f'adata.obs["{key}"]', f"{len(told)}: {some(told, 12)}"))
         for role, key in setup.numeric.items():
             values = _numbers(obs, key)
-            rows.append((role, f'adata.obs["{key}"]', f"{values.min():g} to {values.max():g}, mean {values.mean():g}"))
+            told = f"{values.min():g} to {values.max():g}, mean {values.mean():g}" if n else "none"
+            rows.append((role, f'adata.obs["{key}"]', told))
         return pd.DataFrame(rows, columns=["part", "where", "what"]).set_index("part")
 
     def learned_rows(self, dispersion: str) -> dict[str, int]:

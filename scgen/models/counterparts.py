@@ -21,6 +21,8 @@ _KL = "kl_start is the weight of the KL divergence at the first step; it reaches
 _LOG = "model.history has a row for each epoch, and on_epoch=... is called with it after each epoch"
 _MANAGER = 'there are no managers: adata.uns["scgen"]["setup"] and model.registry say what is read'
 _NONE = "there is no counterpart here"
+_PLAN = "learning_rate is its lr, and kl_start takes the place of its n_epochs_kl_warmup; the rest is fixed"
+_PROGRESS = "progress=False hides the progress line"
 _QUERY = "model.query(adata) maps new cells onto a trained model"
 _QUIET = "nothing is printed"
 _RATE = "learning_rate is the peak of a fixed schedule, which rises for a tenth of the steps and then falls to 0"
@@ -35,7 +37,7 @@ ARGUMENTS = {
         "data_loader_kwargs": _CELLS,
         "dataloader": _CELLS,
         "datamodule": _CELLS,
-        "n_mc_samples_per_pass": "batch_size",
+        "n_mc_samples_per_pass": "batch_size says how many cells are computed at a time",
         "silent": _QUIET,
         "transform_batch": "batch",
     },
@@ -88,19 +90,19 @@ ARGUMENTS = {
         "lr_scheduler_metric": _RATE,
         "lr_threshold": _RATE,
         "max_kl_weight": _KL,
-        "min_kl_weight": "kl_start",
+        "min_kl_weight": _KL,
         "n_epochs_kl_warmup": _KL,
         "n_steps_kl_warmup": _KL,
         "num_sanity_val_steps": "the validation ELBO is computed after every epoch",
         "on_step": _LOG,
         "optimizer": "the optimiser is Adam",
         "optimizer_creator": "the optimiser is Adam",
-        "plan_config": "learning_rate is its lr; kl_start takes the place of its n_epochs_kl_warmup",
-        "plan_kwargs": "learning_rate is its lr; kl_start takes the place of its n_epochs_kl_warmup",
-        "progress_bar_refresh_rate": "progress",
+        "plan_config": _PLAN,
+        "plan_kwargs": _PLAN,
+        "progress_bar_refresh_rate": _PROGRESS,
         "reduce_lr_on_plateau": _RATE,
         "shuffle_set_split": "cells are drawn at random for the split",
-        "simple_progress_bar": "progress",
+        "simple_progress_bar": _PROGRESS,
         "strategy": "a training runs on one device",
         "trainer_config": "its settings are arguments of train: early_stopping, patience, progress, precision",
         "update_only_decoder": _NONE,
@@ -173,9 +175,9 @@ ARGUMENTS = {
         "prefix": _FOLDER,
     },
     "SCVI.from_scvi_tools": {"dir_path": "folder"},
-    "Model.view_anndata_setup": {"hide_state_registries": "the table has no longer form"},
+    "Model.view_anndata_setup": {"hide_state_registries": "the table has only one form"},
 }
-_OF_MODEL = ("batch_size", "devices", "early_stopping", "early_stopping_patience", "min_kl_weight", "train_size")
+_OF_MODEL = ("batch_size", "devices", "early_stopping", "early_stopping_patience", "train_size")
 ARGUMENTS["Query.train"] = ARGUMENTS["Model.train"] | dict.fromkeys(
     _OF_MODEL, "query.model.train takes all arguments of SCVI.train"
 )
@@ -203,20 +205,21 @@ ATTRIBUTES = {
     "load_query_data": _QUERY,
     "load_registry": "SCVI.load(folder).registry is the registry of a saved model",
     "minified_data_type": _NONE,
-    "minify_adata": "SCVI.load(folder) loads a model without cells; keep its embedding of them",
+    "minify_adata": "a saved model has no cells, and SCVI.load(folder) loads it without them",
     "module": "it is model.vae",
     "prepare_query_anndata": f"{_QUERY}; its genes are found by name, and missing ones need not be added",
     "prepare_query_mudata": f"{_QUERY}; MuData is not read",
     "register_manager": _MANAGER,
     "run_id": _NONE,
     "run_name": _NONE,
+    "setup_annbatch": 'setup_anndata takes an AnnData; it may be opened with backed="r"',
     "setup_mudata": "MuData is not read: setup_anndata takes an AnnData",
     "summary_string": "it is str(model)",
     "test_indices": "cells are trained on or validated on; those of model.validation_indices are held out",
     "to_device": "train(accelerator=...) chooses the device of a training",
     "trainer": "model.trainings has the options of each training, and model.history its course",
     "transfer_fields": "every question takes other cells, adata=..., which need not be set up",
-    "update_setup_method_args": "setup_anndata is called again, and a new model made",
+    "update_setup_method_args": "call setup_anndata again, and make a new model",
     "view_registry": "view_anndata_setup() returns the setup as a table",
     "view_setup_args": "SCVI.load(folder).registry.setup has the arguments of setup_anndata",
     "view_setup_method_args": "model.registry.setup has the arguments of setup_anndata",
@@ -239,17 +242,27 @@ class Answering(type):
             elif inspect.isfunction(value) and (key == "__init__" or not key.startswith("_")):
                 setattr(cls, key, _Answered(value)(value))
         # Not written as a method, since type checkers take a class with such a method to have every attribute.
-        cls.__getattr__ = lambda self, missing: type(cls).__getattr__(type(self), missing)
+        cls.__getattr__ = lambda self, missing: _refuse(type(self), missing, vars(self).get("model"))
         cls.__dir__ = lambda self: [key for key in object.__dir__(self) if key not in cls._hidden]
+
+    def __getattr__(cls, missing: str):
+        _refuse(cls, missing)
 
     def __dir__(cls) -> list[str]:
         return [key for key in super().__dir__() if key not in cls._hidden]
 
-    def __getattr__(cls, missing: str):
-        if missing in ATTRIBUTES:
-            told = f"{cls.__name__} has no attribute {missing!r}: {ATTRIBUTES[missing]}"
-            raise AttributeError(told, name=missing, obj=None)  # for which Python suggests no other name
-        raise AttributeError(f"{cls.__name__} has no attribute {missing!r}")
+
+def _refuse(cls: type, missing: str, model=None) -> None:
+    """Raise the AttributeError for a name that a class, or an object of it that may have a model, does not have."""
+    message = f"{cls.__name__} has no attribute {missing!r}"
+    told = (
+        f"its model has it, .model.{missing}"
+        if model is not None and hasattr(model, missing)
+        else ATTRIBUTES.get(missing)
+    )
+    if told is None:
+        raise AttributeError(message)
+    raise AttributeError(f"{message}: {told}", name=missing, obj=None)  # for which Python suggests no other name
 
 
 class _Answered(ContextDecorator):

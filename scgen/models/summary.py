@@ -69,7 +69,7 @@ def of_query(query) -> tuple[str, dict[str, str]]:
     rows = {"genes": f"{n} of {n + len(registry.missing)} ({query.overlap:.0%}), by {query.matched_by}"}
     rows |= {f"new in {key}": some(registry.categories[key][known:]) for key, known in registry.known.items()}
     key = registry.setup.batch_key
-    if key is not None:
+    if key in cells.obs:  # a user may have removed it since
         known = registry.batches[: registry.known.get(key)]
         codes = np.unique(codes_of_column(cells.obs[key], known))
         there = sorted(known[code] for code in codes if code >= 0)

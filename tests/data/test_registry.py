@@ -917,6 +917,7 @@ def test_the_setup_as_a_table(good):
     # Of other cells, and of what they lack.
     some = good[good.obs["batch"] == "batch_1"].copy()
     assert model.view_anndata_setup(some).loc["batch_key", "what"] == f"1: batch_1 ({some.n_obs})"
+    assert model.view_anndata_setup(some[:0].copy()).loc["size_factor_key", "what"] == "none"
     del some.obs["donor"]
     with pytest.raises(ValueError, match='0 columns named "donor"'):
         model.view_anndata_setup(some)

@@ -260,6 +260,20 @@ def test_every_attribute_of_theirs_is_there_or_answered(model, name):
         assert name not in dir(of)
 
 
+def test_a_query_tells_what_to_ask_its_model(model):
+    query = model.query(model.adata.copy())
+    for name in ("get_elbo", "history", "view_anndata_setup"):
+        with pytest.raises(
+            AttributeError, match=rf"^Query has no attribute '{name}': its model has it, \.model\.{name}$"
+        ):
+            getattr(query, name)
+    with pytest.raises(AttributeError, match="no counterpart"):
+        query.differential_abundance  # noqa: B018
+    assert copy.copy(query).overlap == query.overlap
+    assert copy.deepcopy(query).overlap == query.overlap
+    assert pickle.loads(pickle.dumps(query)).overlap == query.overlap
+
+
 def test_an_attribute_of_neither(model):
     for of in (model, scgen.SCVI, model.query(model.adata.copy()), Query):
         with pytest.raises(AttributeError, match=r"has no attribute 'nothing'$"):

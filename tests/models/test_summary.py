@@ -116,6 +116,13 @@ def test_a_query(model):
     assert repr(query) == "; ".join(line.strip() for line in str(query).splitlines())
 
 
+def test_a_query_whose_batches_were_removed_is_still_shown(model):
+    new = model.adata[:20].copy()
+    query = model.query(new)
+    del new.obs["batch"]
+    assert str(query) == "Query of 20 cells\n    genes: 10 of 10 (100%), by their names in adata.var_names"
+
+
 def test_a_tuning(model):
     table = pd.DataFrame({"candidate": ["nb", "zinb", "nb"], "log_likelihood": np.zeros(3)})
     tuning = Tuning(model, "nb", table)
