@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -149,7 +150,7 @@ accelerator, devices, precision
     check_writable(adata)
     _check_basis(adata, adjusted_basis)
     chosen, training = _settings(SCVI, given), _settings(SCVI.train, given)
-    SCVI.checked(_defaults(SCVI) | chosen | {"seed": seed})
+    SCVI.Arguments(**_defaults(SCVI) | chosen | {"seed": seed})
     trainings.checked(**_defaults(SCVI.train) | training | {"seed": seed, "progress": progress})
     presets = None if isinstance(tune, bool | np.bool_) else tune
     is_tuned = bool(tune) if presets is None else True
@@ -170,7 +171,7 @@ accelerator, devices, precision
     embedding = np.full((adata.n_obs, latent.shape[1]), np.nan, np.float32)
     embedding[kept] = latent
     adata.obsm[adjusted_basis] = embedding
-    parameters = {name: value for name, value in model.arguments.items() if value is not None} | training
+    parameters = {name: value for name, value in asdict(model.arguments).items() if value is not None} | training
     parameters |= {name: value for name, value in columns.items() if value not in ([], None)}
     parameters |= {"key": keys, "n_genes": modelled.n_vars, "seed": seed, "epochs": len(model.history)}
     parameters |= {"adjusted_basis": adjusted_basis, "written": sorted({*_written(adata), adjusted_basis})}

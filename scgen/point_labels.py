@@ -44,8 +44,9 @@ def label_points(ax: Axes, names: Sequence[str], xy: np.ndarray, dots: np.ndarra
 class _Places:
     """Places for texts on a panel. Lengths are in pixels.
 
-    Each text in turn moves to the place that costs least while the others stay, until none moves. What another text or
-    line is in the way of costs much, but is not forbidden: otherwise the first texts would shut the others in.
+    Each text in turn moves to the place that costs least while the others stay, until none moves. A place that overlaps
+    another text or line costs much, but a text may move there. Were it forbidden, the first texts would block the later
+    ones.
     """
 
     #: Lines and boxes are looked at in so many steps; texts move in at most so many rounds.

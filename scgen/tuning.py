@@ -317,16 +317,17 @@ def _check_arguments(what: str, name: str, arguments: Mapping) -> None:
     """Raise where a candidate has other arguments than those of `SCVI` for counts."""
     if not isinstance(name, str) or not isinstance(arguments, Mapping):
         raise TypeError(f'{what}: {shown(name)}: {shown(arguments)}; write it {{"name": {{"n_latent": 20}}}}.')
-    known = [key for key in inspect.signature(SCVI).parameters if key not in ("adata", "seed")]
+    defaults = {key: of.default for key, of in inspect.signature(SCVI).parameters.items() if key != "adata"}
+    known = [key for key in defaults if key != "seed"]
     for key in arguments:
         if key not in known:
             hint = did_you_mean(str(key), known)
             raise ValueError(f'{what}["{name}"]: {key!r} is no setting of SCVI; these are {", ".join(known)}.{hint}')
     try:
-        checked = SCVI.checked(dict(arguments))
+        checked = SCVI.Arguments(**defaults | arguments)
     except (TypeError, ValueError) as error:
         raise type(error)(f'{what}: candidate "{name}": {error}') from error
-    if checked.get("gene_likelihood") == "normal":
+    if checked.gene_likelihood == "normal":
         raise ValueError(
             f'{what}["{name}"]: gene_likelihood="normal" is not one of counts, and cannot be compared with those that '
             "are. Leave it out."

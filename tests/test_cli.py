@@ -1,6 +1,7 @@
 """The command as a shell user meets it."""
 
 import argparse
+import dataclasses
 import errno
 import inspect
 import io
@@ -565,7 +566,7 @@ def test_options_reach_the_model(tmp_path):
     model = scgen.SCVI.load(tmp_path / "report" / "model", anndata.read_h5ad(tmp_path / "out.h5ad"))
     wanted = {"n_latent": 3, "n_hidden": 16, "prior": "mog", "n_components": 4, "posterior": "planar", "n_layers": 1,
               "dispersion": "gene-label", "gene_likelihood": "nb", "encode_covariates": False}  # fmt: skip
-    assert wanted.items() <= model.arguments.items()
+    assert wanted.items() <= dataclasses.asdict(model.arguments).items()
     training = {"max_epochs": 2, "batch_size": 32, "kl_start": 2.0, "early_stopping": False}
     assert training.items() <= model.trainings[0].items()
     assert len(model.train_indices) == 96

@@ -238,7 +238,7 @@ def test_tune_chooses():
     model = quick(cells, tune={"small": {"n_latent": 3}, "large": {"n_latent": 12}}, n_top_genes=20)
     told = cells.uns["scgen"]["integrate"]
     assert cells.obsm["X_scgen"].shape == (300, {"small": 3, "large": 12}[told["tuned"]])
-    assert model.arguments["n_latent"] == told["n_latent"]
+    assert model.arguments.n_latent == told["n_latent"]
     with pytest.raises(ValueError, match="leave batch_size, n_latent out"):
         quick(cells, tune=True, n_latent=3, batch_size=20)
 

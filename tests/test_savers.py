@@ -28,7 +28,7 @@ def several(n):
 
 def seed_of(loaded, models):
     """Return which of the models was loaded, after checking that description and weights are both of that one."""
-    seed = loaded.arguments["seed"]
+    seed = loaded.arguments.seed
     wanted, found = models[seed].vae.state_dict(), loaded.vae.state_dict()
     assert wanted.keys() == found.keys()
     assert all(wanted[name].equal(found[name]) for name in wanted), f"the weights are not those of seed {seed}"

@@ -311,7 +311,7 @@ def test_a_candidate_that_fails_is_out(few, monkeypatch, method, error):
     original = getattr(scgen.SCVI, method)
 
     def failing(self, *arguments, **options):
-        if self.arguments["n_latent"] in broken:
+        if self.arguments.n_latent in broken:
             raise error("what is wrong")
         return original(self, *arguments, **options)
 
@@ -337,7 +337,7 @@ def test_the_next_takes_the_place_of_one_that_fails_in_full(few, monkeypatch, er
 
     def failing(self, max_epochs, **options):
         if max_epochs == 2 and len(failed) < n_broken:
-            failed.append(self.arguments["n_latent"])
+            failed.append(self.arguments.n_latent)
             raise error("what is wrong")
         original(self, max_epochs, **options)
 
@@ -350,7 +350,7 @@ def test_the_next_takes_the_place_of_one_that_fails_in_full(few, monkeypatch, er
     assert last["candidate"].tolist() == second
     assert last["reason"].tolist() == ["failed: what is wrong", "trained in full"]
     assert last["kept"].tolist() == [False, True]
-    assert found.best == second[1] == f"latent {found.model.arguments['n_latent']}"
+    assert found.best == second[1] == f"latent {found.model.arguments.n_latent}"
     assert len(found.model.history) == 2
     failed, n_broken = [], 2
     with pytest.raises(FloatingPointError, match=f"{second[0]}.*what is wrong.*{second[1]}.*what is wrong"):

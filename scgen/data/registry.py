@@ -273,12 +273,21 @@ class Registry:
             rows.append((role, f'adata.obs["{key}"]', told))
         return pd.DataFrame(rows, columns=["part", "where", "what"]).set_index("part")
 
-    def learned_rows(self, dispersion: str) -> dict[str, int]:
-        """Return, of a query, by the ends of their names, parameters with new rows, and how many others each has."""
-        keys = [self.setup.batch_key, *self.setup.categorical_covariate_keys]
-        rows = {f"rows.{i}": self.known[key] for i, key in enumerate(keys) if key in self.known}
-        key = {"gene-batch": self.setup.batch_key, "gene-label": self.setup.labels_key}.get(dispersion)
-        return rows | ({"dispersion.log_theta": self.known[key]} if key in self.known else {})
+    def known_rows(self, category_rows: Mapping[str, str | int]) -> dict[str, int]:
+        """Return, of a query, the parameters with rows for new categories, and how many rows of each are not new.
+
+        Parameters
+        ----------
+        category_rows
+            By parameter, the column that its rows are of: `VAE.category_rows`.
+        """
+        setup = self.setup
+        keys = {
+            "batch": setup.batch_key,
+            "labels": setup.labels_key,
+            **dict(enumerate(setup.categorical_covariate_keys)),
+        }
+        return {name: self.known[keys[of]] for name, of in category_rows.items() if keys[of] in self.known}
 
     def obs_of(self, cells: Cells, library: np.ndarray | None) -> dict[str, pd.Categorical | np.ndarray]:
         """Return the columns of ``adata.obs`` that `columns` would read these cells and their l, (n, 1), from."""

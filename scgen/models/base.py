@@ -47,16 +47,17 @@ class Model(metaclass=Answering):
     """
 
     setup_anndata = staticmethod(setup_anndata)
-    build: Callable[..., VAE]  # each model says how: build(registry, **arguments)
-    checked: Callable[[dict], dict]  # the arguments as plain Python; raises where one is wrong by itself
+    #: Each model has a frozen dataclass of its arguments, of which one is the seed, and says how they make a module.
+    Arguments: type
+    build: Callable[..., VAE]  # build(registry, arguments)
 
-    def __init__(self, adata: AnnData, registry: Registry, arguments: dict):
+    def __init__(self, adata: AnnData, registry: Registry, arguments):
         self.assemble(registry, arguments)
         loaders.set_cells(self, adata)
 
-    def assemble(self, registry: Registry, arguments: dict) -> None:
+    def assemble(self, registry: Registry, arguments) -> None:
         """Make the module, without cells."""
-        self.registry, self.arguments = registry, self.checked(arguments)
+        self.registry, self.arguments = registry, arguments
         self.adata: AnnData | None = None
         self.source: AnnData | None = None
         self.source_rows: np.ndarray | None = None
@@ -66,11 +67,11 @@ class Model(metaclass=Answering):
         self.train_indices: np.ndarray | None = None
         self.validation_indices: np.ndarray | None = None
         # Weights that can be trained, whatever mode of torch the caller is in.
-        with seeded(arguments["seed"]), torch.inference_mode(False):
-            self.vae = self.build(registry, **self.arguments).eval()
+        with seeded(arguments.seed), torch.inference_mode(False):
+            self.vae = self.build(registry, arguments).eval()
 
     #: What is public for other parts of scgen, and what users need not see: completion does not list it.
-    _hidden = ("assemble", "build", "checked", "fingerprint", "require_training", "source", "source_rows")
+    _hidden = ("Arguments", "assemble", "build", "fingerprint", "require_training", "source", "source_rows")
     _summary = summary.of_model
     __repr__, __str__, _repr_html_ = summary.line, summary.text, summary.table
 

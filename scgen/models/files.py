@@ -25,7 +25,7 @@ def save(model, folder: str | Path, overwrite: bool, query: dict | None = None) 
     overwrite = check_flag("overwrite", overwrite)
     description = {
         "class": type(model).__name__,
-        "arguments": model.arguments,
+        "arguments": asdict(model.arguments),
         "registry": asdict(model.registry),
         "versions": {"scgen-vae": scgen_version}
         | {name: metadata.version(name) for name in ("torch", "anndata", "numpy")},
@@ -53,7 +53,7 @@ def load(cls: type, folder: str | Path, adata: AnnData | None):
     weights = {name.removeprefix("vae."): tensor for name, tensor in tensors.items() if name.startswith("vae.")}
     try:
         registry = registry_of(description["registry"])
-        model = assembled(cls, registry, dict(description["arguments"]), weights)
+        model = assembled(cls, registry, cls.Arguments(**description["arguments"]), weights)
         history = dict(description["history"])
         model.history = pd.DataFrame(history, index=pd.Index(history.pop("epoch"), name="epoch"))
         model.trainings, model.fingerprint = list(description["trainings"]), description["data"]
@@ -77,7 +77,7 @@ def digest(model) -> str:
     return found.hexdigest()
 
 
-def assembled(cls: type, registry: Registry, arguments: dict, weights: dict[str, torch.Tensor]):
+def assembled(cls: type, registry: Registry, arguments, weights: dict[str, torch.Tensor]):
     """Return a model of these parts, without cells; ValueError where weights and arguments disagree."""
     model = cls.__new__(cls)
     # Built without memory first: a description may claim any size, the weights have one.
@@ -90,10 +90,10 @@ def assembled(cls: type, registry: Registry, arguments: dict, weights: dict[str,
         raise ValueError(f"weights and arguments disagree about {', '.join(wrong[:3])}")
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise ValueError("weights are not finite")
-    codes = weights.get("priors.z.categories", torch.zeros(0, 1, dtype=torch.int64))
-    if ((codes < 0) | (codes >= torch.tensor(registry.n_categories))).any():
-        raise ValueError("priors.z.categories has codes of categories that there are not")
     model.vae.load_state_dict(weights, assign=True)
+    for codes in model.vae.category_codes():
+        if ((codes < 0) | (codes >= torch.tensor(registry.n_categories))).any():
+            raise ValueError("there are codes of categories that there are not")
     model.vae = model.vae.eval().requires_grad_(True)
     return model
 

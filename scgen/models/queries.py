@@ -89,7 +89,7 @@ class Query(metaclass=Answering):
         their expression and its differences; labels hardly need it. Parameters and errors are those of `Model.train`,
         and a ValueError if there are no such values.
         """
-        if not self.model.registry.learned_rows(self.model.arguments["dispersion"]):
+        if not self.model.registry.known_rows(self.model.vae.category_rows()):
             raise ValueError("there is nothing to train: the reference knows all batches of the new cells.")
         self.model.train(
             max_epochs,
@@ -301,9 +301,9 @@ def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, 
     registry = _extended(reference.registry, setup, genes, adata)
     registry.check_new(adata)
     with torch.device("meta"):
-        wanted = type(reference).build(registry, **reference.arguments).state_dict()
+        wanted = type(reference).build(registry, reference.arguments)
     order = torch.from_numpy(np.argsort([gene is None for gene in genes], kind="stable"))
-    weights = _weights(reference.vae.state_dict(), wanted, order)
+    weights = _weights(reference.vae.state_dict(), wanted.state_dict(), wanted.gene_axes(), order)
     model = files.assembled(type(reference), registry, reference.arguments, weights)
     model.trainings = list(reference.trainings)
     files.give_cells(model, adata)
@@ -351,29 +351,20 @@ def _extended(registry: Registry, setup: Setup, genes: list[str | None], adata: 
     return Registry(setup, present, categories, registry.scaling, identifiers(adata.var.loc[present]), missing, known)
 
 
-def _weights(theirs: dict[str, Tensor], wanted: dict[str, Tensor], order: Tensor) -> dict[str, Tensor]:
+def _weights(
+    theirs: dict[str, Tensor], wanted: dict[str, Tensor], gene_axes: dict[str, int], order: Tensor
+) -> dict[str, Tensor]:
     """Return the reference's weights in the new order of genes, with a further row for each new category."""
     found = {}
     for name, shape in ((name, weight.shape) for name, weight in wanted.items()):
         if name not in theirs:  # with the first batch that differs from the only one, which had no row
             found[name] = torch.zeros(shape, dtype=wanted[name].dtype)
             continue
-        weight, dimension = theirs[name].cpu(), _dimension_of_genes(name, len(shape))
+        weight, axis = theirs[name].cpu(), gene_axes.get(name)
         if len(shape) and shape[0] > len(weight):
             weight = torch.cat([weight, weight.mean(0, keepdim=True).expand(shape[0] - len(weight), *shape[1:])])
-        found[name] = weight.clone() if dimension is None else weight.index_select(dimension, order)
+        found[name] = weight.clone() if axis is None else weight.index_select(axis, order)
     return found
-
-
-def _dimension_of_genes(name: str, n_dimensions: int) -> int | None:
-    if name == "priors.z.pseudo_inputs" or (
-        name.startswith("posteriors.") and name.endswith("mlp.layers.0.linear.weight")
-    ):
-        return 1
-    if name == "decoder.dispersion.log_theta":
-        return n_dimensions - 1
-    heads = ("scale", "zi_logits", "dispersion.head")
-    return 0 if name.startswith(tuple(f"decoder.{head}" for head in heads)) else None
 
 
 def _fit_new_libraries(model, adata: AnnData) -> None:

@@ -1,6 +1,7 @@
 """SCVI: the model of Lopez et al. (2018), its parts chosen by name."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -36,6 +37,46 @@ SIZES = {"n_latent": 100_000, "n_hidden": 100_000, "n_layers": 100, "n_flows": 1
 FLAGS = ("use_observed_lib_size", "encode_covariates", "library_residual")
 CHOICES = {"gene_likelihood": LIKELIHOODS, "dispersion": DISPERSIONS, "posterior": POSTERIORS, "prior": PRIORS}
 TAKERS = {"n_flows": ("posterior", FLOWS), "n_components": ("prior", N_COMPONENTS)}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The settings of `SCVI`, whose documentation describes each; all are checked.
+
+    Those with a default are not in the files of older models, which were made with these values.
+    """
+
+    n_latent: int
+    n_hidden: int
+    n_layers: int
+    dropout_rate: float
+    gene_likelihood: str
+    dispersion: str
+    use_observed_lib_size: bool
+    encode_covariates: bool
+    seed: int
+    library_residual: bool = True
+    posterior: str = "normal"
+    n_flows: int | None = None
+    prior: str = "normal"
+    n_components: int | None = None
+
+    def __post_init__(self):
+        plain = {name: check_flag(name, getattr(self, name)) for name in FLAGS}
+        plain |= {name: check_choice(name, getattr(self, name), known) for name, known in CHOICES.items()}
+        for name, most in SIZES.items():
+            if (value := getattr(self, name)) is not None or name not in TAKERS:
+                plain[name] = check_whole(name, value, 1, most)
+        plain["dropout_rate"] = check_number(
+            "dropout_rate", self.dropout_rate, "a number from 0 to below 1", least=0, below=1
+        )
+        plain["seed"] = check_seed(self.seed)
+        for name, (of, takers) in TAKERS.items():
+            value, choice = getattr(self, name), getattr(self, of)
+            if value is not None and choice not in takers:
+                raise ValueError(f"{name}={value!r} is for {of}={' or '.join(takers)}, not for {of}={choice!r}.")
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
 
 class SCVI(Model):
@@ -103,6 +144,8 @@ class SCVI(Model):
     (100, 4)
     """
 
+    Arguments = Arguments
+
     def __init__(
         self,
         adata: AnnData,
@@ -122,23 +165,21 @@ class SCVI(Model):
         n_components: int | None = None,
         seed: int = 0,
     ):
-        arguments = self.checked(
-            {
-                "n_latent": n_latent,
-                "n_hidden": n_hidden,
-                "n_layers": n_layers,
-                "dropout_rate": dropout_rate,
-                "gene_likelihood": gene_likelihood,
-                "dispersion": dispersion,
-                "use_observed_lib_size": use_observed_lib_size,
-                "encode_covariates": encode_covariates,
-                "library_residual": library_residual,
-                "posterior": posterior,
-                "n_flows": n_flows,
-                "prior": prior,
-                "n_components": n_components,
-                "seed": seed,
-            }
+        arguments = Arguments(
+            n_latent,
+            n_hidden,
+            n_layers,
+            dropout_rate,
+            gene_likelihood,
+            dispersion,
+            use_observed_lib_size,
+            encode_covariates,
+            seed,
+            library_residual,
+            posterior,
+            n_flows,
+            prior,
+            n_components,
         )
         registry = Registry.of(adata, labels=dispersion == "gene-label")
         self._check_memory(registry, arguments)
@@ -218,7 +259,7 @@ class SCVI(Model):
         >>> adata.obsm["scgen_cluster_probs"] = probs  # doctest: +SKIP
         >>> adata.obs["scgen_cluster"] = probs.idxmax(axis=1).astype("category")  # doctest: +SKIP
         """
-        prior = self.arguments.get("prior", "normal")  # models saved before there was a choice
+        prior = self.arguments.prior
         if prior not in N_COMPONENTS:
             raise ValueError(f'prior="{prior}" has no components. Train SCVI(adata, prior="mog") for clusters.')
         n_samples = check_draws("n_samples", n_samples)
@@ -227,104 +268,62 @@ class SCVI(Model):
         names = (self.adata if adata is None else adata).obs_names[loader.index]
         return pd.DataFrame(probs, index=names, columns=[str(k) for k in range(probs.shape[1])])
 
-    @staticmethod
-    def checked(arguments: dict) -> dict:
-        """Return the constructor's arguments as plain Python; raise where one is wrong, whatever the data are.
-
-        Those that are not among them are of models saved before there was a choice.
-        """
-        found = dict(arguments)
-        for name, value in arguments.items():
-            if name in SIZES and (value is not None or name not in TAKERS):
-                found[name] = check_whole(name, value, 1, SIZES[name])
-            elif name in FLAGS:
-                found[name] = check_flag(name, value)
-            elif name in CHOICES:
-                found[name] = check_choice(name, value, CHOICES[name])
-            elif name == "dropout_rate":
-                found[name] = check_number(name, value, "a number from 0 to below 1", least=0, below=1)
-            elif name == "seed":
-                found[name] = check_seed(value)
-        for name, (of, takers) in TAKERS.items():
-            value, choice = found.get(name), found.get(of)
-            if value is not None and choice not in takers:
-                raise ValueError(f"{name}={value!r} is for {of}={' or '.join(takers)}, not for {of}={choice!r}.")
-        return found
-
     @classmethod
-    def _check_memory(cls, registry: Registry, arguments: dict) -> None:
+    def _check_memory(cls, registry: Registry, arguments: Arguments) -> None:
         """Raise MemoryError where the weights, their gradients and the moments of these have no room."""
-        largest = max((name for name in SIZES if arguments[name] is not None), key=arguments.get)
-        if arguments[largest] < 2000:  # no matter on any machine, and to look takes a third of the constructor's time
+        sizes = {name: getattr(arguments, name) or 0 for name in SIZES}
+        largest = max(sizes, key=sizes.get)
+        if sizes[largest] < 2000:  # no matter on any machine, and to look takes a third of the constructor's time
             return
         with torch.device("meta"):
-            n_bytes = 4 * sum(weight.nbytes for weight in cls.build(registry, **arguments).parameters())
-        check_memory(largest, arguments[largest], n_bytes, "Choose fewer, or model fewer genes.")
+            n_bytes = 4 * sum(weight.nbytes for weight in cls.build(registry, arguments).parameters())
+        check_memory(largest, sizes[largest], n_bytes, "Choose fewer, or model fewer genes.")
 
     @staticmethod
-    def build(
-        registry: Registry,
-        *,
-        n_latent: int,
-        n_hidden: int,
-        n_layers: int,
-        dropout_rate: float,
-        gene_likelihood: str,
-        dispersion: str,
-        use_observed_lib_size: bool,
-        encode_covariates: bool,
-        seed: int,  # of the weights: `Model.assemble` sets it
-        library_residual: bool = True,  # models saved before there was a choice
-        posterior: str = "normal",
-        n_flows: int | None = None,
-        prior: str = "normal",
-        n_components: int | None = None,
-    ) -> VAE:
+    def build(registry: Registry, arguments: Arguments) -> VAE:
         """Return the module for these arguments: here, and only here, names become parts."""
-        if gene_likelihood != "normal" and not registry.setup.counts:
+        a, setup = arguments, registry.setup
+        if a.gene_likelihood != "normal" and not setup.counts:
             raise ValueError(
-                f'gene_likelihood="{gene_likelihood}" needs counts, but the data were set up with counts=False. Use '
+                f'gene_likelihood="{a.gene_likelihood}" needs counts, but the data were set up with counts=False. Use '
                 'SCVI(adata, gene_likelihood="normal"), or setup_anndata on the counts.'
             )
-        if gene_likelihood == "normal" and registry.setup.size_factor_key is not None:
+        if a.gene_likelihood == "normal" and setup.size_factor_key is not None:
             raise ValueError('gene_likelihood="normal" has no library: set the data up without size_factor_key.')
-        if dispersion == "gene-label" and registry.setup.labels_key is None:
+        if a.dispersion == "gene-label" and setup.labels_key is None:
             raise ValueError('dispersion="gene-label" needs labels: setup_anndata(adata, labels_key=...).')
 
         n_genes, n_continuous = len(registry.genes) + len(registry.missing), len(registry.scaling)
-        seen = (registry.n_categories, n_continuous)
-        encoded = seen if encode_covariates else ((), 0)
-        counts = gene_likelihood != "normal"
-        q = GaussianPosterior(n_genes, n_latent, n_hidden, n_layers, dropout_rate, *encoded, counts)
-        if posterior in FLOWS:
-            flow, n_steps = FLOWS[posterior]
-            context = CovariateLinear(n_hidden, n_hidden, *encoded)
-            q = FlowPosterior(q, flow(n_latent, n_hidden, n_flows or n_steps), context)
-        n_components = n_components or N_COMPONENTS.get(prior)
+        covariates = (registry.n_categories, n_continuous)
+        encoded = covariates if a.encode_covariates else ((), 0)
+        counts = a.gene_likelihood != "normal"
+        q = GaussianPosterior(n_genes, a.n_latent, a.n_hidden, a.n_layers, a.dropout_rate, *encoded, counts)
+        if a.posterior in FLOWS:
+            flow, n_steps = FLOWS[a.posterior]
+            context = CovariateLinear(a.n_hidden, a.n_hidden, *encoded)
+            q = FlowPosterior(q, flow(a.n_latent, a.n_hidden, a.n_flows or n_steps), context)
+        n_components = a.n_components or N_COMPONENTS.get(a.prior)
         p = {
-            "normal": lambda: StandardNormalPrior(n_latent),
-            "mog": lambda: MixturePrior(n_latent, n_components),
+            "normal": lambda: StandardNormalPrior(a.n_latent),
+            "mog": lambda: MixturePrior(a.n_latent, n_components),
             "vamp": lambda: VampPrior(n_genes, n_components, len(registry.n_categories), n_continuous, counts),
-            "flow": lambda: FlowPrior(n_latent),
-        }[prior]()
+            "flow": lambda: FlowPrior(a.n_latent),
+        }[a.prior]()
         posteriors, priors = {"z": q}, {"z": p}
+        sizes = (a.n_latent, a.n_hidden, a.n_layers, n_genes, *covariates)
         if not counts:
-            return VAE(posteriors, priors, GaussianDecoder(n_latent, n_hidden, n_layers, n_genes, *seen))
-        if use_observed_lib_size or registry.setup.size_factor_key is not None:
+            return VAE(posteriors, priors, GaussianDecoder(*sizes))
+        if a.use_observed_lib_size or setup.size_factor_key is not None:
             posteriors["library"] = ObservedLibrary()
         else:
-            posteriors["library"] = LibraryPosterior(n_genes, n_hidden, dropout_rate, *encoded, library_residual)
+            posteriors["library"] = LibraryPosterior(n_genes, a.n_hidden, a.dropout_rate, *encoded, a.library_residual)
         priors["library"] = LibraryPrior(len(registry.batches))
-        theta = Dispersion(dispersion, n_genes, len(registry.batches), len(registry.labels), n_hidden)
+        theta = Dispersion(a.dispersion, n_genes, len(registry.batches), len(registry.labels), a.n_hidden)
         decoder = CountDecoder(
-            gene_likelihood,
-            None if gene_likelihood == "poisson" else theta,
-            n_latent,
-            n_hidden,
-            n_layers,
-            n_genes,
-            *seen,
-            normalised=registry.setup.size_factor_key is None,
+            a.gene_likelihood,
+            None if a.gene_likelihood == "poisson" else theta,
+            *sizes,
+            normalised=setup.size_factor_key is None,
             n_missing=len(registry.missing),
         )
         return VAE(posteriors, priors, decoder)

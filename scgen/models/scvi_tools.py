@@ -70,8 +70,8 @@ def load(cls: type, folder: str | Path, adata: AnnData | None, prefix: str):
             raise ValueError(f"it is a {name}; only SCVI has an equal here")
         if not attributes["is_trained_"]:
             raise ValueError("it was saved untrained")
-        arguments = _arguments(attributes["init_params_"])
-        registry = _registry(attributes["registry_"], content["var_names"], arguments["dispersion"] == "gene-label")
+        arguments = cls.Arguments(**_arguments(attributes["init_params_"]))
+        registry = _registry(attributes["registry_"], content["var_names"], arguments.dispersion == "gene-label")
         ours = {name: weight.contiguous() for name, weight in _weights(weights, registry, arguments).items()}
         model = files.assembled(cls, registry, arguments, ours)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
@@ -139,19 +139,19 @@ def _registry(saved: dict, genes, labels: bool) -> Registry:
     return files.registry_of(asdict(registry))
 
 
-def _weights(theirs: dict[str, Tensor], registry: Registry, arguments: dict) -> dict[str, Tensor]:
+def _weights(theirs: dict[str, Tensor], registry: Registry, arguments) -> dict[str, Tensor]:
     """Return our weights by name."""
     seen = (registry.n_categories, len(registry.scaling))
-    encoded = seen if arguments["encode_covariates"] else ((), 0)
+    encoded = seen if arguments.encode_covariates else ((), 0)
     bias = theirs["z_encoder.mean_encoder.bias"]
     found = {"priors.z.mean": torch.zeros_like(bias), "priors.z.variance": torch.ones_like(bias)}
     found |= _encoder("posteriors.z", "z_encoder", theirs, encoded)
     found |= _layers("decoder.mlp", "decoder.px_decoder", theirs, *seen)
     found |= _linear("decoder.scale", "decoder.px_scale_decoder.0", theirs)
-    if arguments["gene_likelihood"] == "zinb":
+    if arguments.gene_likelihood == "zinb":
         found |= _linear("decoder.zi_logits", "decoder.px_dropout_decoder", theirs)
-    if arguments["gene_likelihood"] != "poisson":
-        if arguments["dispersion"] == "gene-cell":
+    if arguments.gene_likelihood != "poisson":
+        if arguments.dispersion == "gene-cell":
             found |= _linear("decoder.dispersion.head", "decoder.px_r_decoder", theirs)
         else:
             found["decoder.dispersion.log_theta"] = theirs["px_r"].t()

@@ -4,6 +4,7 @@ Each class says what there is to tell, in `_summary`: a title, and rows of a nam
 """
 
 import inspect
+from dataclasses import asdict
 from html import escape
 
 import numpy as np
@@ -36,8 +37,7 @@ def of_model(model) -> tuple[str, dict[str, str]]:
     """Return the title and the rows of a model."""
     registry = model.registry
     defaults = {name: of.default for name, of in inspect.signature(type(model)).parameters.items()}
-    # Models saved before there was a choice have fewer arguments.
-    changed = [f"{name}={value!r}" for name, value in model.arguments.items() if value != defaults.get(name)]
+    changed = [f"{name}={value!r}" for name, value in asdict(model.arguments).items() if value != defaults.get(name)]
     cells = "no cells" if model.adata is None else f"{model.adata.n_obs} cells"
     rows = {"arguments": ", ".join(changed) or "the defaults", "training": of_training(model)}
     if registry.setup.batch_key is not None:

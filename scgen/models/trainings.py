@@ -59,7 +59,7 @@ def recorded(
         started = {"device": str(options.device), "batch_size": training.batch_size, "finished": False}
         started |= {"first_epoch": len(rows) + 1}
         model.trainings.append(asdict(options) | started)
-        new_rows = model.registry.learned_rows(model.arguments["dispersion"])
+        new_rows = model.registry.known_rows(model.vae.category_rows())
         try:
             with model.vae.to(options.device).learning_rows(new_rows):
                 yield training, validation, rows

@@ -37,6 +37,17 @@ class Dispersion(nn.Module):
             log_theta = torch.empty(*rows[kind], n_genes, dtype=torch.float32)
             self.log_theta = nn.Parameter(log_theta.normal_(generator=generator(log_theta.device)))
 
+    def gene_axes(self) -> dict[str, int]:
+        """Return the axis of the genes of each parameter: see `VAE.gene_axes`."""
+        return (
+            {"head.weight": 0, "head.bias": 0} if self.kind == "gene-cell" else {"log_theta": self.log_theta.dim() - 1}
+        )
+
+    def category_rows(self) -> dict[str, str | int]:
+        """Return the column whose categories the rows of log theta are of: see `VAE.category_rows`."""
+        column = {"gene-batch": "batch", "gene-label": "labels"}.get(self.kind)
+        return {"log_theta": column} if column else {}
+
     def forward(self, h: Tensor, cells: Cells) -> Tensor:
         if self.kind == "gene-cell":
             log_theta = self.head(h)
@@ -84,6 +95,11 @@ class CountDecoder(nn.Module):
         self.scale = WideLinear(n_hidden, n_genes)
         self.dispersion = dispersion
         self.zi_logits = WideLinear(n_hidden, n_genes) if likelihood == "zinb" else None
+
+    def gene_axes(self) -> dict[str, int]:
+        """Return the axis of the genes of each parameter: see `VAE.gene_axes`."""
+        heads = ["scale", *(["zi_logits"] if self.zi_logits is not None else [])]
+        return {f"{head}.{name}": 0 for head in heads for name in ("weight", "bias")}
 
     def target(self, cells: Cells) -> Tensor:
         """Return what the likelihood explains: the counts, (n, G)."""
@@ -167,6 +183,10 @@ class GaussianDecoder(nn.Module):
         self.mlp = MLP(n_latent, n_hidden, n_layers, n_categories, n_continuous) if n_layers else None
         self.mean = WideLinear(n_hidden if n_layers else n_latent, n_genes)
         self.log_scale = nn.Parameter(torch.zeros(n_genes, dtype=torch.float32))
+
+    def gene_axes(self) -> dict[str, int]:
+        """Return the axis of the genes of each parameter: see `VAE.gene_axes`."""
+        return {"mean.weight": 0, "mean.bias": 0, "log_scale": 0}
 
     def target(self, cells: Cells) -> Tensor:
         """Return what the likelihood explains: the values, (n, G), in the field ``counts``."""

@@ -80,6 +80,10 @@ class CovariateLinear(nn.Module):
         self.rows = nn.ParameterDict({str(i): self._evenly(n, n_out, bound) for i, n in used.items()})
         self.slopes = nn.Parameter(self._evenly(n_continuous, n_out, bound)) if n_continuous else None
 
+    def category_rows(self) -> dict[str, str | int]:
+        """Return, by parameter, the column whose categories its rows are of: see `VAE.category_rows`."""
+        return {f"rows.{i}": "batch" if i == "0" else int(i) - 1 for i in self.rows}
+
     @staticmethod
     def _evenly(n_rows: int, n_columns: int, bound: float) -> Tensor:
         weight = torch.empty(n_rows, n_columns, dtype=torch.float32)

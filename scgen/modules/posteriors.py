@@ -66,6 +66,10 @@ class GaussianPosterior(nn.Module):
     def forward(self, cells: Cells) -> DiagonalNormal:
         return self.gaussian(self.hidden(cells))
 
+    def gene_axes(self) -> dict[str, int]:
+        """Return the axis of the genes of the first layer's weight: see `VAE.gene_axes`."""
+        return {"mlp.layers.0.linear.weight": 1}
+
     def gaussian(self, h: Tensor) -> DiagonalNormal:
         """Return N(m, diag v) for the last hidden layer, (n, n_hidden)."""
         return DiagonalNormal(self.mean(h), positive_variance(self.log_variance(h)))

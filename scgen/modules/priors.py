@@ -72,6 +72,14 @@ class VampPrior(nn.Module):
         self.register_buffer("continuous", torch.zeros(n_components, n_continuous, dtype=torch.float32))
         self._kept: GaussianMixture | None = None
 
+    def gene_axes(self) -> dict[str, int]:
+        """Return the axis of the genes of the pseudo-inputs: see `VAE.gene_axes`."""
+        return {"pseudo_inputs": 1}
+
+    def category_codes(self) -> Tensor:
+        """Return the codes (K, columns) of batch and covariates that the pseudo-inputs have."""
+        return self.categories
+
     def start_at(self, cells: Cells) -> None:
         """Start the pseudo-inputs at K cells, whose covariates they keep."""
         x = cells.counts.to_dense()

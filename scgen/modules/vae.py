@@ -99,6 +99,31 @@ class VAE(nn.Module):
         """Whether there is a library size, inferred or observed: in models of counts, but not of normalised values."""
         return "library" in self.posteriors
 
+    def gene_axes(self) -> dict[str, int]:
+        """Return, by the name of each parameter that has an axis of genes, which axis that is.
+
+        Modules declare those of their own, in a method of this name.
+        """
+        return self._declared("gene_axes")
+
+    def category_rows(self) -> dict[str, str | int]:
+        """Return, by the name of each parameter with a row for each category, the column that the categories are of.
+
+        That is "batch", "labels", or the place of a further covariate. Modules declare those of their own, in a method
+        of this name.
+        """
+        return self._declared("category_rows")
+
+    def category_codes(self) -> list[Tensor]:
+        """Return what modules keep of codes (K, columns) of batch and covariates."""
+        return [
+            part.category_codes() for part in self.modules() if part is not self and hasattr(part, "category_codes")
+        ]
+
+    def _declared(self, what: str) -> dict:
+        parts = [(name, part) for name, part in self.named_modules() if name and hasattr(part, what)]
+        return {f"{name}.{own}": value for name, part in parts for own, value in getattr(part, what)().items()}
+
     def minibatches(self, loader: Iterable[Cells]) -> Iterator[Cells]:
         """Iterate over the minibatches of a loader, each on the device of the weights."""
         device = self.device
@@ -141,19 +166,19 @@ class VAE(nn.Module):
         Parameters
         ----------
         known
-            By the end of its parameter's name, as "rows.0": the number of rows that stay as they are. If empty, all
-            is learned.
+            By the name of its parameter: the number of rows that stay as they are. If empty, all is learned.
         """
         if not known:
             yield
             return
-        new = {name: n for name, _ in self.named_parameters() for end, n in known.items() if name.endswith(end)}
-        before = {name: weight[: new[name]].detach().clone() for name, weight in self.named_parameters() if name in new}
+        before = {
+            name: weight[: known[name]].detach().clone() for name, weight in self.named_parameters() if name in known
+        }
         hooks = []
         for name, weight in self.named_parameters():
-            weight.requires_grad_(name in new)
-            if name in new:
-                old = (torch.arange(len(weight), device=weight.device) < new[name])[:, None]
+            weight.requires_grad_(name in known)
+            if name in known:
+                old = (torch.arange(len(weight), device=weight.device) < known[name])[:, None]
                 hooks.append(weight.register_hook(lambda gradient, old=old: gradient.masked_fill(old, 0)))
         self.frozen = True
         try:
@@ -164,8 +189,8 @@ class VAE(nn.Module):
                 hook.remove()
             with torch.no_grad():
                 for name, weight in self.named_parameters():
-                    if name in new:
-                        weight[: new[name]] = before[name]  # weight decay moves them, too
+                    if name in known:
+                        weight[: known[name]] = before[name]  # weight decay moves them, too
                     weight.requires_grad_(True)
 
     def train(self, mode: bool = True) -> "VAE":

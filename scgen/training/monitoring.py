@@ -124,10 +124,10 @@ def search_nonfinite(vae: nn.Module, loader: CellLoader) -> NonFiniteLoss:
 def locate_nonfinite(vae: nn.Module, cells) -> NonFiniteLoss:
     """Return the error that names the cells and genes of which the likelihood or its parameters are not finite."""
     q = vae.infer(cells)
-    likelihood, counts = vae.decoder({name: q[name].mean for name in q}, cells), cells.counts.to_dense()
-    bad = ~torch.isfinite(likelihood.base_dist.log_prob(counts))
-    # Batch normalisation spreads one bad input over its minibatch: the input itself, where there is one, is to blame.
-    if not torch.isfinite(counts).all():
-        bad = ~torch.isfinite(counts)
+    likelihood, target = vae.decoder({name: q[name].mean for name in q}, cells), vae.decoder.target(cells).to_dense()
+    bad = ~torch.isfinite(likelihood.base_dist.log_prob(target))
+    # Batch normalisation spreads one bad input over its minibatch: if there is one, it is named, and nothing else.
+    if not torch.isfinite(target).all():
+        bad = ~torch.isfinite(target)
     rows = cells.index[bad.any(1)].cpu().numpy()
     return NonFiniteLoss(rows, bad.any(0).nonzero().squeeze(1).cpu().numpy(), *bad.shape)

@@ -9,24 +9,27 @@ from scgen.data.loader import CellLoader
 
 @torch.no_grad()
 def start_from_data(vae: nn.Module, loader: CellLoader) -> None:
-    """Start what the training cells tell without training: priors that are made of them, the decoder at their moments.
+    """Start the priors and the decoder at what the training cells tell, if they have a method ``start_at`` or ``fit``.
 
-    The moments are those of a cell's rates: x divided by its library, where the model has one.
+    The decoder starts at the moments of its target, which is divided by the cell's library where the model has one.
     """
-    total, squares = 0.0, 0.0
-    for cells in loader:
-        rate = cells.counts.to(torch.float64, copy=True)  # changed in place: new memory costs more than the sums
-        if vae.has_library:
-            rate /= cells.library.double().exp()
-        total = total + rate.sum(0)
-        squares = squares + rate.square_().sum(0)
-    mean = total / len(loader.index)
-    vae.decoder.start_at(mean, (squares / len(loader.index) - mean**2).clamp(min=0))
+    if hasattr(vae.decoder, "start_at"):
+        total, squares = 0.0, 0.0
+        for cells in loader:
+            # Changed in place, since new memory costs more than the sums.
+            rate = vae.decoder.target(cells).to(torch.float64, copy=True)
+            if vae.has_library:
+                rate /= cells.library.double().exp()
+            total = total + rate.sum(0)
+            squares = squares + rate.square_().sum(0)
+        mean = total / len(loader.index)
+        vae.decoder.start_at(mean, (squares / len(loader.index) - mean**2).clamp(min=0))
     if vae.has_library:
         # On the host, where sums are always in the same order.
         vae.priors["library"].fit(*(loader.columns[name][loader.index].cpu() for name in ("library", "batch")))
-    if hasattr(vae.priors["z"], "start_at"):
-        # At cells from all over the data, in whose order batches and types often follow each other.
-        n = vae.priors["z"].n_components
-        few = loader.index[np.linspace(0, len(loader.index) - 1, n).round().astype(int)]
-        vae.priors["z"].start_at(next(iter(loader.over(few, n))))
+    for prior in vae.priors.values():
+        if hasattr(prior, "start_at"):
+            # At cells from all over the data, in whose order batches and types often follow each other.
+            n = prior.n_components
+            few = loader.index[np.linspace(0, len(loader.index) - 1, n).round().astype(int)]
+            prior.start_at(next(iter(loader.over(few, n))))

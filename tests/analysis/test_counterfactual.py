@@ -52,7 +52,7 @@ def decoded(model, z, categories, numbers=()) -> np.ndarray:
     """Return rho in plain NumPy: each layer sees [z, one-hots, standardised numbers]."""
     weights = {name: value.double().numpy() for name, value in model.vae.decoder.state_dict().items()}
     h = z.astype(float)
-    for layer in range(model.arguments["n_layers"]):
+    for layer in range(model.arguments.n_layers):
         at = f"mlp.layers.{layer}."
         h = h @ weights[at + "linear.weight"].T + weights[at + "linear.bias"]
         for i, codes in enumerate(categories):

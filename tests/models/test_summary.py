@@ -134,7 +134,7 @@ def test_a_tuning(model):
 
 def test_completion_lists_what_users_call(model):
     listed = {name for name in dir(model) if not name.startswith("_")}
-    internal = {"assemble", "build", "checked", "fingerprint", "require_training", "source", "source_rows"}
+    internal = {"assemble", "build", "Arguments", "fingerprint", "require_training", "source", "source_rows"}
     assert not listed & internal
     assert not set(dir(scgen.SCVI)) & internal
     assert all(hasattr(model, name) for name in internal)  # other parts of scgen use them

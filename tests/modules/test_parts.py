@@ -55,7 +55,7 @@ def size(module) -> int:
 
 
 def test_parameter_counts():  # of the paper's architecture for CORTEX
-    vae = SCVI.build(registry(558), **DEFAULTS)
+    vae = SCVI.build(registry(558), SCVI.Arguments(**DEFAULTS))
     assert size(vae.posteriors["z"]) == 71_424 + 128 + 256 + 2 * 1_290
     assert size(vae.posteriors["library"]) == 71_808 + 2 * 129
     assert size(vae.decoder) == 1_664 + 2 * 71_982 + 558
@@ -64,7 +64,9 @@ def test_parameter_counts():  # of the paper's architecture for CORTEX
 
 @pytest.mark.parametrize("encode", [True, False])
 def test_batches_widen_only_what_sees_them(encode):
-    alone, several = (SCVI.build(registry(30, n), **DEFAULTS | {"encode_covariates": encode}) for n in (1, 4))
+    alone, several = (
+        SCVI.build(registry(30, n), SCVI.Arguments(**DEFAULTS | {"encode_covariates": encode})) for n in (1, 4)
+    )
     added = {name: size(several.posteriors[name]) - size(alone.posteriors[name]) for name in ("z", "library")}
     assert added == ({"z": 4 * 128, "library": 4 * 128} if encode else {"z": 0, "library": 0})
     assert size(several.decoder) - size(alone.decoder) == 4 * 128
@@ -74,7 +76,7 @@ def test_batches_widen_only_what_sees_them(encode):
 @pytest.mark.parametrize("observed", [True, False])
 def test_models_of_counts_have_a_library_observed_or_not(likelihood, expected, observed):
     arguments = DEFAULTS | {"gene_likelihood": likelihood, "use_observed_lib_size": observed}
-    assert SCVI.build(registry(5), **arguments).has_library is expected
+    assert SCVI.build(registry(5), SCVI.Arguments(**arguments)).has_library is expected
 
 
 def test_rows_added_are_one_hots_multiplied():
@@ -131,7 +133,7 @@ def test_draws_are_normalised_slice_by_slice(training):
 
 
 def test_draws_through_the_model_are_a_loop_over_them():
-    vae = SCVI.build(registry(30, 2), **DEFAULTS).eval()
+    vae = SCVI.build(registry(30, 2), SCVI.Arguments(**DEFAULTS)).eval()
     cells = some_cells(8, 30, 2)
     latents = {"z": torch.randn(5, 8, 10), "library": torch.full((5, 8, 1), 4.0)}
     together = vae.decoder(latents, cells).log_prob(cells.counts)
@@ -144,7 +146,7 @@ def test_draws_through_the_model_are_a_loop_over_them():
 @pytest.mark.parametrize("extreme", [1.0, 1e4])
 def test_no_output_of_a_network_breaks_the_bound(likelihood, dispersion, extreme):
     arguments = DEFAULTS | {"gene_likelihood": likelihood, "dispersion": dispersion}
-    vae = SCVI.build(registry(6, 2, labels_key="batch"), **arguments)
+    vae = SCVI.build(registry(6, 2, labels_key="batch"), SCVI.Arguments(**arguments))
     cells = some_cells(4, 6, 2)
     counts = cells.counts.clone()
     counts[0, 0], counts[1] = 1e6, 1e6  # a library of 6e6 and more
@@ -184,7 +186,7 @@ def test_a_layer_more_is_a_layer_more():
 
 def test_what_is_known_from_the_start():
     counts = torch.from_numpy(np.random.default_rng(0).poisson([8, 1, 1, 0], (500, 4)).astype(np.float32))
-    vae = SCVI.build(registry(4), **DEFAULTS)
+    vae = SCVI.build(registry(4), SCVI.Arguments(**DEFAULTS))
     none = torch.zeros(500, 0)
     library, batch = counts.sum(1, keepdim=True).log(), torch.zeros(500, dtype=torch.int64)
     columns = {"library": library, "batch": batch, "labels": batch, "categorical": none.long(), "continuous": none}

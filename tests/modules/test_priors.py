@@ -24,7 +24,7 @@ D = 3
 def built(posterior: str = "normal", prior: str = "normal", **others):
     arguments = DEFAULTS | {"n_latent": D, "n_hidden": 16, "posterior": posterior, "prior": prior} | others
     torch.manual_seed(0)
-    return SCVI.build(registry(20, 2), **arguments)
+    return SCVI.build(registry(20, 2), SCVI.Arguments(**arguments))
 
 
 def disturbed(vae, spread: float = 0.1):
