@@ -23,27 +23,27 @@ from scgen.training.loop import fit
 
 
 class Model(metaclass=Answering):
-    """Base of the models: a `Registry`, the constructor's arguments, and the module that they make.
+    """Base class of the models. It holds a `Registry`, the constructor's arguments and the module built from them.
 
     Attributes
     ----------
     adata
         The cells that the model was made for, or None.
     registry, arguments
-        What of the data is read; the constructor's arguments.
+        Which parts of the data the model reads; the arguments of the constructor.
     vae
         The torch module.
     history
         A row per epoch: elbo_train, elbo_validation and the means of its parts (nats per cell; higher is better),
         kl_weight, seconds.
     trainings
-        The options of each call of `train`, whether it "finished" without an interrupt or error, its "first_epoch" in
-        ``history`` and the "kept_epoch", whose weights it left.
+        One dict per call of `train`: its options, whether it "finished" without an interrupt or error, its
+        "first_epoch" in ``history``, and the "kept_epoch" whose weights the model kept.
     train_indices, validation_indices
-        Rows of ``adata`` that were trained on and validated on; None before training.
+        Rows of ``adata`` used for training and for validation; None before training.
     source, source_rows
-        Of a model that `integrate` made: the AnnData that it was given, in whose ``obs`` columns are looked up, and the
-        rows of it that the cells of ``adata`` are. None of other models.
+        Set by `integrate`, None otherwise: the AnnData passed to it, whose ``obs`` is used to look up columns, and the
+        rows of it from which ``adata`` was made.
     """
 
     setup_anndata = staticmethod(setup_anndata)
@@ -56,7 +56,7 @@ class Model(metaclass=Answering):
         loaders.set_cells(self, adata)
 
     def assemble(self, registry: Registry, arguments) -> None:
-        """Make the module, without cells."""
+        """Build the module, without cells."""
         self.registry, self.arguments = registry, arguments
         self.adata: AnnData | None = None
         self.source: AnnData | None = None
@@ -70,7 +70,7 @@ class Model(metaclass=Answering):
         with seeded(arguments.seed), torch.inference_mode(False):
             self.vae = self.build(registry, arguments).eval()
 
-    #: What is public for other parts of scgen, and what users need not see: completion does not list it.
+    #: Public for other parts of scgen, but not for users: tab completion does not list these names.
     _hidden = ("Arguments", "assemble", "build", "fingerprint", "require_training", "source", "source_rows")
     _summary = summary.of_model
     __repr__, __str__, _repr_html_ = summary.line, summary.text, summary.table
@@ -98,57 +98,59 @@ class Model(metaclass=Answering):
         progress: bool = True,
         on_epoch: Callable[[dict[str, float]], object] | None = None,
     ) -> None:
-        """Maximise the evidence lower bound over the training cells; called again, go on from the weights as they are.
+        """Train the model by maximising the evidence lower bound (ELBO). A further call continues from the weights.
 
-        The learning rate rises for a tenth of the planned steps and falls to 0 along a cosine. Ctrl-C ends training
-        and keeps the best weights so far.
+        The learning rate rises during the first tenth of the planned steps, then falls to 0 along a cosine. Ctrl-C ends
+        training and keeps the best weights so far.
 
         Parameters
         ----------
         max_epochs
-            Passes over the training cells; None stands for 400 minibatches, but 25 to 50 passes.
+            Passes over the training cells. None makes as many passes as 400 minibatches take, between 25 and 50.
         batch_size
-            Cells in a minibatch; None stands for as many as leave 400 minibatches in 50 passes, but 64 to 512; on a GPU
-            for up to 4096 that leave as many in 25.
+            Cells in a minibatch. None chooses the size that gives 400 minibatches in 50 passes, between 64 and 512; on
+            a GPU the size that gives 400 in 25 passes, up to 4096.
         train_size
-            Share of the cells trained on, of every batch alike; the others validate. Fixed by the first call.
+            Share of the cells of each batch used for training; the others are the validation cells. The first call
+            fixes the split.
         early_stopping, patience
             Whether to stop, in the second half of the planned epochs, when the validation bound has not risen for
-            ``patience`` epochs; None stands for a quarter of the planned ones. The best weights of the second half are
-            kept in any case.
+            ``patience`` epochs; None is a quarter of the planned epochs. In any case the model keeps the best weights
+            of the second half.
         learning_rate
-            Peak learning rate of Adam, whose gradients are no longer than three times their usual length.
+            Peak learning rate of Adam. Gradients are clipped to three times their usual norm.
         kl_start
-            Weight of z's KL at the first step; it goes to 1 over the first half of the planned steps. Above 1, it
-            drives the batches out of z early; below, it is a warm-up.
+            Weight of the KL divergence of z at the first step; it goes to 1 over the first half of the planned steps. A
+            value above 1 removes batch differences from z early; a value below 1 is a warm-up.
         n_importance_samples
-            From 2 on, K: trains, and validates, the bound log (1/K) sum_k p(x, z_k, l_k) / q(z_k, l_k | x), which is
-            tighter (Burda et al. 2016), at K times the cost of decoding; ``history`` holds it in place of the ELBO.
+            K draws of the latents. With K > 1, training and validation use the tighter bound
+            log (1/K) sum_k p(x, z_k, l_k) / q(z_k, l_k | x) of Burda et al. (2016). Decoding then costs K times as
+            much, and ``history`` holds this bound in place of the ELBO.
         accelerator
             "auto", "cpu" or "gpu".
         devices
             Number of devices: 1.
         precision
-            "bf16" takes the products of layers from or to 512 genes and more in bfloat16, "32" all in float32; "auto"
-            is "bf16" where the device is faster so, and ``trainings`` tells. Weights are float32 in any case, and so
-            are the validation bound and what is asked of the trained model.
+            "bf16" uses bfloat16 for the matrix products of layers that read or return 512 genes or more; "32" uses
+            float32 throughout. "auto" chooses "bf16" on devices where it is faster; ``trainings`` records the choice.
+            Weights, the validation bound and all results of the trained model are float32 in any case.
         seed
-            Seed of the split, the order of the cells and all noise. The global generators are left alone.
+            Seed of the split, the order of the cells and all noise. Global random generators are not used.
         progress
             Whether to show a progress line.
         on_epoch
-            A function that is called after each epoch, with a dict of numbers: "epoch", from 1, and the new row of
-            ``history``. If it returns True, training stops, and the best weights are kept as after early stopping. If
-            it raises an error, training ends with that error, and the weights of this epoch are kept.
+            A function that is called after each epoch with a dict of numbers: "epoch", from 1, and the new row of
+            ``history``. If it returns True, training stops and the best weights are kept, as after early stopping. If
+            it raises an error, training ends with that error and the weights of this epoch are kept.
 
         Raises
         ------
         TypeError
-            If an argument is of the wrong kind.
+            If an argument is of the wrong type.
         ValueError
             If an argument is out of its range, or fewer than two cells are left to train on.
         FloatingPointError
-            If the loss becomes NaN or infinite; names cells and genes. The last good weights are kept.
+            If the loss becomes NaN or infinite. The message names cells and genes. The last good weights are kept.
 
         Examples
         --------
@@ -188,22 +190,22 @@ class Model(metaclass=Answering):
         Parameters
         ----------
         adata
-            Cells to embed, their genes found by name; None for those of the model.
+            Cells to embed; genes are matched by name. None uses the model's own cells.
         indices
             Rows of ``adata``; None for all.
         give_mean
-            False draws from q instead.
+            Whether to return the mean of q; False returns a draw.
         return_dist
-            True returns mean and variance of q.
+            Whether to return the mean and the variance of q.
         batch_size
-            Cells computed at a time.
+            Number of cells computed at a time.
         seed
             Seed of the draw.
 
         Returns
         -------
-        (n, n_latent) float32, in the order of ``indices``; two of them with ``return_dist``. Of a flow they are taken
-        over 100 draws, the same for every cell and call.
+        (n, n_latent) float32, in the order of ``indices``; two such arrays with ``return_dist``. For a flow, mean and
+        variance are those of 100 draws, the same for every cell and call.
 
         Raises
         ------
@@ -233,8 +235,9 @@ class Model(metaclass=Answering):
     ) -> np.ndarray:
         """Return l of each cell, (n, 1), in counts: the mean of its log-normal posterior, or a draw from it.
 
-        Where the library is observed, that is the cell's total, or its size factor. Parameters and errors are those of
-        `get_latent_representation`; a model with ``gene_likelihood="normal"`` has no library and raises ValueError.
+        If the library size is observed, the result is the cell's total count or its size factor. Parameters and errors
+        are those of `get_latent_representation`. A model with ``gene_likelihood="normal"`` has no library size: it
+        raises ValueError.
         """
         loader = self._loader(adata, indices, batch_size, seed, {"give_mean": give_mean})
         return inference.library_size(self.vae, loader, give_mean, seed)
@@ -286,17 +289,19 @@ class Model(metaclass=Answering):
         batch_size: int = 64,
         seed: int = 0,
     ) -> float | np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """Return the estimate of log p(x), in nats per cell, from importance-weighted draws of the latents.
+        """Return an importance-sampling estimate of log p(x), in nats per cell.
 
-        Where the library is observed, it is that of log p(x | l), which compares only with its like.
+        If the library size is observed, this is an estimate of log p(x | l). Compare it only with other models that
+        observe the library size.
 
-        log (1/K) sum_k w_k, w_k = p(x, z_k, l_k) / q(z_k, l_k | x), with K = ``n_mc_samples`` draws from q: never below
-        `get_elbo` in expectation, and closer to log p(x) from below the more draws (Burda et al. 2016).
+        The estimate is log (1/K) sum_k w_k with w_k = p(x, z_k, l_k) / q(z_k, l_k | x) and K = ``n_mc_samples`` draws
+        from q. Its expectation is at least that of `get_elbo`, and approaches log p(x) from below as K grows (Burda et
+        al. 2016).
 
-        ``return_mean=False`` returns one value per cell, (n,); ``return_ess=True`` these and their effective sample
-        sizes (sum_k w_k)^2 / sum_k w_k^2 (Kong 1992), (n,) each: K where q is the posterior itself; where it is near 1,
-        one draw has all the weight, and more are needed. Other parameters and errors are those of
-        `get_latent_representation`.
+        ``return_mean=False`` returns one value per cell, (n,). ``return_ess=True`` also returns the effective sample
+        size of each cell, (sum_k w_k)^2 / sum_k w_k^2 (Kong 1992), (n,). It is K if q is the true posterior. A value
+        near 1 means that one draw has all the weight and more draws are needed. Other parameters and errors are those
+        of `get_latent_representation`.
 
         Examples
         --------
@@ -321,16 +326,16 @@ class Model(metaclass=Answering):
         batch_size: int = 64,
         seed: int = 0,
     ) -> float | np.ndarray:
-        """Return the log-likelihood of counts held out of each cell, in nats per cell, given those that were kept.
+        """Return the log-likelihood of held-out counts of each cell, in nats per cell, given the kept counts.
 
-        Each count is split, x_kept ~ Binomial(x, 1 - held_out) and x_rest = x - x_kept; z and l are inferred from
-        x_kept alone, as if it were the cell, and what is returned is
+        Each count is split: x_kept ~ Binomial(x, 1 - held_out) and x_rest = x - x_kept. z and l are inferred from
+        x_kept alone. The method returns
 
         log (1/K) sum_k p(x_rest | x_kept, z_k, l_k, s), z_k, l_k ~ q(. | x_kept, s), K = n_samples.
 
-        Higher is better. It compares across treatments of the library, latents and likelihoods of counts, for the same
-        cells and seed are split alike whatever the model. Weights have seen all counts of the cells they were trained
-        on: ask about others, as ``indices=model.validation_indices``.
+        Higher is better. Models with different latents, library sizes or count likelihoods can be compared, because the
+        split depends only on the cells and the seed. The weights were fitted to all counts of the training cells, so
+        use other cells, such as ``indices=model.validation_indices``.
 
         Parameters
         ----------
@@ -350,19 +355,19 @@ class Model(metaclass=Answering):
         RuntimeError
             If the model is untrained.
         ValueError
-            If the model is not one of counts, an argument is out of its range, or as `get_latent_representation`.
+            If the model is not a model of counts, an argument is out of its range, or as `get_latent_representation`.
 
         Notes
         -----
-        An observed library is the total of x_kept; a cell of which nothing is kept counts as one of one count. Size
-        factors are multiplied by 1 - held_out; where they come from the counts, they know of the held-out ones, too.
-        Given z and l, the two parts of Poisson counts are independent. Of "nb" and "zinb" they share each gene's rate,
-        Gamma of shape theta, and whether it is off, so that what was kept says more of the rest than z and l do. With
-        l the library of x_kept,
+        An observed library size is the total of x_kept; a cell without kept counts is given a total of 1. Size factors
+        are multiplied by 1 - held_out. If they were computed from the counts, they contain information about the
+        held-out counts. Given z and l, the two parts of Poisson counts are independent. For "nb" and "zinb" they share
+        the gene's rate, which is Gamma with shape theta, and the zero inflation. The kept counts therefore say more
+        about the rest than z and l do. With l the library size of x_kept,
 
         p(x_rest | x_kept, z, l, s) p(x_kept | z, l, s) = Binomial(x_rest; x, held_out) p(x | z, l / (1 - held_out), s):
 
-        for "nb", x_rest is negative binomial of shape theta + x_kept.
+        for "nb", x_rest is negative binomial with shape theta + x_kept.
 
         References
         ----------
@@ -384,26 +389,27 @@ class Model(metaclass=Answering):
     def active_units(
         self, adata: AnnData | None = None, *, indices: Sequence[int] | None = None, threshold: float = 0.01
     ) -> pd.DataFrame:
-        """Return how much each latent of z is used: a row per latent, in the order of `get_latent_representation`.
+        """Return how much the model uses each latent of z, in the order of `get_latent_representation`.
 
         Parameters
         ----------
         adata, indices
             As in `get_latent_representation`.
         threshold
-            Latents are active whose "variance" is above this.
+            A latent is active if its "variance" is above this value.
 
         Returns
         -------
-        "variance": over the cells, of the means of q(z_u | x) (Burda et al. 2016); "kl": the mean over the cells of
-        KL(q(z_u | x) || p(z_u)), in nats, NaN unless both are Gaussian with independent units; and "active".
+        One row per latent. "variance" is the variance over the cells of the means of q(z_u | x) (Burda et al. 2016).
+        "kl" is the mean over the cells of KL(q(z_u | x) || p(z_u)), in nats; it is NaN unless both distributions are
+        Gaussian with independent units. "active" says whether the latent is active.
 
         Raises
         ------
         RuntimeError
             If the model is untrained.
         ValueError
-            If the threshold is negative or no number, or as `get_latent_representation`.
+            If the threshold is negative or not a number, or as `get_latent_representation`.
 
         Examples
         --------
@@ -444,49 +450,49 @@ class Model(metaclass=Answering):
         adata, indices, batch_size, seed
             As in `get_latent_representation`.
         batch
-            "observed": each cell in its own batch, which leaves the batch effect in. A name: all cells as if
-            from that batch. A list of names: the mean over them, each of the same weight. "average": the mean over all.
-            ``["observed"]`` means a batch of that name.
+            "observed" decodes each cell in its own batch and keeps the batch effect. A name decodes all cells as if
+            they came from that batch. A list of names returns the mean over these batches, with equal weights;
+            "average" the mean over all batches. ``["observed"]`` means a batch of that name.
         covariates
-            The same for further covariates, by name; those not named are as observed. A continuous one takes a number,
-            in its own unit, or a list of numbers; its "average" is the mean of the cells that the model was made for.
-            Where several are averaged, the mean is over all combinations of their values, 1000 at most.
+            The same for further covariates, by name; covariates that are not named are as observed. A continuous
+            covariate takes a number in its own unit, or a list of numbers; its "average" is the mean of the model's
+            own cells. If several are averaged, the mean is over all combinations of their values, at most 1000.
         library_size
-            The l common to all cells, or "latent" for each cell's own; 1 with ``gene_likelihood="normal"``.
+            The library size l of all cells, or "latent" for each cell's own; 1 with ``gene_likelihood="normal"``.
         gene_list
             Genes to return; None for all.
         n_samples, return_mean
             Number of draws of z (and l); whether to average over them.
         weights
-            "importance" weighs a cell's draws in proportion to p(x, z, l) / q(z, l | x), so that the mean comes closer,
-            with ever more draws, to the one under the true posterior, p(z, l | x). Draws that are not averaged are
-            drawn anew from themselves with these weights, so that some come repeatedly (Rubin 1987).
+            "uniform" or "importance". "importance" weights a cell's draws in proportion to p(x, z, l) / q(z, l | x).
+            With more draws, the mean approaches the mean under the true posterior p(z, l | x). Draws that are not
+            averaged are resampled with these weights, so some are repeated (Rubin 1987).
         return_numpy
-            True returns an array instead of a table.
+            Whether to return an array instead of a table.
         out
-            An array that is filled, a minibatch of cells at a time, and returned: `numpy.memmap`, an h5py dataset, a
-            zarr array, or whatever has shape, dtype and assignment to slices.
+            An array to write to, a minibatch of cells at a time, and to return: a `numpy.memmap`, an h5py dataset, a
+            zarr array, or any object with a shape, a dtype and assignment to slices.
         sparse_below
-            Values below this become zeros, and the result a CSR matrix, whatever ``return_numpy`` is, of which no dense
-            form is ever held; a list of them if draws are not averaged.
+            Values below this are set to zero, and the result is a CSR matrix, whatever ``return_numpy`` is. No dense
+            copy of it is made. If draws are not averaged, the result is a list of CSR matrices.
         transform_batch
             scvi-tools' name for ``batch``.
 
         Returns
         -------
-        A table cells x genes; an array (n_samples, cells, genes) if draws are not averaged. Values sum to
-        ``library_size`` over all genes, but with size factors they are rates per unit of these. With
-        ``gene_likelihood="normal"`` they are the means f(z, s).
+        A table of cells x genes, or an array (n_samples, cells, genes) if draws are not averaged. The values of a cell
+        sum to ``library_size`` over all genes. With size factors they are rates per unit of the size factor instead.
+        With ``gene_likelihood="normal"`` they are the means f(z, s).
 
         Raises
         ------
         RuntimeError
             If the model is untrained.
         TypeError
-            If an argument is of the wrong kind altogether.
+            If an argument is of the wrong type.
         ValueError
-            If a batch, covariate, value of it, gene, library size or weight is not known, or ``out`` is of another
-            shape, holds no floats of 32 bits or more, or cannot be written to.
+            If a batch, covariate, value of a covariate, gene, library size or weight is not known, or if ``out`` has
+            another shape, does not hold floats of at least 32 bits, or cannot be written to.
 
         Examples
         --------
@@ -522,27 +528,27 @@ class Model(metaclass=Answering):
         batch_size: int = 1024,
         seed: int = 0,
     ) -> pd.DataFrame:
-        """Return the correlations of genes, genes x genes, over the denoised values of all cells and draws.
+        """Return the correlations between genes of the denoised values of all cells and draws.
 
-        A denoised value is a draw of the rate whose Poisson draw the count would be, without zero inflation and for the
-        same library in all cells: Gamma(shape theta, mean rho(z, s)), with z ~ q, for "zinb" and "nb". It is rho for
-        "poisson", and the mean f(z, s) for "normal".
+        For "zinb" and "nb", a denoised value is a draw of the Poisson rate of the count, without zero inflation and for
+        the same library size in all cells: Gamma(shape theta, mean rho(z, s)), with z ~ q. For "poisson" it is rho, and
+        for "normal" the mean f(z, s).
 
         Parameters
         ----------
         adata, indices, batch, covariates, gene_list, batch_size, seed
-            As in `get_normalized_expression`; but where several batches or values of covariates are asked for, the
-            mean is over the correlations under each.
+            As in `get_normalized_expression`. For several batches or values of covariates, the correlations are
+            computed under each and then averaged.
         correlation_type
-            "spearman" or "pearson". Pearson's needs memory for some arrays of genes x genes alone, Spearman's for all
-            values: 4 bytes for each of genes x cells x draws. A sample of cells, in ``indices``, or ``gene_list``
-            makes it less.
+            "spearman" or "pearson". Pearson's needs memory for a few arrays of genes x genes. Spearman's needs 4 bytes
+            for each of genes x cells x draws; choose fewer cells with ``indices`` or fewer genes with ``gene_list`` to
+            need less.
         n_samples
-            Draws for each cell.
+            Number of draws for each cell.
 
         Returns
         -------
-        A table of values in [-1, 1]; NaN for a gene that does not vary.
+        A table of genes x genes, with values in [-1, 1]; NaN for a gene that does not vary.
 
         Raises
         ------
@@ -551,9 +557,9 @@ class Model(metaclass=Answering):
 
         Notes
         -----
-        This is what scvi-tools computes, but for its ``rna_size_factor``, which multiplies all values, and so changes
-        no correlation; for Poisson and normal likelihoods, of which it computes none; for genes and covariates, which
-        it does not let choose; and for its memory, several times all values with either kind of correlation.
+        scvi-tools computes the same correlations. Its ``rna_size_factor`` is not here, because it multiplies all values
+        and changes no correlation. scvi-tools has no correlations for Poisson and normal likelihoods, does not let you
+        choose genes and covariates, and needs memory for several times all values with either type of correlation.
 
         Examples
         --------
@@ -584,24 +590,24 @@ class Model(metaclass=Answering):
         batch_size: int = 1024,
         seed: int = 0,
     ) -> dict[str, np.ndarray]:
-        """Return the parameters of p(x | z, l, s) of each cell and gene, by name, with z, l ~ q.
+        """Return the parameters of p(x | z, l, s) for each cell and gene, by name, with z, l ~ q.
 
         Parameters
         ----------
         adata, indices, batch, covariates, gene_list, batch_size, seed
-            As in `get_normalized_expression`; where several batches or values of covariates are asked for, parameters
-            are averaged over them.
+            As in `get_normalized_expression`. For several batches or values of covariates, the parameters are
+            averaged.
         n_samples
-            Number of draws of the latents; a single one is that of `get_reconstruction_error`. None takes the means of
+            Number of draws of the latents; one draw is that of `get_reconstruction_error`. None uses the means of
             q(z | x, s) and q(log l | x, s) instead.
         give_mean
             Whether to average over the draws.
 
         Returns
         -------
-        Arrays (cells, genes) of float32, (n_samples, cells, genes) of several draws: "mean", the mean mu = l rho of the
-        counts before zero inflation; "dispersions", the inverse dispersion theta, for "zinb" and "nb"; "dropout", the
-        probability of an additional zero, for "zinb"; "scale", the standard deviation, for "normal".
+        Arrays (cells, genes) of float32, or (n_samples, cells, genes) for several draws. "mean" is the mean mu = l rho
+        of the counts before zero inflation; "dispersions" the inverse dispersion theta, for "zinb" and "nb"; "dropout"
+        the probability of an additional zero, for "zinb"; "scale" the standard deviation, for "normal".
 
         Raises
         ------
@@ -651,58 +657,61 @@ class Model(metaclass=Answering):
         Parameters
         ----------
         groupby, group1, group2
-            A column of ``adata.obs``; groups in it, one or several, None for all; the group that each is compared with,
-            None for all other cells. Cells without a group (NaN) are left out.
+            ``groupby`` is a column of ``adata.obs``. ``group1`` is a group in it or several; None takes all.
+            ``group2`` is the group that each is compared with; None takes all other cells. Cells without a group (NaN)
+            are left out.
         adata
-            Other cells than the model's own.
+            Cells to compare; None uses the model's own cells.
         idx1, idx2
             Rows or masks of the two groups, instead of ``groupby``; ``idx2=None`` takes all other cells.
         mode
-            "change": log2 of the ratio of the groups' mean rho, lfc, and the larger, p, of the probabilities that it is
-            above ``delta`` and below ``-delta``: a gene of which little is known is not called for that.
-            "vanilla": P(rho_a >= rho_b) for a cell of each group (Lopez et al. 2018).
+            "change" computes lfc, the log2 of the ratio of the groups' mean rho. p is the larger of the probabilities
+            P(lfc > delta) and P(lfc < -delta); a gene is therefore not called only because its lfc is uncertain.
+            "vanilla" computes P(rho_a >= rho_b) for one cell of each group (Lopez et al. 2018).
         delta
-            Log2 fold change that is of interest.
+            Smallest log2 fold change of interest.
         fdr_target
-            The largest set of genes with mean(1 - p) up to this is called.
+            Expected false discovery rate: the largest set of genes with mean(1 - p) up to this value is called.
         batch_correction
-            True averages over all batches, whatever the groups' own are; False leaves each cell in its own, and with it
-            the batches' differences. Other covariates are each cell's own.
+            True averages over all batches, whichever batches the groups are from. False decodes each cell in its own
+            batch and keeps the batch effect. Other covariates are as observed in each cell.
         n_samples, n_cells, seed
-            Draws of the means; cells sampled of each group; the seed of both.
+            Number of draws of the means; number of cells sampled from each group; seed of both.
         key_added
-            Where in ``adata.uns`` to write a copy in the form of ``scanpy.tl.rank_genes_groups``, for its plots and
-            ``scanpy.get.rank_genes_groups_df``. None writes nothing. Notes say what is in it.
+            Key of ``adata.uns`` under which to write a copy in the format of ``scanpy.tl.rank_genes_groups``, for
+            Scanpy's plots and ``scanpy.get.rank_genes_groups_df``; see Notes. None writes nothing.
 
         Returns
         -------
-        A row per comparison and gene, by bayes_factor, with "comparison", "group1" and "group2". In mode "change"
+        One row per comparison and gene, sorted by bayes_factor: "comparison", "group1", "group2". In mode "change"
         proba_de, proba_not_de, bayes_factor = log p / (1 - p), scale1, scale2 (means of rho), pseudocounts, delta,
         lfc_mean, lfc_median, lfc_std, lfc_min, lfc_max, is_de_fdr_0.05 (as ``fdr_target``);
-        in mode "vanilla" proba_m1, proba_m2, bayes_factor, scale1, scale2. In both the counts themselves: raw_mean,
-        non_zeros_proportion, and raw_normalized_mean of counts / total, of groups 1 and 2.
+        in mode "vanilla" proba_m1, proba_m2, bayes_factor, scale1, scale2. In both modes, statistics of the counts of
+        groups 1 and 2: raw_mean, non_zeros_proportion, and raw_normalized_mean of counts / total.
 
         Raises
         ------
         RuntimeError
             If the model is untrained.
         ValueError
-            If a column, group or argument is not known or out of its range, or the model is not one of counts.
+            If a column, group or argument is unknown or out of its range, or the model is not a model of counts.
 
         Notes
         -----
-        The copy that ``key_added`` writes has the fields of Scanpy. "names" are listed by falling "scores". "pvals" are
-        1 - p, the posterior probability of an error; in mode "vanilla", p is the larger of the two probabilities.
-        "pvals_adj" are the means of these over all genes that are at least as sure, the expected false discovery rate.
-        Scores in mode "change" are z scores with the sign of lfc_mean: as in Scanpy, pvals = 2 (1 - Phi(abs(score))).
-        Where all draws agree, pvals is 0, and the score is about (abs(lfc_mean) - delta) / lfc_std. So scores rank also
-        the surest genes. Scores in mode "vanilla" are Bayes factors, plus the log2 fold change where p is 1.
+        The copy that ``key_added`` writes has the fields of Scanpy. "names" are sorted by decreasing "scores". "pvals"
+        are 1 - p, the posterior probability of an error; in mode "vanilla", p is the larger of the two probabilities.
+        "pvals_adj" are the means of pvals over all genes whose pvals are at most as large: the expected false discovery
+        rate. Scores in mode "change" are z scores with the sign of lfc_mean: as in Scanpy, pvals = 2 (1 -
+        Phi(abs(score))). If all draws agree, pvals is 0 and the score is about (abs(lfc_mean) - delta) / lfc_std, which
+        also ranks the most certain genes. Scores in mode "vanilla" are Bayes factors, plus the log2 fold change if p is
+        1.
 
-        A draw of a group's mean weighs its cells at random and takes z from q, and is spread until it varies by no less
-        than the standard error of the counts: the decoder's weights are a point estimate. Of three cells and fewer the
-        counts say hardly anything. Means of rho are compared after a pseudocount is added: the 0.9 quantile of the
-        larger mean over genes unseen in both groups or, if there are none, one count in the smaller group (Boyeau et
-        al. 2023 is the source of the mode).
+        Mode "change" follows Boyeau et al. (2023). Each draw of a group's mean weights the group's cells at random and
+        draws z from q. The decoder's weights are a point estimate, so these draws alone vary too little. They are
+        spread until they vary at least as much as the standard error of the counts. With three cells or fewer, the
+        counts carry hardly any information. A pseudocount is added to the means of rho before they are compared. It is
+        the 0.9 quantile of the larger mean over the genes that neither group expresses. If there are no such genes, it
+        is one count in the smaller group.
 
         Examples
         --------
@@ -730,22 +739,22 @@ class Model(metaclass=Answering):
         batch_size: int = 256,
         seed: int = 0,
     ) -> sparse.csr_matrix | list[sparse.csr_matrix]:
-        """Return counts that the model could have seen instead: x ~ p(x | z, l, s) with z, l ~ q.
+        """Return counts drawn from the posterior predictive distribution: x ~ p(x | z, l, s) with z, l ~ q.
 
         Parameters
         ----------
         adata, indices, batch_size, seed
             As in `get_latent_representation`.
         batch
-            None for each cell's own, or a name.
+            Name of a batch; None uses each cell's own.
         covariates
-            As in `get_normalized_expression`, but one value of each.
+            As in `get_normalized_expression`, but only one value for each covariate.
         n_samples
-            Number of matrices; more than one are returned as a list.
+            Number of matrices; if there are several, they are returned as a list.
 
         Returns
         -------
-        (n, G) in CSR form, or ``n_samples`` of them.
+        A CSR matrix (n, G), or a list of ``n_samples`` of them.
         """
         n_samples = check_draws("n_samples", n_samples)
         condition = one_condition(self.registry, batch, covariates)
@@ -760,26 +769,26 @@ class Model(metaclass=Answering):
         covariates: Mapping[str, str | float] | None = None,
         seed: int = 0,
     ) -> AnnData:
-        """Return new cells: z ~ p(z), log l ~ p(log l | s), x ~ p(x | z, l, s).
+        """Return simulated cells: z ~ p(z), log l ~ p(log l | s), x ~ p(x | z, l, s).
 
         Parameters
         ----------
         n
             Number of cells.
         batch
-            Name of their batch; None draws batches evenly.
+            Name of their batch; None draws each cell's batch, all with equal probability.
         covariates
-            As in `posterior_predictive_sample`. Those not named are drawn evenly too, continuous ones are at their
-            mean; so are labels, where the model reads them.
+            As in `posterior_predictive_sample`. A categorical covariate that is not named is drawn like the batch, and
+            so are the labels if the model reads them. A continuous covariate that is not named is at its mean.
         seed
             Seed of all draws.
 
         Returns
         -------
-        AnnData that the model can be asked about: counts in ``X``, and in the layer that the model reads; in ``obs``
-        the batch, labels, covariates and size factors, as far as it reads them, under the names that they have in its
-        own AnnData; z in ``obsm["z"]`` and l, (n, 1), in ``obsm["library"]``. ``obs["library"]`` is l, too, unless the
-        model reads a column of that name.
+        An AnnData that can be passed to the model's methods. The counts are in ``X`` and in the layer that the model
+        reads. ``obs`` has the columns that the model reads (batch, labels, covariates, size factors), under the same
+        names as in the model's own AnnData. z is in ``obsm["z"]`` and l, (n, 1), in ``obsm["library"]``.
+        ``obs["library"]`` is l as well, unless the model reads a column of that name.
 
         Examples
         --------
@@ -799,53 +808,53 @@ class Model(metaclass=Answering):
     def query(
         self, adata: AnnData, *, layer: str | None = None, batch_key: str | None = None, min_overlap: float = 0.5
     ) -> queries.Query:
-        """Return new cells mapped onto this model, which stays as it is: of any batches, and not of all genes.
+        """Map new cells onto this model. They may be from new batches and lack some genes. The model does not change.
 
-        Genes are found by name, or by whichever identifier in ``adata.var`` of both finds most; others are ignored.
-        Genes that were not measured are no zeros: the encoder reads what the decoder expects of them, and all answers
-        are about those that were. A batch that the model has not seen is taken for the mean of those it has, until
-        `Query.train` fits its own effect.
+        Genes are matched by name or by a column of identifiers in ``adata.var``, whichever matches most genes; other
+        genes are ignored. Genes of the model that were not measured are not taken as zeros: the encoder reads the
+        values that the decoder expects. All results are about the measured genes only. A new batch is given the mean of
+        the known batches' effects until `Query.train` fits its own effect.
 
         Parameters
         ----------
         adata
-            New cells, raw counts; need not be set up.
+            New cells with raw counts; `setup_anndata` need not have been called.
         layer, batch_key
-            Where counts and batch are, if not where the model has its own.
+            Where the counts and the batch of the new cells are; None looks where the model has its own.
         min_overlap
-            Share of the model's genes that must be there.
+            Smallest share of the model's genes that ``adata`` must have.
 
         Returns
         -------
-        A `Query`: its embedding, labels, typicality, and a model of its cells.
+        A `Query`, which gives the embedding, labels and typicality of the new cells, and a model of them.
 
         Notes
         -----
-        The default training mixes batches early; a reference that is made to transfer labels from does it better with
-        ``train(kl_start=0)``, which mixes them less (benchmarks/RESULTS.md).
+        If the reference is meant for label transfer, train it with ``train(kl_start=0)``. This mixes the batches less
+        than the default and gives better labels (benchmarks/RESULTS.md).
 
         Raises
         ------
         RuntimeError
             If the model is untrained.
         ValueError
-            If too few genes are there, or ``adata`` is not what `setup_anndata` would take.
+            If ``adata`` has too few of the genes, or `setup_anndata` would refuse it.
         """
         with self.vae.occupied():
             return queries.mapped(self, adata, layer, batch_key, min_overlap)
 
     def view_anndata_setup(self, adata: AnnData | None = None) -> pd.DataFrame:
-        """Return what the model reads, and where, as a table: counts, cells, genes, batches and further columns.
+        """Return a table of what the model reads, and where: counts, cells, genes, batches and further columns.
 
         Parameters
         ----------
         adata
-            Other cells than the model's own.
+            The cells to look at; None uses the model's own.
 
         Returns
         -------
-        A row for each part that is read: "where" it is in ``adata``, and "what" is there. Names of batches and labels
-        have their numbers of cells behind them.
+        One row for each part: "where" it is in ``adata``, and "what" is there. The number of cells follows the name of
+        each batch and label.
 
         Raises
         ------
@@ -865,55 +874,55 @@ class Model(metaclass=Answering):
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the model, without the cells, into ``folder``: ``model.json`` and a safetensors file.
 
-        A crash at any moment leaves either the old model or the new one. Several processes may save to one folder, and
-        load from it, at the same time: the last one to finish replaces the others' models.
+        A crash leaves either the old model or the new one, never a mixture. Several processes may save to one folder
+        and load from it at the same time; the model of the last one to finish remains.
 
         Raises
         ------
         FileExistsError
-            If a model is there and ``overwrite`` is false.
+            If the folder holds a model and ``overwrite`` is false.
         """
         with self.vae.occupied():
             files.save(self, folder, overwrite)
 
     @classmethod
     def load(cls, folder: str | Path, adata: AnnData | None = None) -> "Model":
-        """Return the model that `save` wrote, ready to answer questions about ``adata``.
+        """Load a model that `save` wrote.
 
         Parameters
         ----------
         folder
             Where it was saved.
         adata
-            The cells it was trained on, or others; need not be set up. None loads the weights alone; questions then
-            need ``adata=``.
+            The cells that the model was trained on, or other cells; `setup_anndata` need not have been called. None
+            loads the weights alone; every method then needs its ``adata=``.
 
         Raises
         ------
         scgen.storage.ModelFileError
-            If the folder holds no model, or a file is damaged, altered, or of another class or format.
+            If the folder holds no model, or a file is damaged, altered, of another class or of another format.
         ValueError
             If ``adata`` does not fit the model.
         """
         return files.load(cls, folder, adata)[0]
 
     def load_query(self, folder: str | Path, adata: AnnData) -> queries.Query:
-        """Return the query that `Query.save` wrote, mapped onto this model: its answers are those that it gave.
+        """Load a query that `Query.save` wrote. It gives the same results as before it was saved.
 
         Parameters
         ----------
         folder
             Where it was saved.
         adata
-            The new cells. ``SCVI.load(folder)`` loads the model of the query alone, also without cells.
+            The new cells. To load only the query's model, with or without cells, use ``SCVI.load(folder)``.
 
         Raises
         ------
         scgen.storage.ModelFileError
             If the folder holds no query, or as in `load`.
         ValueError
-            If it is a query of another reference, or of this one before it was trained again, or if ``adata`` does not
-            fit.
+            If the query belongs to another reference, if this reference was trained again since, or if ``adata`` does
+            not fit.
 
         Examples
         --------

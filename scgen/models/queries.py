@@ -1,4 +1,4 @@
-"""New cells mapped onto a trained model: its weights for their genes and batches, and what it says of them."""
+"""Map new cells onto a trained model: adapt its weights to their genes and batches, and describe the cells."""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -22,27 +22,27 @@ from scgen.models import files, loaders, summary
 from scgen.models.counterparts import Answering
 from scgen.storage import ModelFileError
 
-#: The batch of a reference that has none: no value of a column is named so.
+#: Stands for the batch of a reference without batches. No value of a column has this name.
 REFERENCE = "<reference>"
 
 
 @dataclass(frozen=True, repr=False)
 class Query(metaclass=Answering):
-    """New cells, mapped onto a reference.
+    """New cells mapped onto a reference.
 
     Attributes
     ----------
     model
-        A model of the new cells, which answers everything that a trained model does: the reference's weights, with
-        batches that it has not seen at the mean of those it has.
+        A model of the new cells, with all methods of a trained model. It has the reference's weights; new batches have
+        the mean of the known batches' effects.
     reference
-        The model that was asked; nothing of it is changed.
+        The model that the cells were mapped onto. It is not changed.
     overlap
         Share of the reference's genes that the new cells have.
     matched_by
-        Which names of the genes were matched.
+        Which gene names or identifiers were used to match the genes.
     n_trainings
-        How often the reference had been trained.
+        How many times the reference had been trained.
 
     Examples
     --------
@@ -70,7 +70,7 @@ class Query(metaclass=Answering):
     __repr__, __str__, _repr_html_ = summary.line, summary.text, summary.table
 
     def get_latent_representation(self) -> np.ndarray:
-        """Return z of each new cell, (n, n_latent), in the space of the reference's."""
+        """Return z of each new cell, (n, n_latent), in the same latent space as the reference's cells."""
         return self.model.get_latent_representation()
 
     def train(
@@ -82,12 +82,13 @@ class Query(metaclass=Answering):
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        """Fit what belongs to the new batches alone, as `Model.train` does; the reference's cells stay where they are.
+        """Fit the effects of the new batches. All other weights, and so the reference's embedding, stay as they are.
 
-        Trained are the rows that encoders and decoder add for the values of batch and covariates that the reference
-        has not seen, and the theta of these (Lotfollahi et al. 2022, scArches). It makes the new cells likelier, and
-        their expression and its differences; labels hardly need it. Parameters and errors are those of `Model.train`,
-        and a ValueError if there are no such values.
+        The trained weights are the rows that encoders and decoder add for batches and covariate values that the
+        reference has not seen, and the theta of these (Lotfollahi et al. 2022, scArches). Training improves the
+        likelihood, the denoised expression and the differential expression of the new cells. It hardly changes the
+        transferred labels. Parameters and errors are those of `Model.train`. A ValueError is raised if there are no new
+        values.
         """
         if not self.model.registry.known_rows(self.model.vae.category_rows()):
             raise ValueError("there is nothing to train: the reference knows all batches of the new cells.")
@@ -101,16 +102,16 @@ class Query(metaclass=Answering):
         )
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write the query, without any cells, into ``folder``; `Model.load_query` of its reference loads it.
+        """Write the query, without cells, into ``folder``. To load it, call `Model.load_query` of its reference.
 
-        The files are those of `Model.save`, of the model of the query. The reference has to be saved by itself.
+        The files are those that `Model.save` writes for the query's model. Save the reference separately.
 
         Raises
         ------
         FileExistsError
-            If a model is there and ``overwrite`` is false.
+            If the folder holds a model and ``overwrite`` is false.
         ValueError
-            If the reference was trained again since.
+            If the reference was trained again since the query was made.
         """
         self._check_reference()
         with self.reference.vae.occupied():
@@ -119,27 +120,28 @@ class Query(metaclass=Answering):
             files.save(self.model, folder, overwrite, told)
 
     def transfer_labels(self, labels_key: str, *, n_neighbors: int = 15, unknown_below: float = 0.5) -> pd.DataFrame:
-        """Return a label for each new cell: what its nearest reference cells vote for.
+        """Return a label for each new cell, by a vote of its nearest reference cells.
 
         Parameters
         ----------
         labels_key
             Column of the reference's ``adata.obs``; cells without a label (NaN) do not vote.
         n_neighbors
-            Number of voters, each weighed by a Gaussian of its distance, as wide as the cell's mean distance to them.
+            Number of reference cells that vote. Each vote is weighted by a Gaussian of the distance, whose width is the
+            new cell's mean distance to these neighbours.
         unknown_below
-            Share of the votes below which the label is "unknown". Cells of a type that the reference has not seen may
-            have neighbours that agree: `typicality` is the one to ask about them.
+            A cell whose winning label has a smaller share of the votes than this is labelled "unknown". A cell of a
+            type that the reference lacks may still have neighbours that agree; use `typicality` to find such cells.
 
         Returns
         -------
-        By cell: "label", and "share", its part of the votes.
+        A table with one row per cell: "label", and "share", the label's share of the votes.
 
         Raises
         ------
         ValueError
-            If the column is not there, holds no label or numbers, an argument is out of its range, or the reference was
-            loaded without its cells or trained again since.
+            If the column does not exist, has no labels or holds numbers, if an argument is out of its range, or if the
+            reference was loaded without its cells or trained again since the query was made.
         """
         n_neighbors = check_whole("n_neighbors", n_neighbors, 1)
         check_share("unknown_below", unknown_below)
@@ -170,46 +172,47 @@ class Query(metaclass=Answering):
         return table.set_index(self.model.adata.obs_names)
 
     def typicality(self, *, seed: int = 0) -> pd.DataFrame:
-        """Return how typical each new cell is of the reference; of a type it has not seen, hardly.
+        """Return how typical of the reference each new cell is. Cells of a type that it lacks have small values.
 
-        A cell of a batch that the reference knows is compared with the reference's validation cells (all its cells,
-        if there are none). The comparison is of what the model leaves unexplained: the cell's Pearson residuals along
-        the ten directions that those of the new cells have most in common (found in one half of them, for the other),
-        its ELBO, and how near the reference's cells are in z, the last two given its library. One cell's noise hides
-        what a hundred of a kind have in common: the more new cells are given, the finer the answer; of a dozen,
-        hardly anything is seen. A type that the model cannot tell from a known one is typical.
+        A cell of a known batch is compared with the reference's validation cells (or all its cells, if it has no
+        validation cells). Three things are compared. The first are the cell's Pearson residuals along the ten
+        directions that the residuals of the new cells share most; the directions for one half of the new cells are
+        found in the other half. The others are the cell's ELBO and the density of the reference's cells around it in z,
+        both given its library size. A new cell type shows in what many cells have in common, so more new cells give a
+        finer result; a dozen cells show hardly anything. A type that the model cannot tell from a known type is
+        typical.
 
-        A new batch differs from the reference in all of its cells. Its cells are therefore compared with each other:
-        the four fifths whose residuals lie closest together say what is usual in the batch, and the distances are
-        scaled so that their median is that of the reference's cells. A cell is as odd as the odder of two things: this
-        distance, and how far it lies from the reference's cells in z, beside others of its batch. All this assumes
-        that most cells of the batch are of types that the reference knows. A type that makes up much of a new batch (a
-        third, say) is taken for what is usual there, and may not be found; nor are types that differ by less than
-        the batches do. A change of all cells alike, such as a treatment's effect, is not seen. A batch with fewer than
-        50 cells cannot be compared with itself: its typicality is NaN (not calibrated), with a warning, and only the
-        ranks of its distances mean something.
+        All cells of a new batch differ from the reference. They are therefore compared with each other. The four fifths
+        of the cells whose residuals lie closest together define what is usual in the batch. The distances are scaled to
+        have the same median as those of the reference's cells. A cell also has a distance from the reference's cells in
+        z, relative to its batch; the more extreme of the two distances counts. This assumes that the reference knows
+        the types of most cells of the batch. A type that makes up much of a new batch (a third, say) counts as usual
+        there and may not be found. Types that differ by less than the batches do are not found either. A change of all
+        cells, such as the effect of a treatment, is not seen. A batch with fewer than 50 cells cannot be compared with
+        itself: its typicality is NaN (not calibrated), with a warning, and only the ranks of its distances can be used.
 
-        A new value of a categorical covariate counts as a new batch. Where the model has no batches, all cells are
-        compared with the reference: name the column of the new cells' batches in
+        A new value of a categorical covariate counts as a new batch. If the model has no batches, all cells are
+        compared with the reference. In that case, name the column of the new cells' batches in
         ``model.query(adata, batch_key=...)``.
 
         Parameters
         ----------
         seed
-            Of the halves.
+            Seed of the split into halves.
 
         Returns
         -------
-        By cell: "typicality", the share of the reference's cells that lie at least as far out, even from 0 to 1 for
-        cells like them and small for others; "distance", the Mahalanobis distance (in a new batch, of its residuals
-        alone); "elbo" and "density", by how many deviations they are above those of compared cells with a like library
-        (negative density: further from the reference's cells); "new_batch", whether the cell is of a new batch, and so
-        compared with its own batch, or, where typicality is NaN, with nothing.
+        A table with one row per cell. "typicality" is the share of the reference's cells that lie at least as far out;
+        it is uniform from 0 to 1 for cells like those of the reference, and small for others. "distance" is the
+        Mahalanobis distance; in a new batch, of the residuals alone. "elbo" and "density" are numbers of standard
+        deviations above compared cells of a similar library size; negative density means further from the reference's
+        cells. "new_batch" says whether the cell is of a new batch. If so, it is compared with its own batch or, if its
+        typicality is NaN, with no cells.
 
         Raises
         ------
         ValueError
-            If the reference was loaded without its cells, or has fewer than 50.
+            If the reference was loaded without its cells, or has fewer than 50 cells.
         """
         seed = check_seed(seed)
         adata = self._reference_adata()
@@ -237,7 +240,7 @@ class Query(metaclass=Answering):
         return table.set_index(self.model.adata.obs_names)
 
     def _reference_adata(self) -> AnnData:
-        """Return the reference's cells; ValueError if there are none, or it is no longer what the query was made of."""
+        """Return the reference's cells; raise ValueError if it has none or was trained again since."""
         self._check_reference()
         return loaders.cells_of(self.reference)
 
@@ -246,7 +249,7 @@ class Query(metaclass=Answering):
             raise ValueError("the reference was trained again since: map the cells anew, reference.query(adata).")
 
     def _new_batch(self) -> np.ndarray:
-        """Return a number for each new cell's batch and covariates that the reference has not seen, -1 for none."""
+        """Return, for each cell, a number for its combination of new batch and covariate values; -1 for known ones."""
         registry, cells = self.model.registry, self.model.adata.obs
         seen = np.zeros(self.model.adata.n_obs, int)
         for key in (registry.setup.batch_key, *registry.setup.categorical_covariate_keys):
@@ -257,7 +260,7 @@ class Query(metaclass=Answering):
         return seen - 1
 
     def _reference_cells(self, rows: np.ndarray) -> CellLoader:
-        """Return cells of the reference as the query sees cells: of the genes that were measured for both."""
+        """Return cells of the reference, with only the genes that the query measured, in its order."""
         missing = set(self.model.registry.missing)
         genes = [gene for gene in self.reference.registry.genes if gene not in missing]  # in the query's order
         store, snapshot = Snapshot.of(replace(self.reference.registry, genes=genes), self.reference.adata)
@@ -267,7 +270,7 @@ class Query(metaclass=Answering):
 
 
 def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, min_overlap: float) -> Query:
-    """Return new cells mapped onto a trained model; see `Model.query`."""
+    """Map new cells onto a trained model; see `Model.query`."""
     if reference.registry.known or reference.registry.missing:
         raise ValueError("this is the model of a query: map new cells onto its reference instead.")
     reference.require_training()
@@ -312,7 +315,7 @@ def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, 
 
 
 def load(reference, folder: str | Path, adata: AnnData) -> Query:
-    """Return a query that was saved; see `Model.load_query`."""
+    """Load a saved query; see `Model.load_query`."""
     reference.require_training()
     folder = check_path("folder", folder)
     check_types(adata, Setup())
@@ -332,7 +335,7 @@ def load(reference, folder: str | Path, adata: AnnData) -> Query:
 
 
 def _extended(registry: Registry, setup: Setup, genes: list[str | None], adata: AnnData) -> Registry:
-    """Return the reference's registry with the genes by the new cells' names, and with their new categories."""
+    """Return the reference's registry with the new cells' gene names and with their new categories added."""
     categories = {key: list(values) for key, values in registry.categories.items()}
     if setup.batch_key != registry.setup.batch_key:
         categories[setup.batch_key] = categories.pop(registry.setup.batch_key, [REFERENCE])
@@ -354,7 +357,7 @@ def _extended(registry: Registry, setup: Setup, genes: list[str | None], adata: 
 def _weights(
     theirs: dict[str, Tensor], wanted: dict[str, Tensor], gene_axes: dict[str, int], order: Tensor
 ) -> dict[str, Tensor]:
-    """Return the reference's weights in the new order of genes, with a further row for each new category."""
+    """Return the reference's weights in the new order of genes, with one more row for each new category."""
     found = {}
     for name, shape in ((name, weight.shape) for name, weight in wanted.items()):
         if name not in theirs:  # with the first batch that differs from the only one, which had no row
@@ -368,7 +371,7 @@ def _weights(
 
 
 def _fit_new_libraries(model, adata: AnnData) -> None:
-    """Fit the library's prior of new batches to their cells; of all batches where l is the sum over fewer genes."""
+    """Fit the library prior of the new batches to their cells; of all batches if l sums over fewer genes."""
     n_known = model.registry.known.get(model.registry.setup.batch_key)
     if not model.vae.has_library or (n_known is None and not model.registry.missing):
         return

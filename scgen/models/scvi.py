@@ -1,4 +1,4 @@
-"""SCVI: the model of Lopez et al. (2018), its parts chosen by name."""
+"""SCVI, the model of Lopez et al. (2018). Its parts are chosen by name."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,48 +86,49 @@ class SCVI(Model):
         z_n \sim N(0, I), \quad \log l_n \sim N(m_{s_n}, v_{s_n}), \quad
         \rho_n = \mathrm{softmax} f(z_n, s_n), \quad x_{ng} \sim \mathrm{ZINB}(l_n \rho_{ng}, \theta_g, \pi_{ng})
 
-    with posteriors q(z | x, s) and q(log l | x, s), both Gaussian and conditioned on the batch s.
+    The posteriors q(z | x, s) and q(log l | x, s) are Gaussian and conditioned on the batch s.
 
     Parameters
     ----------
     adata
         Cells x genes, set up by `setup_anndata`.
     n_latent
-        Width of z.
+        Number of dimensions of z.
     n_hidden, n_layers
-        Width and number of the hidden layers, of encoder and decoder alike.
+        Width and number of the hidden layers, in the encoders and in the decoder.
     dropout_rate
         Share of the encoders' hidden units dropped in training.
     gene_likelihood
-        "zinb", "nb" or "poisson" for counts; "normal" for normalised values, with a learned deviation per gene, a mean
-        linear in the last layer and no library.
+        "zinb", "nb" or "poisson" for counts; "normal" for normalised values. "normal" learns a standard deviation per
+        gene and a mean that is linear in the last layer, and has no library size.
     dispersion
-        Whose theta is: "gene", "gene-batch", "gene-label" or "gene-cell".
+        What theta depends on: "gene", "gene-batch", "gene-label" or "gene-cell".
     use_observed_lib_size
-        True takes a cell's total for l, as scvi-tools does by default, instead of inferring it.
+        Whether l is the cell's total count, as in scvi-tools by default, instead of being inferred.
     encode_covariates
         Whether the encoders see batch and covariates; the decoder always does.
     library_residual
-        True infers l by correcting the cell's total; False leaves it to the network to find, as in the paper.
+        True infers l as a correction of the cell's total count. False lets the network predict l without it, as in the
+        paper.
     posterior
-        q(z | x, s): "normal", a Gaussian with independent components; "planar" or "iaf", one that a planar or an
-        inverse autoregressive flow bends.
+        q(z | x, s): "normal" is a Gaussian with independent components; "planar" and "iaf" transform this Gaussian by a
+        planar or an inverse autoregressive flow.
     n_flows
-        Steps of that flow; None stands for 8 of "planar" and 4 of "iaf".
+        Number of steps of that flow; None uses 8 for "planar" and 4 for "iaf".
     prior
-        p(z): "normal", N(0, I); "mog", a mixture of Gaussians, whose components `get_cluster_probs` tells; "vamp", a
-        mixture of the posterior's Gaussians, before any flow, of cells that are learned; "flow", a masked
-        autoregressive flow of 4 steps. All but the first are learned.
+        p(z): "normal" is N(0, I). "mog" is a mixture of Gaussians; `get_cluster_probs` returns the probabilities of its
+        components. "vamp" is a mixture of the Gaussian posteriors, without any flow, of learned pseudo-cells. "flow" is
+        a masked autoregressive flow of 4 steps. All but "normal" are learned.
     n_components
-        Components of "mog" and "vamp"; None stands for 20 and 50.
+        Number of components of "mog" and "vamp"; None uses 20 and 50.
     seed
         Seed of the initial weights.
 
     Raises
     ------
     ValueError
-        If an argument is out of its range, the data are not set up or no longer fit, or a count likelihood is asked of
-        data set up with ``counts=False``.
+        If an argument is out of its range, if `setup_anndata` was not called or the data have changed since and no
+        longer fit, or if a count likelihood is chosen for data set up with ``counts=False``.
 
     References
     ----------
@@ -187,32 +188,33 @@ class SCVI(Model):
 
     @classmethod
     def from_scvi_tools(cls, folder: str | Path, adata: AnnData | None = None, *, prefix: str = "") -> "SCVI":
-        """Return a model that scvi-tools (from 1.0 on) saved, with its weights: it gives scvi-tools' numbers.
+        """Load a model that scvi-tools (1.0 or later) saved. With its weights, it gives the same numbers as scvi-tools.
 
-        Nothing of the file is run: of what its pickle names, only containers, tensors and arrays are made. The history
-        of its training is left out.
+        No code in the file is run: only containers, tensors and arrays are made from its pickle. The training history
+        is not read.
 
         Parameters
         ----------
         folder
             Where scvi-tools' ``model.save(folder)`` wrote ``model.pt``.
         adata
-            The cells it was trained on, or others, as in `load`; need not be set up. Without them, a model with
-            observed library sizes cannot answer `sample_prior`, since scvi-tools fits no prior to these, and
-            "average" of a continuous covariate stands for 0 instead of its mean.
+            The cells that the model was trained on, or others, as in `load`; `setup_anndata` need not have been called.
+            Without cells, the "average" of a continuous covariate is 0 instead of its mean, and `sample_prior` does not
+            work for a model with observed library sizes, because scvi-tools fits no prior to them.
         prefix
-            The prefix that it was saved with.
+            The prefix that the model was saved with.
 
         Notes
         -----
-        The numbers differ where a model says that a cell's library is below one count, as hardly trained ones do, or
-        that log theta is beyond 18.4: here these are bounds.
+        The numbers differ if the model predicts a library size below one count, as a barely trained model may, or a log
+        theta beyond 18.4: scgen limits both.
 
         Raises
         ------
         scgen.storage.ModelFileError
-            If there is no model, the file is damaged, names anything else outside of the history, or the model has no
-            equal here: another class than SCVI, ``gene_likelihood="normal"``, layer normalisation and the like.
+            If there is no model, if the file is damaged or holds other kinds of objects outside its history, or if
+            scgen has no such model: a class other than SCVI, ``gene_likelihood="normal"``, layer normalisation and so
+            on.
         ValueError
             If ``adata`` does not fit the model.
 
@@ -231,27 +233,28 @@ class SCVI(Model):
         batch_size: int = 1024,
         seed: int = 0,
     ) -> pd.DataFrame:
-        """Return, for each cell, the probabilities that z comes from each component of the prior's mixture.
+        """Return the probability, for each cell, that z comes from each component of the prior.
 
-        E_q [w_k N(z; m_k, v_k) / p(z)], the mean over draws z ~ q(z | x, s), for ``prior="mog"`` and "vamp".
+        The prior is a mixture for ``prior="mog"`` and "vamp". The probability of component k is
+        E_q [w_k N(z; m_k, v_k) / p(z)], a mean over draws z ~ q(z | x, s).
 
         Parameters
         ----------
         adata, indices, batch_size, seed
             As in `get_latent_representation`.
         n_samples
-            Draws of z.
+            Number of draws of z.
 
         Returns
         -------
-        Cells x components, named "0", "1" and so on; rows sum to 1.
+        A table of cells x components, with columns "0", "1" and so on; rows sum to 1.
 
         Raises
         ------
         RuntimeError
             If the model is untrained.
         ValueError
-            If the prior is no mixture, or as `get_latent_representation`.
+            If the prior is not a mixture, or as `get_latent_representation`.
 
         Examples
         --------
@@ -270,7 +273,7 @@ class SCVI(Model):
 
     @classmethod
     def _check_memory(cls, registry: Registry, arguments: Arguments) -> None:
-        """Raise MemoryError where the weights, their gradients and the moments of these have no room."""
+        """Raise MemoryError if the weights, their gradients and the optimiser's moments do not fit into memory."""
         sizes = {name: getattr(arguments, name) or 0 for name in SIZES}
         largest = max(sizes, key=sizes.get)
         if sizes[largest] < 2000:  # no matter on any machine, and to look takes a third of the constructor's time
@@ -281,7 +284,7 @@ class SCVI(Model):
 
     @staticmethod
     def build(registry: Registry, arguments: Arguments) -> VAE:
-        """Return the module for these arguments: here, and only here, names become parts."""
+        """Return the module for these arguments. Only this function turns names into parts."""
         a, setup = arguments, registry.setup
         if a.gene_likelihood != "normal" and not setup.counts:
             raise ValueError(
