@@ -13,7 +13,7 @@ from scgen.analysis import sampling
 from scgen.analysis.counterfactual import Condition
 from scgen.arguments import check_draws, check_memory, shown
 from scgen.data.loader import CellLoader
-from scgen.models.base import Model
+from scgen.models.expression import ExpressionModel
 
 #: What of a gene's counts is compared.
 STATISTICS = ("zero_share", "mean", "variance", "cv")
@@ -53,7 +53,7 @@ class PosteriorPredictiveCheck:
 
 
 def posterior_predictive_check(
-    model: Model,
+    model: ExpressionModel,
     *,
     adata: AnnData | None = None,
     indices: Sequence[int] | None = None,
@@ -108,7 +108,7 @@ def posterior_predictive_check(
     >>> check.summary.index.tolist(), check.summary.columns.tolist()
     (['zero_share', 'mean', 'variance', 'cv', 'library'], ['bias', 'absolute_error', 'correlation', 'within'])
     """
-    if not isinstance(model, Model):
+    if not isinstance(model, ExpressionModel):
         raise TypeError(
             f"model={shown(model)} is a {type(model).__name__}, not a trained model: posterior_predictive_check(model)."
         )
@@ -128,7 +128,7 @@ def posterior_predictive_check(
     return PosteriorPredictiveCheck(genes, cells, pd.DataFrame(summary).T, nominal)
 
 
-def _summed(model: Model, loader: CellLoader, n_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _summed(model: ExpressionModel, loader: CellLoader, n_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return what the counts, which come first, and each of their replicates add up to.
 
     Returns

@@ -293,7 +293,7 @@ def volcano(
     Parameters
     ----------
     table
-        What `Model.differential_expression` returns in mode "change".
+        What `ExpressionModel.differential_expression` returns in mode "change".
     n_labels
         Genes named on each side, at most 50: of those called, the ones that fall and rise most. A name is left out
         where it would overlap another.

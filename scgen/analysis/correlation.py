@@ -70,7 +70,7 @@ def correlation_matrix(
     asked
         Covariates; columns.
     correlation_type, n_samples, seed
-        As in `Model.get_feature_correlation_matrix`.
+        As in `ExpressionModel.get_feature_correlation_matrix`.
     """
     n_genes, n_rows, total = len(asked.genes), n_samples * len(loader.index), 0.0
     if n_rows < 2:

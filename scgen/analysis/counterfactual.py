@@ -61,7 +61,7 @@ def conditions(
     registry
         What the model knows.
     batch, covariates
-        As in `Model.get_normalized_expression`.
+        As in `ExpressionModel.get_normalized_expression`.
     argument
         The name that the batch was given by.
 

@@ -242,7 +242,7 @@ def _union_means(means: np.ndarray, n_cells: np.ndarray, groups: Sequence[int]) 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to compare; see `Model.differential_expression`."""
+    """How to compare; see `ExpressionModel.differential_expression`."""
 
     mode: str
     delta: float
@@ -273,7 +273,7 @@ def compare(
     batches: Sequence[int] | None,
     settings: Settings,
 ) -> pd.DataFrame:
-    """Return the table of `Model.differential_expression`.
+    """Return the table of `ExpressionModel.differential_expression`.
 
     Parameters
     ----------
@@ -315,7 +315,7 @@ def compare(
 
 
 def as_scanpy(table: pd.DataFrame, groupby: str) -> dict:
-    """Return a table of `Model.differential_expression` in the form of ``scanpy.tl.rank_genes_groups``.
+    """Return a table of `ExpressionModel.differential_expression` in the form of ``scanpy.tl.rank_genes_groups``.
 
     As in Scanpy, the genes of a group are listed by falling scores: first the genes that are higher in the group, the
     surest first, then the lower ones, the surest last. The p-values rise along the first and fall along the second.

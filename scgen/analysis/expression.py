@@ -20,7 +20,7 @@ from scgen.seeding import generator, seeded
 
 @dataclass(frozen=True)
 class Settings:
-    """Which expression is asked for; see `Model.get_normalized_expression`."""
+    """Which expression is asked for; see `ExpressionModel.get_normalized_expression`."""
 
     asked: Asked
     library_size: float | str
@@ -63,7 +63,7 @@ def answer(
     names: pd.Index,
     out=None,
 ) -> pd.DataFrame | np.ndarray | sparse.csr_matrix | list[sparse.csr_matrix]:
-    """Return E_q[l rho(z, s)], averaged over conditions, in the form that `Model.get_normalized_expression` describes.
+    """Return E_q[l rho(z, s)], averaged over conditions; see `ExpressionModel.get_normalized_expression`.
 
     Parameters
     ----------

@@ -22,7 +22,7 @@ AT_ONCE = 16
 @question
 def embedding(vae: VAE, loader: CellLoader) -> np.ndarray:
     """Return the mean of q(z) of each cell, (n, d), in the loader's order."""
-    return np.concatenate([vae.posteriors["z"].means(cells).cpu().numpy() for cells in vae.minibatches(loader)])
+    return np.concatenate([vae.posteriors[vae.latent].means(cells).cpu().numpy() for cells in vae.minibatches(loader)])
 
 
 @question
@@ -108,9 +108,9 @@ def active_units(vae: VAE, loader: CellLoader, threshold: float) -> pd.DataFrame
     """Return variance, KL and activity of each latent of z; see `Model.active_units`."""
     means, divergence = [], 0.0
     for cells in vae.minibatches(loader):
-        q = vae.posteriors["z"](cells)
+        q = vae.posteriors[vae.latent](cells)
         means.append(q.mean.cpu().numpy())
-        divergence = divergence + _kl_of_units(q, vae.prior("z", cells)).double().sum(0).cpu().numpy()
+        divergence = divergence + _kl_of_units(q, vae.prior(vae.latent, cells)).double().sum(0).cpu().numpy()
     variance = np.concatenate(means).var(0, dtype=np.float64)
     table = {"variance": variance, "kl": divergence / len(loader.index), "active": variance > threshold}
     return pd.DataFrame(table, index=pd.RangeIndex(len(variance), name="latent"))

@@ -24,7 +24,7 @@ def likelihood_parameters(
     give_mean: bool,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Return the parameters of each cell's likelihood, by name; see `Model.get_likelihood_parameters`.
+    """Return the parameters of each cell's likelihood, by name; see `ExpressionModel.get_likelihood_parameters`.
 
     Parameters
     ----------

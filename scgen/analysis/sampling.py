@@ -49,7 +49,7 @@ def replicates(
 
 
 def prior_sample(vae: VAE, registry: Registry, n: int, condition: Condition, seed: int) -> AnnData:
-    """Return new cells with their latents; see `Model.sample_prior`."""
+    """Return new cells with their latents; see `ExpressionModel.sample_prior`."""
     n, seed = check_whole("n", n, 1), check_seed(seed)
     n_bytes = n * (len(registry.genes) + 100)  # where a tenth of the counts are not zero; names and latents
     check_memory("n", n, n_bytes, "Ask for fewer cells at a time.")

@@ -34,7 +34,7 @@ def held_out_log_likelihood(
     size_factors
         Whether the cells' library is a factor from outside, instead of the total of their counts.
     held_out, n_samples, seed
-        As in `Model.get_thinned_ll`.
+        As in `ExpressionModel.get_thinned_ll`.
     """
     if not vae.has_library:
         raise ValueError('gene_likelihood="normal" is not one of counts, and only counts can be thinned.')

@@ -113,20 +113,20 @@ ARGUMENTS = {
     "Model.get_latent_representation": {
         "mc_samples": "a flow's mean is taken over 100 draws; a Gaussian's needs none",
     },
-    "Model.get_normalized_expression": {
+    "ExpressionModel.get_normalized_expression": {
         "importance_weighting_kwargs": _IMPORTANCE,
         "max_cells": _IMPORTANCE,
         "n_mc_samples": _IMPORTANCE,
         "n_samples_overall": "indices=... chooses the cells, and n_samples is the number of draws for each",
         "truncation": _IMPORTANCE,
     },
-    "Model.get_feature_correlation_matrix": {
+    "ExpressionModel.get_feature_correlation_matrix": {
         "rna_size_factor": "it multiplies all values alike, and changes no correlation",
     },
-    "Model.posterior_predictive_sample": {
+    "ExpressionModel.posterior_predictive_sample": {
         "gene_list": "all genes are drawn, in the order of model.registry.genes; take columns of the result",
     },
-    "Model.differential_expression": {
+    "ExpressionModel.differential_expression": {
         "all_stats": "the table always has the statistics of the counts",
         "batch_size": _SIZES,
         "batchid1": "batch_correction=True averages over all batches; False leaves each cell in its own",
@@ -145,7 +145,7 @@ ARGUMENTS = {
         "use_permutation": _SIZES,
         "weights": "the cells of a group are weighed at random",
     },
-    "Model.query": {
+    "ExpressionModel.query": {
         "freeze_batchnorm_decoder": _FROZEN,
         "freeze_batchnorm_encoder": _FROZEN,
         "freeze_classifier": _FROZEN,

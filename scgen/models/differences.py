@@ -13,7 +13,7 @@ from scgen.models import loaders
 def compared(
     model, settings: Settings, asked: tuple, adata: AnnData | None, batch_correction: bool, key_added: str | None
 ) -> pd.DataFrame:
-    """Return the table of `Model.differential_expression`, and write its copy for Scanpy, if one is asked for.
+    """Return the table of `ExpressionModel.differential_expression`, and write its copy for Scanpy if asked to.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ def compared(
     asked
         Column, groups and rows, as `comparisons.asked_for` takes them.
     batch_correction, key_added
-        As in `Model.differential_expression`.
+        As in `ExpressionModel.differential_expression`.
     """
     check_flag("batch_correction", batch_correction)
     if adata is not None:

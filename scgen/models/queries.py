@@ -102,7 +102,7 @@ class Query(metaclass=Answering):
         )
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write the query, without cells, into ``folder``. To load it, call `Model.load_query` of its reference.
+        """Write the query, without cells, into ``folder``; `ExpressionModel.load_query` of its reference loads it.
 
         The files are those that `Model.save` writes for the query's model. Save the reference separately.
 
@@ -270,7 +270,7 @@ class Query(metaclass=Answering):
 
 
 def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, min_overlap: float) -> Query:
-    """Map new cells onto a trained model; see `Model.query`."""
+    """Map new cells onto a trained model; see `ExpressionModel.query`."""
     if reference.registry.known or reference.registry.missing:
         raise ValueError("this is the model of a query: map new cells onto its reference instead.")
     reference.require_training()
@@ -315,7 +315,7 @@ def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, 
 
 
 def load(reference, folder: str | Path, adata: AnnData) -> Query:
-    """Load a saved query; see `Model.load_query`."""
+    """Load a saved query; see `ExpressionModel.load_query`."""
     reference.require_training()
     folder = check_path("folder", folder)
     check_types(adata, Setup())

@@ -12,7 +12,7 @@ from scgen.analysis import inference
 from scgen.arguments import check_choice, check_draws, check_flag, check_memory, check_number, check_seed, check_whole
 from scgen.data.registry import Registry
 from scgen.models import loaders, scvi_tools
-from scgen.models.base import Model
+from scgen.models.expression import ExpressionModel
 from scgen.modules.decoders import CountDecoder, Dispersion, GaussianDecoder
 from scgen.modules.flows import InverseAutoregressiveFlow, PlanarFlow
 from scgen.modules.networks import CovariateLinear
@@ -79,7 +79,7 @@ class Arguments:
             object.__setattr__(self, name, value)
 
 
-class SCVI(Model):
+class SCVI(ExpressionModel):
     r"""Variational auto-encoder of counts with two latents: the biological state z and the library size l.
 
     .. math::

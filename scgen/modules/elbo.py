@@ -36,11 +36,11 @@ class Elbo:
         return self._bound(1.0)
 
     def loss(self, kl_weight: float = 1.0) -> Tensor:
-        """Return the mean negative bound, a scalar, with the KL of z weighted; the library's never is."""
+        """Return the mean negative bound, a scalar, with the KL of all latents but the library weighted."""
         return -(self.value if kl_weight == 1 else self._bound(kl_weight)).mean()
 
     def _bound(self, kl_weight: float) -> Tensor:
-        kl = sum(kl_weight * kl if name == "z" and kl_weight != 1 else kl for name, kl in self.kl.items())
+        kl = sum(kl_weight * kl if name != "library" and kl_weight != 1 else kl for name, kl in self.kl.items())
         bound = self.log_likelihood - kl
         return bound.logsumexp(0) - math.log(len(bound)) if self.weighted else bound
 

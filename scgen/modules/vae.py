@@ -35,16 +35,21 @@ class VAE(nn.Module):
     Parameters
     ----------
     posteriors
-        By latent ("z", and "library" for counts): a module ``cells -> q``.
+        By latent, such as "z" and "library": a module ``cells -> q``.
     priors
         By latent: a module ``(cells, posterior) -> p``, which may be made of the latent's posterior.
     decoder
         A module ``(latents, cells) -> likelihood`` of whole cells; ``latents`` maps names to draws (..., n, d). Its
         method ``target(cells)`` returns the part of the cells, (n, ...), that the likelihood is asked about.
+    latent
+        The latent that is the embedding of the cells.
     """
 
-    def __init__(self, posteriors: dict[str, nn.Module], priors: dict[str, nn.Module], decoder: nn.Module):
+    def __init__(
+        self, posteriors: dict[str, nn.Module], priors: dict[str, nn.Module], decoder: nn.Module, latent: str = "z"
+    ):
         super().__init__()
+        self.latent = latent
         self.posteriors = nn.ModuleDict(posteriors)
         self.priors = nn.ModuleDict(priors)
         self.decoder = decoder
