@@ -10,16 +10,16 @@ from importlib import metadata
 __version__ = "0.1.0"
 
 _HOME = {
-    "PRESETS": "tuning",
-    "PosteriorPredictiveCheck": "criticism",
+    "PRESETS": "workflows.tuning",
+    "PosteriorPredictiveCheck": "evaluation.posterior_predictive",
     "SCVI": "models.scvi",
-    "Tuning": "tuning",
+    "Tuning": "workflows.tuning",
     "check": "data.registry",
-    "integrate": "integration",
-    "posterior_predictive_check": "criticism",
+    "integrate": "workflows.integration",
+    "posterior_predictive_check": "evaluation.posterior_predictive",
     "setup_anndata": "data.registry",
     "simulate_cells": "data.simulate",
-    "tune": "tuning",
+    "tune": "workflows.tuning",
 }
 __all__ = sorted(_HOME)
 

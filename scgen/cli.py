@@ -81,11 +81,11 @@ def _integrate(args: argparse.Namespace) -> int:
     report = args.report or args.output.with_name(f"{args.output.stem}_report")
     _check_outputs(args, report)
     _check_tune(args)
-    from scgen import integration
+    from scgen.workflows import clustering, integration
 
     adata = readers.read_all(args.input, args.batch_key)
     _check_labels(adata, args.labels_key)
-    _check_results(adata, integration.names_of_results(args.suffix))
+    _check_results(adata, clustering.names_of_results(args.suffix))
     h5ad.try_to_write(adata, args.output)
     _say(f"{', '.join(map(str, args.input))}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
     # An option of this command is named as the argument that it is of; labels may be missing where none are modelled.
@@ -104,7 +104,7 @@ def _integrate(args: argparse.Namespace) -> int:
     seconds = model.history["seconds"].sum()
     _say(f"trained {len(model.history)} epochs on {model.adata.n_vars:,} genes in {seconds:.0f} s")
     _say("computing neighbours, UMAP and Leiden clusters of the embedding ...")
-    integration.cluster(adata, f"X_{args.suffix}", suffix=args.suffix, resolution=args.resolution, seed=args.seed)
+    clustering.cluster(adata, f"X_{args.suffix}", suffix=args.suffix, resolution=args.resolution, seed=args.seed)
     h5ad.write(adata, args.output, args.overwrite)
     args.written.append(args.output)
     leiden = f"leiden_{args.suffix}"
@@ -116,7 +116,7 @@ def _integrate(args: argparse.Namespace) -> int:
 
 def _check_outputs(args: argparse.Namespace, report: Path) -> None:
     """Refuse, before any work, outputs that could not be written at its end."""
-    from scgen import reporting
+    from scgen.reporting import report as reporting
 
     h5ad.check_output(args.output, args.overwrite)
     existing = next(folder for folder in (report, *report.absolute().parents) if folder.exists())
@@ -136,7 +136,7 @@ def _check_outputs(args: argparse.Namespace, report: Path) -> None:
 
 def _report(args: argparse.Namespace, adata, model, report: Path) -> None:
     """Write the model, the pictures and, where labels are known, the scores."""
-    from scgen import reporting
+    from scgen.reporting import report as reporting
 
     try:
         model.save(report / "model", overwrite=args.overwrite)

@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from scgen import canvas
 from scgen.arguments import check_names, check_whole, shown
-from scgen.point_labels import label_points
+from scgen.reporting import canvas
+from scgen.reporting.point_labels import label_points
 
 #: What the scores of scib-metrics mean, by their names there.
 MEANINGS = {

@@ -11,38 +11,25 @@ ROOT = Path(__file__).parents[1] / "scgen"
 ALLOWED = {
     "__init__": (),
     "arguments": (),
-    "cli": ("command", "integration", "reporting", "models", "data"),
+    "cli": ("command", "reporting", "workflows", "models", "data"),
     "command": (),
     "command.parser": ("__version__", "command.flags"),
     "command.h5ad": ("atomic",),
-    "integration": ("models", "tuning", "data"),
-    "criticism": ("models", "analysis", "data"),
-    "tuning": ("models", "training", "data"),
-    "reporting": ("models", "analysis", "data", "plots"),
-    "plots": ("canvas", "point_labels"),
-    "point_labels": (),
-    "canvas": ("atomic",),
+    "workflows": ("workflows", "models", "training", "evaluation", "data"),
+    "evaluation": ("models", "analysis", "data"),
+    "reporting": ("models", "evaluation", "data", "plots", "workflows"),
+    "reporting.canvas": ("atomic",),
+    "reporting.point_labels": (),
+    "plots": ("reporting.canvas", "reporting.point_labels"),
     "atomic": (),
     "storage": ("atomic",),
     "threads": (),
     "seeding": (),
     "training": ("data", "training"),
     "models": (
-        "__version__",
-        "analysis",
-        "training",
-        "modules",
-        "data",
-        "storage",
-        *(
-            "models.base",
-            "models.counterparts",
-            "models.expression",
-            "models.differences",
-            "models.files",
-            "models.loaders",
-        ),
-        *("models.pickles", "models.queries", "models.scvi_tools", "models.summary", "models.trainings"),
+        *("__version__", "analysis", "training", "modules", "data", "storage", "models.base", "models.differences"),
+        *("models.expression", "models.files", "models.interop", "models.loaders", "models.queries", "models.summary"),
+        "models.trainings",
     ),
     "analysis": ("modules", "distributions", "data", "analysis"),
     "modules": ("distributions", "data.cells", "modules.networks", "modules.flows", "modules.elbo"),
@@ -59,7 +46,7 @@ ALLOWED = {
 }
 #: Import nothing else of scgen's, and may be imported everywhere.
 FOR_ALL = ("scgen.arguments.", "scgen.seeding.", "scgen.threads")
-MAY_NAME_ANNDATA = ("data", "models", "analysis", "integration", "criticism", "tuning", "reporting", "command")
+MAY_NAME_ANNDATA = ("data", "models", "analysis", "workflows", "evaluation", "reporting", "command")
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -23,10 +23,11 @@ from anndata import AnnData
 from matplotlib.figure import Figure
 
 import scgen
-from scgen import arguments, cli, integration, plots
+from scgen import arguments, cli, plots
 from scgen.command.parser import parser
 from scgen.models.base import Model
 from scgen.models.queries import Query
+from scgen.workflows import clustering
 
 PACKAGE = Path(scgen.__file__).parent
 NAN, INF = float("nan"), float("inf")
@@ -248,8 +249,8 @@ CALLS = {
         lambda on, **given: scgen.posterior_predictive_check(**{"model": on.model} | given),
         {},
     ),
-    "integration.cluster": (
-        lambda on, **given: integration.cluster(**{"adata": on.cells, "basis": "z"} | given),
+    "clustering.cluster": (
+        lambda on, **given: clustering.cluster(**{"adata": on.cells, "basis": "z"} | given),
         {"basis": "column", "suffix": "required key"},
     ),
     "SCVI": (lambda on, **given: scgen.SCVI(**{"adata": on.cells} | given), {}),
@@ -325,7 +326,7 @@ OTHERS = {"PRESETS", "PosteriorPredictiveCheck", "Tuning", "Query.get_latent_rep
 
 def function_of(call: str):
     *of, name = call.split(".")
-    homes = {"plots": plots, "integration": integration, "SCVI": scgen.SCVI, "Query": Query}
+    homes = {"plots": plots, "clustering": clustering, "SCVI": scgen.SCVI, "Query": Query}
     return getattr(homes[of[0]] if of else scgen, name)
 
 

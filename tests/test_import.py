@@ -37,7 +37,7 @@ def test_names():
 
     assert set(dir(scgen)) == {*scgen.__all__, "__version__", "plots"}
     assert callable(scgen.integrate)
-    import scgen.integration
+    import scgen.workflows.integration
 
     assert callable(scgen.integrate)
     with pytest.raises(AttributeError, match="SCVI"):

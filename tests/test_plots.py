@@ -18,7 +18,9 @@ from matplotlib.text import Text
 from nbclient import NotebookClient
 
 import scgen
-from scgen import canvas, plots, reporting
+from scgen import plots
+from scgen.reporting import canvas
+from scgen.reporting import report as reporting
 
 
 @pytest.fixture(autouse=True)

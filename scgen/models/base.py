@@ -13,7 +13,7 @@ from scgen.arguments import check_draws, check_number
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry, setup_anndata
 from scgen.models import files, loaders, summary, trainings
-from scgen.models.counterparts import Answering
+from scgen.models.interop.counterparts import Answering
 from scgen.modules.vae import VAE
 from scgen.seeding import seeded
 from scgen.training.loop import fit

@@ -19,7 +19,7 @@ from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry
 from scgen.data.snapshot import Snapshot
 from scgen.models import files, loaders, summary
-from scgen.models.counterparts import Answering
+from scgen.models.interop.counterparts import Answering
 from scgen.storage import ModelFileError
 
 #: Stands for the batch of a reference without batches. No value of a column has this name.

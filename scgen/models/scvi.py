@@ -11,8 +11,9 @@ from anndata import AnnData
 from scgen.analysis import inference
 from scgen.arguments import check_choice, check_draws, check_flag, check_memory, check_number, check_seed, check_whole
 from scgen.data.registry import Registry
-from scgen.models import loaders, scvi_tools
+from scgen.models import loaders
 from scgen.models.expression import ExpressionModel
+from scgen.models.interop import scvi_tools
 from scgen.modules.decoders import CountDecoder, Dispersion, GaussianDecoder
 from scgen.modules.flows import InverseAutoregressiveFlow, PlanarFlow
 from scgen.modules.networks import CovariateLinear

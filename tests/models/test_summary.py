@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import scgen
-from scgen.tuning import Tuning
+from scgen.workflows.tuning import Tuning
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import pandas as pd
 from anndata import AnnData
 
 from scgen import plots
-from scgen.analysis.scores import integration_scores
 from scgen.data.counts import matrix_of
+from scgen.evaluation.scores import integration_scores
 from scgen.models.base import Model
+from scgen.workflows.clustering import add_umap
 
 #: Scores are computed on at most so many cells, drawn at random.
 MAX_SCORED_CELLS = 20_000
@@ -41,7 +42,9 @@ def draw(
     """
     kept = np.flatnonzero(np.isfinite(adata.obsm[f"X_{suffix}"]).all(axis=1))
     xy = np.full((adata.n_obs, 2), np.nan, np.float32)
-    xy[kept] = _umap_of(before)
+    uncorrected_cells = AnnData(obs=pd.DataFrame(index=adata.obs_names[kept]), obsm={"X_pca": before})
+    add_umap(uncorrected_cells, "X_pca", "neighbors_pca", seed=0)
+    xy[kept] = uncorrected_cells.obsm["X_umap"]
     maps = {"uncorrected (PCA)": xy, "scgen": adata.obsm[f"X_umap_{suffix}"]}
     paths = [folder / name for name in PICTURES]
     n_batches = adata.obs[colours[0]].nunique()
@@ -86,12 +89,3 @@ def uncorrected(model: Model, n_components: int = 30) -> np.ndarray:
     sc.pp.log1p(copy)
     sc.pp.pca(copy, n_comps=min(n_components, min(copy.shape) - 1), random_state=0)
     return copy.obsm["X_pca"]
-
-
-def _umap_of(embedding: np.ndarray) -> np.ndarray:
-    import scanpy as sc
-
-    copy = AnnData(obsm={"X_emb": embedding}, obs=pd.DataFrame(index=np.arange(len(embedding)).astype(str)))
-    sc.pp.neighbors(copy, n_neighbors=min(15, len(embedding)), use_rep="X_emb", random_state=0)
-    sc.tl.umap(copy, random_state=0, init_pos="spectral" if len(embedding) > 10 else "random")
-    return copy.obsm["X_umap"]

@@ -1,5 +1,6 @@
 """How well an embedding mixes batches and keeps cell types apart, by scib-metrics."""
 
+import math
 import warnings
 from collections.abc import Mapping
 
@@ -68,3 +69,34 @@ def integration_scores(
     result["bio"], result["batch"] = bio.mean(axis=1), mixing.mean(axis=1)
     result["total"] = 0.6 * result["bio"] + 0.4 * result["batch"]
     return result.T[list(embeddings)]
+
+
+def mixing(z: np.ndarray, batch: np.ndarray, n_neighbors: int = 15) -> float:
+    """Return the share of other batches among the cells' nearest neighbours, divided by what chance would give.
+
+    NaN where there is one batch.
+
+    Parameters
+    ----------
+    z
+        (n, d) embedding.
+    batch
+        (n,) names or codes.
+    n_neighbors
+        Neighbours of each cell, besides itself; fewer where there are no more cells.
+
+    Examples
+    --------
+    >>> z = np.random.default_rng(0).normal(size=(1000, 2))
+    >>> batch = np.repeat(["a", "b"], 500)
+    >>> round(mixing(z, batch), 1), mixing(z + 100 * (batch == "b")[:, None], batch)
+    (1.0, 0.0)
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    _, codes, sizes = np.unique(batch, return_inverse=True, return_counts=True)
+    if len(sizes) < 2:
+        return math.nan
+    neighbors = NearestNeighbors(n_neighbors=min(n_neighbors, len(z) - 1)).fit(z).kneighbors(return_distance=False)
+    by_chance = (len(z) - sizes[codes]) / (len(z) - 1)
+    return float((codes[neighbors] != codes[:, None]).mean() / by_chance.mean())

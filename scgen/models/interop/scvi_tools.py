@@ -16,7 +16,8 @@ from scgen.data.categories import names_of
 from scgen.data.checks import Setup, check_types
 from scgen.data.genes import identifiers
 from scgen.data.registry import Registry, standard
-from scgen.models import files, loaders, pickles
+from scgen.models import files, loaders
+from scgen.models.interop import pickles
 from scgen.modules.networks import MLP
 from scgen.modules.vae import VAE
 from scgen.storage import ModelFileError, found_in

@@ -12,8 +12,9 @@ import torch
 from scipy import sparse
 
 import scgen
-from scgen.integration import cluster, highly_variable
-from scgen.reporting import uncorrected
+from scgen.reporting.report import uncorrected
+from scgen.workflows.clustering import cluster
+from scgen.workflows.integration import highly_variable
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from anndata import AnnData
 
 from scgen.arguments import MOST_EPOCHS, check_flag, check_seed, check_whole, did_you_mean, shown
 from scgen.data.registry import Registry
+from scgen.evaluation.scores import mixing
 from scgen.models import summary
 from scgen.models.scvi import SCVI
 from scgen.training.loop import progress_bar
@@ -238,37 +239,6 @@ class Trial:
     def failure(self) -> str:
         """Why there is nothing to compare; empty where there is."""
         return self.error or ("" if math.isfinite(self.value) else "its likelihood is not finite")
-
-
-def mixing(z: np.ndarray, batch: np.ndarray, n_neighbors: int = 15) -> float:
-    """Return the share of other batches among the cells' nearest neighbours, divided by what chance would give.
-
-    NaN where there is one batch.
-
-    Parameters
-    ----------
-    z
-        (n, d) embedding.
-    batch
-        (n,) names or codes.
-    n_neighbors
-        Neighbours of each cell, besides itself; fewer where there are no more cells.
-
-    Examples
-    --------
-    >>> z = np.random.default_rng(0).normal(size=(1000, 2))
-    >>> batch = np.repeat(["a", "b"], 500)
-    >>> round(mixing(z, batch), 1), mixing(z + 100 * (batch == "b")[:, None], batch)
-    (1.0, 0.0)
-    """
-    from sklearn.neighbors import NearestNeighbors
-
-    _, codes, sizes = np.unique(batch, return_inverse=True, return_counts=True)
-    if len(sizes) < 2:
-        return math.nan
-    neighbors = NearestNeighbors(n_neighbors=min(n_neighbors, len(z) - 1)).fit(z).kneighbors(return_distance=False)
-    by_chance = (len(z) - sizes[codes]) / (len(z) - 1)
-    return float((codes[neighbors] != codes[:, None]).mean() / by_chance.mean())
 
 
 def _candidates(adata: AnnData, presets: Sequence[str] | Mapping[str, Mapping] | None) -> dict[str, dict]:

@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 import scgen
-from scgen.models import counterparts
+from scgen.models.interop import counterparts
 from scgen.models.queries import Query
 
 #: By method of scvi-tools' SCVI: our function, and the names of all arguments that theirs takes. They are those that

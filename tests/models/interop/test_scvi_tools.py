@@ -1,9 +1,9 @@
 """Models that scvi-tools saved give scvi-tools' numbers here, and nothing in their files is ever run.
 
 Where scvi-tools is installed (the extra named peers) models of every kind are made by it, saved, read, and compared in
-float64 under the same noise; ``python tests/models/test_scvi_tools.py cells.h5ad`` prints the table of differences for
-a file. Two small models of each version's making are kept in ``scvi_tools/``, with its answers, for where it is not;
-``python tests/models/test_scvi_tools.py keep`` makes those of the version that is installed.
+float64 under the same noise; ``python tests/models/interop/test_scvi_tools.py cells.h5ad`` prints the table of
+differences for a file. Two small models that each version made are kept in ``scvi_tools/``, with its answers, for where
+scvi-tools is not installed; ``python tests/models/interop/test_scvi_tools.py keep`` makes those of the version that is installed.
 """
 
 import contextlib
@@ -346,7 +346,7 @@ def test_a_storage_is_no_tensor_that_a_pickle_could_change(tmp_path):
 
 
 def test_arrays_of_every_kind_come_back(tmp_path):
-    from scgen.models import pickles
+    from scgen.models.interop import pickles
 
     rng = np.random.default_rng(0)
     whole = torch.randn(4, 6)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import silhouette_score
 
-from scgen.analysis.scores import integration_scores
+from scgen.evaluation.scores import integration_scores
 
 
 def embedded(n=300):

@@ -7,9 +7,10 @@ import torch
 from scipy import stats
 
 import scgen
-from scgen import tuning
+from scgen.evaluation.scores import mixing
 from scgen.training import monitoring, options
-from scgen.tuning import Trial, mixing
+from scgen.workflows import tuning
+from scgen.workflows.tuning import Trial
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Models and names of scvi-tools."""
