@@ -3,7 +3,7 @@
 Where scvi-tools is installed (the extra named peers) models of every kind are made by it, saved, read, and compared in
 float64 under the same noise; ``python tests/models/interop/test_scvi_tools.py cells.h5ad`` prints the table of
 differences for a file. Two small models that each version made are kept in ``scvi_tools/``, with its answers, for where
-scvi-tools is not installed; ``python tests/models/interop/test_scvi_tools.py keep`` makes those of the version that is installed.
+scvi-tools is not installed; ``python tests/models/interop/test_scvi_tools.py keep`` makes those of the installed one.
 """
 
 import contextlib
