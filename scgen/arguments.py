@@ -1,7 +1,7 @@
-"""What a call may be given: one check for each kind of argument, with errors that name the argument and its value.
+"""Check the arguments of a call: one function for each kind, with errors that name the argument and its value.
 
-A check returns the value as plain Python: NumPy's scalars are taken wherever Python's are. A wrong kind of object is a
-TypeError, a value out of range a ValueError.
+Each function returns the value as a plain Python object. NumPy scalars are accepted wherever Python's are. A wrong type
+raises TypeError, a value out of range ValueError.
 """
 
 import difflib
@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-#: Draws and epochs at most: more are a slip, and would run for months.
+#: The largest number of draws or epochs. More must be a mistake: they would run for months.
 MOST_DRAWS = MOST_EPOCHS = 1_000_000
-#: The largest seed that torch, NumPy and files all hold.
+#: The largest seed that torch, NumPy and the files can all hold.
 MOST_SEED = 2**63 - 1
-#: The largest number that float32 holds, in which the models compute.
+#: The largest number in float32, in which the models compute.
 MOST_FLOAT32 = float(np.finfo(np.float32).max)
 
 _SHORT = reprlib.Repr()
@@ -25,7 +25,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def shown(value) -> str:
-    """Return a value as code, on one line and not at length.
+    """Return a value as code, on one line and shortened.
 
     Examples
     --------
@@ -34,12 +34,12 @@ def shown(value) -> str:
     """
     try:
         return " ".join(_SHORT.repr(value).split())
-    except Exception:  # a number of thousands of digits, or an object that cannot show itself
+    except Exception:  # an integer of thousands of digits, or an object whose repr fails
         return f"<{type(value).__name__}>"
 
 
 def check_flag(name: str, value: bool) -> bool:
-    """Return a flag; TypeError for anything but True and False.
+    """Check a flag and return it. Anything but True and False raises TypeError.
 
     Examples
     --------
@@ -53,7 +53,7 @@ def check_flag(name: str, value: bool) -> bool:
 
 
 def check_whole(name: str, value: int, least: int, most: int | None = None) -> int:
-    """Return a whole number; TypeError for anything but a number, ValueError for one out of its range.
+    """Check a whole number and return it. Raise TypeError if it is not a number, ValueError if it is out of range.
 
     Examples
     --------
@@ -75,7 +75,7 @@ def check_whole(name: str, value: int, least: int, most: int | None = None) -> i
 
 
 def check_draws(name: str, value: int, least: int = 1) -> int:
-    """Return a number of draws, each of which takes its time."""
+    """Check a number of draws and return it."""
     return check_whole(name, value, least, MOST_DRAWS)
 
 
@@ -89,16 +89,16 @@ def check_number(
     above: float = -math.inf,
     below: float = math.inf,
 ) -> float:
-    """Return a finite number; TypeError for anything but a number, ValueError for one out of its range.
+    """Check a finite number and return it. Raise TypeError if it is not a number, ValueError if it is out of range.
 
     Parameters
     ----------
     name, value
-        The argument.
+        Name and value of the argument.
     takes
-        What it takes, in words.
+        What the argument takes, as text for the message.
     least, most, above, below
-        Its range: from ``least`` to ``most``, and above and below these.
+        The range: least <= value <= most and above < value < below.
 
     Examples
     --------
@@ -109,24 +109,24 @@ def check_number(
     message = f"{name}={shown(value)}; it takes {takes}."
     _check_number(value, message)
     if isinstance(value, np.floating):
-        value = float(value)  # NumPy would compare within the value's own type, in which the limits may be infinite
+        value = float(value)  # NumPy compares in the type of the value, in which the limits may be infinite
     if not (least <= value <= most and above < value < below):
         raise ValueError(message)
     return float(value)
 
 
 def check_share(name: str, value: float) -> float:
-    """Return a share from 0 to 1."""
+    """Check a share from 0 to 1 and return it."""
     return check_number(name, value, "a share from 0 to 1", least=0, most=1)
 
 
 def check_seed(value: int) -> int:
-    """Return a seed, a whole number that all generators take."""
+    """Check a seed and return it: a whole number that all random generators take."""
     return check_whole("seed", value, 0, MOST_SEED)
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> str:
-    """Return one of some names; TypeError for anything but a string, ValueError for an unknown one.
+    """Check that a value is a known name and return it. Raise TypeError if it is not a string, else ValueError.
 
     Examples
     --------
@@ -144,7 +144,7 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> str:
 
 
 def check_key(name: str, value: str, example: str) -> str:
-    """Return the key that something is written under, in ``adata.obsm`` or ``uns`` and in a file of these."""
+    """Check a key under which to write into ``adata.obsm`` or ``uns``, which h5ad files must hold, and return it."""
     if not isinstance(value, str) or not value or "/" in value or "\0" in value:
         kind = ValueError if isinstance(value, str) else TypeError
         raise kind(f'{name}={shown(value)}; it takes a name, such as "{example}", without "/".')
@@ -152,16 +152,16 @@ def check_key(name: str, value: str, example: str) -> str:
 
 
 def check_names(name: str, value: Iterable[str]) -> list[str]:
-    """Return a list of names; TypeError for a single string, and for anything but strings in it.
+    """Check a list of names and return it. A single string, or items that are not strings, raise TypeError.
 
     Examples
     --------
     >>> check_names("gene_list", "CD3E")
     Traceback (most recent call last):
-    TypeError: gene_list='CD3E' is a str where a list belongs: gene_list=['CD3E'].
+    TypeError: gene_list='CD3E' is a str; it takes a list: gene_list=['CD3E'].
     """
     if isinstance(value, str):
-        raise TypeError(f"{name}={shown(value)} is a str where a list belongs: {name}=[{shown(value)}].")
+        raise TypeError(f"{name}={shown(value)} is a str; it takes a list: {name}=[{shown(value)}].")
     if not isinstance(value, Iterable) or isinstance(value, bytes) or getattr(value, "ndim", 1) != 1:
         raise TypeError(f"{name}={shown(value)}; it takes a list of names.")
     names = list(value)
@@ -172,7 +172,7 @@ def check_names(name: str, value: Iterable[str]) -> list[str]:
 
 
 def check_path(name: str, value: str | Path) -> Path:
-    """Return a path; TypeError for anything but a string or path, ValueError for one that can name no file.
+    """Check a path and return it. Raise TypeError if it is not a path, ValueError if no file can have it.
 
     Examples
     --------
@@ -191,43 +191,43 @@ def check_path(name: str, value: str | Path) -> Path:
 
 
 def check_memory(name: str, value, n_bytes: float, instead: str) -> None:
-    """Raise MemoryError where an argument asks for more memory than there is; ``instead`` says what to do.
+    """Raise MemoryError if an argument needs more memory than the machine has; ``instead`` says what to do.
 
     Examples
     --------
     >>> check_memory("n_samples", 10, 1e30, "Ask for fewer draws.")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    MemoryError: n_samples=10 takes about 1e+21 GB of memory, and this machine has ... GB. Ask for fewer draws.
+    MemoryError: n_samples=10 needs about 1e+21 GB of memory, but this machine has ... GB. Ask for fewer draws.
     """
     there = _memory()
     if n_bytes > there:
         raise MemoryError(
-            f"{name}={shown(value)} takes about {n_bytes / 1e9:.3g} GB of memory, and this machine has "
+            f"{name}={shown(value)} needs about {n_bytes / 1e9:.3g} GB of memory, but this machine has "
             f"{there / 1e9:.3g} GB. {instead}"
         )
 
 
 def nearest(name: str, names: Sequence[str]) -> str | None:
-    """Return the name most like the one given, or None."""
+    """Return the most similar name, or None if none is similar."""
     return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), None)
 
 
 def did_you_mean(name: str, names: Sequence[str]) -> str:
-    """Return the end of a message that names the nearest; empty where none is near."""
+    """Return a sentence that suggests the most similar name, or an empty string if none is similar."""
     closest = nearest(name, names)
     return f' Did you mean "{closest}"?' if closest else ""
 
 
 def _check_number(value, message: str) -> None:
-    """Raise TypeError for anything but a real number, of Python's or NumPy's."""
-    # NumPy counts times among its integers.
+    """Raise TypeError unless the value is a real number of Python or NumPy."""
+    # NumPy's timedelta64 is a subclass of its integers.
     is_other = isinstance(value, bool | np.timedelta64)
     if is_other or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(message)
 
 
 def _memory() -> float:
-    """Return the bytes of memory that the machine has; infinite where it does not tell."""
+    """Return the memory of the machine in bytes; infinity if the system does not report it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not a POSIX system

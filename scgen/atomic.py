@@ -1,4 +1,4 @@
-"""Files that appear under their name in one step, whole."""
+"""Put complete files in place in one step."""
 
 import os
 import time
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def replace(temporary: Path, path: Path) -> None:
-    """Move a file over another. Windows refuses it while a process reads the other, which is soon over."""
+    """Move a file over another. Windows refuses this while a process reads the other file, so try again."""
     deadline = time.monotonic() + 10
     while True:
         try:
@@ -18,12 +18,12 @@ def replace(temporary: Path, path: Path) -> None:
 
 
 def put(temporary: Path, path: Path) -> None:
-    """Move a file to where there is none; FileExistsError if another process has put one there.
+    """Move a file to a path that does not exist; FileExistsError if another process has put a file there.
 
-    On a file system without hard links, one that is put there at the very same moment is replaced.
+    On a file system without hard links, a file that is put there at the same moment is replaced.
     """
     try:
-        os.link(temporary, path)  # which never replaces anything, unlike a move
+        os.link(temporary, path)  # unlike a move, a link never replaces a file
     except FileExistsError:
         raise
     except OSError:  # the file system has no links
@@ -35,7 +35,7 @@ def put(temporary: Path, path: Path) -> None:
 
 
 def permit(path: Path) -> None:
-    """Give a file the permissions of a new one, as the process's umask says."""
+    """Give a file the permissions of a new file under the umask of the process."""
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)

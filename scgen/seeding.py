@@ -1,4 +1,4 @@
-"""Random numbers from generators of one's own: torch's global ones are neither read nor changed."""
+"""Random numbers from scgen's own generators. torch's global generators are neither read nor changed."""
 
 from contextvars import ContextVar, Token
 
@@ -10,11 +10,11 @@ _current: ContextVar["seeded | None"] = ContextVar("scgen_seeded", default=None)
 
 
 class seeded:
-    """Context manager: within the block, everything of scgen that is random follows from the seed.
+    """Context manager: within the block, all random numbers of scgen depend only on the seed.
 
-    The numbers are those that torch's own generators would give after ``torch.manual_seed(seed)``. The block belongs to
-    the thread that entered it, so other threads neither see its generators nor disturb them. If it is entered again,
-    its numbers go on where they stopped.
+    The numbers are those that torch's global generators would give after ``torch.manual_seed(seed)``. The block belongs
+    to the thread that entered it; other threads neither use its generators nor change them. If the block is entered
+    again, its numbers continue where they stopped.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ class seeded:
     Raises
     ------
     TypeError, ValueError
-        If the seed is no such number.
+        If the seed is not such a number.
 
     Examples
     --------
@@ -56,7 +56,7 @@ class seeded:
 
 
 def generator(device: torch.device) -> torch.Generator | None:
-    """Return the generator of the block that this thread is in; None, which stands for torch's own, outside of one."""
+    """Return the generator of this thread's block; outside a block None, which means torch's global generator."""
     block = _current.get()
-    # Tensors without memory, of which a model is built to learn its shapes, take no random numbers.
+    # A model is built on the meta device to find its shapes. Tensors there take no random numbers.
     return None if block is None or device.type == "meta" else block.on(device)

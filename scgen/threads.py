@@ -1,11 +1,11 @@
-"""Threads beside other work: how many are used, how they wait for each other, and what a forked process may do.
+"""Control the threads: how many are used, how they wait for each other, and what a forked process may do.
 
-Threads of an OpenMP pool that wait for the others spin for some milliseconds before they sleep. On a quiet machine this
-is the fastest way to wait. Beside another busy process, a thread that spins takes the processor from the one that it
-waits for, and training becomes several times slower (benchmarks/NOTES.md). GNU's OpenMP, which torch and numba use on
-Linux, hardly spins if it manages more threads than there are processors. So while the machine is busy, a pool of idle
-threads is kept beside the others (`Crowd`). The number of threads that compute stays the same, and with it every bit of
-a result. Under a quota fewer threads compute, and the last bits may differ.
+The threads of an OpenMP pool wait for each other by spinning for some milliseconds before they sleep. On a quiet
+machine this is the fastest way to wait. If another process is busy, a spinning thread takes the processor from the
+thread that it waits for, and training becomes several times slower (benchmarks/NOTES.md). GNU OpenMP, which torch and
+numba use on Linux, hardly spins if it manages more threads than there are processors. While the machine is busy, a pool
+of idle threads is therefore kept beside the others (`Crowd`). The number of threads that compute does not change, so
+results are equal to the last bit. Under a quota fewer threads compute, and the last bits may differ.
 """
 
 import contextlib
@@ -25,16 +25,17 @@ try:
 except ImportError:  # not on Windows
     resource = None
 
-#: Seconds between two looks at what this process gets of the processors.
+#: Seconds between two measurements of the processor time that this process gets.
 WINDOW = 0.1
-#: The machine is busy if, twice in a row, the threads of the pool ran for less than this share of the time although
-#: they spin, and at least so many times a second had to leave a processor to somebody else. On two quiet cores they ran
-#: for .94 and more of the time. Beside one busy process they ran for .5 to .7, and were interrupted some 200 times.
+#: The machine counts as busy if both hold twice in a row: the threads of the pool, which spin, ran for less than this
+#: share of the time, and they were interrupted at least this many times a second. On two quiet cores they ran for 0.94
+#: of the time or more. Beside one busy process they ran for 0.5 to 0.7 and were interrupted about 200 times.
 BUSY_SHARE, BUSY_INTERRUPTIONS = 0.85, 20
-#: In a crowd the threads sleep while they wait. It is needed no more if they are interrupted less often than this for
-#: so many seconds. On two quiet cores they were interrupted 15 times a second, beside one busy process 500 to 7,000.
+#: In a crowd the threads sleep while they wait. The crowd ends if they are interrupted less often per second than this
+#: for this many seconds. On two quiet cores they were interrupted 15 times a second, beside one busy process 500 to
+#: 7,000 times.
 CALM_INTERRUPTIONS, CALM_SECONDS, LONGEST_CALM = 100, 1.0, 16.0
-#: What a user may have said of the waiting and of the number of threads; it is then left as it is.
+#: If the user has set these variables, the way of waiting and the number of threads are not changed.
 WAITING_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 NUMBER_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -44,7 +45,7 @@ forked = False
 
 @functools.cache
 def quota() -> float:
-    """Return how many processors' time the process may use: the least of its control groups' quotas, or infinity."""
+    """Return how many processors the process may use: the smallest quota of its control groups, or infinity."""
     found = float("inf")
     try:
         groups = Path("/proc/self/cgroup").read_text().splitlines()
@@ -64,7 +65,7 @@ def quota() -> float:
 
 
 def _quota_of(folder: Path) -> float:
-    """Return the quota that one control group sets, of version 2 or 1."""
+    """Return the quota of one control group, of version 2 or 1."""
     try:
         limit, period = (folder / "cpu.max").read_text().split()
     except (OSError, ValueError):
@@ -78,7 +79,8 @@ def _quota_of(folder: Path) -> float:
 class Crowd:
     """Idle OpenMP threads, more than there are processors, in every GNU OpenMP library that is loaded.
 
-    A thread of Python's opens a parallel region that does nothing; its pool of threads lives as long as it does.
+    A Python thread opens a parallel region that does nothing. The region's pool of threads lives as long as the Python
+    thread.
     """
 
     def __init__(self, libraries: list[str]):
@@ -91,13 +93,13 @@ class Crowd:
         try:
             nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)  # free(NULL) does nothing
             for library in libraries:
-                # A library that cannot be opened is left out: its threads then spin, as they would without a crowd.
+                # A library that cannot be opened is skipped; its threads spin, as without a crowd.
                 with contextlib.suppress(OSError, AttributeError):
                     parallel = ctypes.CDLL(library).GOMP_parallel
                     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
                     parallel(nothing, None, _n_processors() + 1, 0)
         finally:
-            ready.set()  # the training waits for it, whatever happened
+            ready.set()  # the training waits for this, even after an error
         self._leave.wait()
 
     def disperse(self) -> None:
@@ -107,14 +109,14 @@ class Crowd:
 
 
 def _n_processors() -> int:
-    """Return how many processors this process may run on; at least as many as torch uses threads."""
-    # OpenMP may bind this very thread to one of them, as with OMP_PROC_BIND.
+    """Return how many processors this process may run on, and at least the number of torch's threads."""
+    # OpenMP may have bound this thread to one processor, for example with OMP_PROC_BIND.
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(n, min(torch.get_num_threads(), os.cpu_count() or 1))
 
 
 def _can_start(n: int) -> bool:
-    """Say whether so many more threads can be started: where one cannot, OpenMP would end the process."""
+    """Tell whether n more threads can be started. If one cannot, OpenMP would end the process."""
     leave, started = threading.Event(), []
     try:
         for _ in range(n):
@@ -131,7 +133,7 @@ def _can_start(n: int) -> bool:
 
 
 class Watch:
-    """Looks, between minibatches, at how the threads fare, and keeps a crowd while the machine is busy."""
+    """Measure between minibatches how much the threads run, and keep a crowd while the machine is busy."""
 
     def __init__(self):
         self._lock = threading.RLock()
@@ -139,7 +141,7 @@ class Watch:
         self._n_threads, self._usable = 1, False
 
     def begin(self) -> None:
-        """Start to look, if nobody has."""
+        """Start to measure, unless another user has started already."""
         with self._lock:
             self._n_users += 1
             if self._n_users > 1:
@@ -151,14 +153,14 @@ class Watch:
             self._restart(time.perf_counter())
 
     def end(self) -> None:
-        """End the crowd, if nobody else looks."""
+        """End the crowd, unless there are other users."""
         with self._lock:
             self._n_users -= 1
             if self._n_users == 0:
                 self._disperse()
 
     def look(self) -> None:
-        """Keep or end the crowd as the last tenth of a second says; cheap if it is not over yet."""
+        """Every tenth of a second, decide whether to start, keep or end the crowd. Other calls cost nearly nothing."""
         now = time.perf_counter()
         if not self._usable or now - self._since < WINDOW or not self._lock.acquire(blocking=False):
             return
@@ -176,7 +178,7 @@ class Watch:
                 self._calm_since = now
             elif now - self._calm_since >= self._calm:
                 self._disperse()
-                self._calm = min(2 * self._calm, LONGEST_CALM)  # if it was too early, wait longer next time
+                self._calm = min(2 * self._calm, LONGEST_CALM)  # if this was too early, wait longer next time
             self._restart(time.perf_counter())
         finally:
             self._lock.release()
@@ -197,7 +199,7 @@ class Watch:
 
     @staticmethod
     def _interruptions() -> int:
-        """Return how often threads of this process had to leave a processor to somebody else."""
+        """Return how often the system interrupted threads of this process to run others."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
@@ -206,7 +208,7 @@ watch = Watch()
 
 @contextmanager
 def adapted() -> Iterator[None]:
-    """Within the block, use no more threads than the quota has processors, and let them sleep where it is busy."""
+    """Context manager: limit the threads to the quota, and let them sleep while the machine is busy."""
     mark_used()
     n_threads, process, used = torch.get_num_threads(), os.getpid(), watch
     if n_threads > 1 and not any(name in os.environ for name in NUMBER_VARIABLES):
@@ -215,31 +217,31 @@ def adapted() -> Iterator[None]:
     try:
         yield
     finally:
-        if os.getpid() == process:  # a process that was forked in the block has no threads to give back
+        if os.getpid() == process:  # a process forked within the block has no threads to end
             used.end()
             if torch.get_num_threads() != n_threads:
                 torch.set_num_threads(n_threads)
 
 
 def _gnu_openmp() -> list[str]:
-    """Return the files of the GNU OpenMP libraries that this process has loaded: torch and numba may have one each."""
+    """Return the files of the GNU OpenMP libraries in this process. torch and numba may each have loaded one."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return []
-    # The sixth field of a line is the file's path, which may have spaces.
+    # The sixth field of a line is the path, which may contain spaces.
     paths = {fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6}
     return sorted(path for path in paths if "libgomp" in path.rpartition("/")[2])
 
 
 def mark_used() -> None:
-    """Remember that this process has used its threads: a process that is forked from it must leave them alone."""
+    """Record that this process has used its threads. A process forked from it must not use them."""
     global _used
     _used = True
 
 
 def _after_fork() -> None:
-    """Leave the threads alone: OpenMP's pools do not survive a fork, and a process that asks for them hangs or dies."""
+    """Use one thread only. OpenMP's pools do not survive a fork: a process that uses them hangs or dies."""
     global forked, watch
     watch = Watch()
     if _used:

@@ -466,7 +466,7 @@ def test_what_memory_does_not_hold_is_said_before_it_is_tried(on, before, monkey
     monkeypatch.setattr(arguments, "_memory", lambda: 1e5)
     name, value = next(iter(LARGE[call].items()))
     with pytest.raises(
-        MemoryError, match=rf"^{name}={value} takes about [0-9.e+-]+ GB of memory, and this machine has"
+        MemoryError, match=rf"^{name}={value} needs about [0-9.e+-]+ GB of memory, but this machine has"
     ):
         CALLS[call][0](on, **LARGE[call])
     assert everything(on) == before

@@ -151,14 +151,14 @@ def test_check_advises():
     adata.obs["weeks"] = np.where(batch == 0, 3, 17)  # the batch gives it, of which its names alone say nothing
     adata.obs["age"] = np.random.default_rng(0).normal(size=60)
     table = scgen.check(adata, batch_key="batch", continuous_covariate_keys=["weeks"])
-    assert table["finding"].tolist() == ["the design of batch, weeks lacks 1 of 3 ranks"]
+    assert table["finding"].tolist() == ["the design matrix of batch, weeks has rank 2; full rank is 3"]
     assert scgen.check(adata, batch_key="batch", continuous_covariate_keys=["age"]).empty
     table = scgen.check(adata, batch_key="batch", categorical_covariate_keys=["age"])
     assert table["suggestion"].tolist() == ['They are numbers: pass continuous_covariate_keys=["age"].']
     many = scgen.simulate_cells(n_cells=60, n_genes=6000, n_batches=2, seed=0)
     many.X[:, 0] = 1  # no cell is empty
     table = scgen.check(many, batch_key="batch")
-    assert table["finding"].tolist() == ["60 cells have 6,000 genes, more than there are cells"]
+    assert table["finding"].tolist() == ["there are more genes (6,000) than cells (60)"]
     assert scgen.check(many[:, :4000].copy(), batch_key="batch").empty
 
 

@@ -1,1 +1,1 @@
-"""Cells: what of an AnnData the models read, whether it is fit to be read, and how it becomes tensors."""
+"""Read an AnnData: record which parts the models use, check them, and turn them into tensors."""

@@ -1,4 +1,4 @@
-"""How the values of categorical columns are named: the one place where they become strings."""
+"""Names of the values of categorical columns. This is the only place where values become strings."""
 
 from collections.abc import Iterable, Sequence
 from numbers import Real
@@ -10,9 +10,9 @@ from scgen.arguments import did_you_mean, shown
 
 
 def name_of(value) -> str:
-    """Return the name of a value: an integral float is named as the integer, so that a change of dtype renames nothing.
+    """Return the name of a value. An integral float has the name of the integer.
 
-    Integers become floats where tables are merged and some rows have no value.
+    Integers become floats when tables are merged and some rows have no value. This must not change their names.
 
     Examples
     --------
@@ -31,7 +31,7 @@ def names_of(values: Iterable) -> list[str]:
 
 
 def unhashable(column: pd.Series) -> int | None:
-    """Return the first row of a column whose value cannot be a category, such as a list; None where all can be.
+    """Return the first row whose value cannot be a category, such as a list; None if all values can.
 
     Examples
     --------
@@ -50,9 +50,9 @@ def unhashable(column: pd.Series) -> int | None:
 
 
 def codes_of_values(values: Iterable, names: Sequence[str]) -> np.ndarray:
-    """Return the place of each value's name among the names, (n,) int64; -1 where it is not among them.
+    """Return the position of each value's name in ``names``, (n,) int64; -1 if it is not there.
 
-    A model that was saved by an older version may have an integral float named "3.0": numbers are found by that, too.
+    Models saved by older versions name integral floats like "3.0". Numbers match such names, too.
 
     Examples
     --------
@@ -67,17 +67,18 @@ def codes_of_values(values: Iterable, names: Sequence[str]) -> np.ndarray:
 
 
 def codes_of_column(column: pd.Series, names: Sequence[str]) -> np.ndarray:
-    """Return the same for each cell of a column; a missing value has no name, and the code -1."""
+    """Return the position of each cell's name in ``names``, as `codes_of_values`; -1 for a missing value."""
     column = column.astype("category")
-    # The code of a missing value is -1, which takes the last of what is looked up.
+    # pandas gives missing values the code -1, which looks up the last element: the -1 that is appended.
     return np.append(codes_of_values(column.cat.categories, names), -1)[column.cat.codes]
 
 
 def codes_of(what: str, names: list[str], asked: str | Sequence[str] | None) -> list[int | None]:
-    """Return the codes of one or several names; all for "average"; None, for each cell's own, of "observed" and None.
+    """Return the codes of one or several names.
 
-    A name that is "average" or "observed" itself is asked for in a list. ValueError, which says ``what`` was asked,
-    for names that the model does not know.
+    "average" returns all codes. "observed" and None return [None], which stands for each cell's own value. In a list,
+    "average" and "observed" are ordinary names. Names that the model does not know raise ValueError; ``what`` is the
+    argument to name in the message.
 
     Examples
     --------
@@ -86,7 +87,7 @@ def codes_of(what: str, names: list[str], asked: str | Sequence[str] | None) -> 
     [[None], [0, 1, 2], [2], [2, 0]]
     """
     if isinstance(asked, bytes):
-        raise TypeError(f"{what}: {shown(asked)} is no name of one, nor a list of names.")
+        raise TypeError(f"{what}: {shown(asked)} is neither a name nor a list of names.")
     asked = value_or_list(asked)
     if asked is None or (isinstance(asked, str) and asked == "observed"):
         return [None]
@@ -105,7 +106,7 @@ def codes_of(what: str, names: list[str], asked: str | Sequence[str] | None) -> 
 
 
 def value_or_list(asked):
-    """Return what can be iterated over as a list, but a string, and an array without axes, as the value that it is.
+    """Return an iterable as a list; a string, an array without axes or any other value as a single value.
 
     Examples
     --------
@@ -118,6 +119,6 @@ def value_or_list(asked):
 
 
 def _older_name(value) -> str | None:
-    """Return the name that an integral number had as a float; None for all other values."""
+    """Return the name that older versions gave to an integral number as a float; None for all other values."""
     is_number = isinstance(value, Real | np.integer | np.floating) and not isinstance(value, bool)
     return str(float(value)) if is_number and abs(value) < 2**53 and value == value // 1 else None

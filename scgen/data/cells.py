@@ -1,4 +1,4 @@
-"""One minibatch of cells as tensors: what every loader makes and every module reads."""
+"""One minibatch of cells as tensors. Loaders make it and modules read it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -13,17 +13,17 @@ from scgen.kernels import dispatch
 
 @dataclass(frozen=True, kw_only=True)
 class Cells:
-    """Cells as tensors; "batch" is always the experimental batch.
+    """Cells as tensors. "batch" always means the experimental batch.
 
-    Every field has a row for each cell, or is None. ``cells[rows]`` returns some of the cells, in the order asked for.
-    A model that reads more about a cell adds a field with a default, or a subclass with that field.
+    Every field has one row per cell, or is None. ``cells[rows]`` returns some of the cells, in the order of ``rows``. A
+    model that needs more data per cell adds a field with a default value, or a subclass with that field.
 
     Attributes
     ----------
     counts
-        (n, G) float: what the likelihood describes, counts or normalised values; dense, or CSR.
+        (n, G) float, dense or CSR: the counts or normalised values that the likelihood describes.
     library
-        (n, 1) float: logarithm of the cell's total, or of its size factor.
+        (n, 1) float: logarithm of the cell's total count or of its size factor.
     batch, labels
         (n,) int64 codes.
     categorical
@@ -34,7 +34,7 @@ class Cells:
         (n,) int64: the cells' rows in their AnnData.
     imputed_counts
         (n, G + M) float: the counts, then the expected counts of M genes that were not measured. The encoders read them
-        in place of the counts. None where all genes were measured.
+        instead of the counts. None if all genes were measured.
 
     Examples
     --------
@@ -64,22 +64,22 @@ class Cells:
 
     @property
     def encoder_input(self) -> Tensor:
-        """What the encoders read, before its logarithm."""
+        """The values whose logarithm the encoders read."""
         return self.counts if self.imputed_counts is None else self.imputed_counts
 
     @cached_property
     def log_counts(self) -> Tensor:
-        """log(1 + counts), (n, G), sparse if they are: what the encoders of counts read in questions."""
+        """log(1 + counts), (n, G), sparse if the counts are. Encoders of counts read it outside training."""
         return torch.log1p(self.encoder_input)
 
     @cached_property
     def dense_log_counts(self) -> Tensor:
-        """The same, dense: what they read in training, since a sparse product has a slow gradient."""
+        """Dense log(1 + counts). Encoders read it in training, because a sparse product has a slow gradient."""
         return dispatch.log1p(self.encoder_input, self.counts.dtype)
 
     @cached_property
     def reduced_log_counts(self) -> Tensor:
-        """The same, dense and in bfloat16, for products that are taken in it."""
+        """Dense log(1 + counts) in bfloat16, for matrix products in bfloat16."""
         return dispatch.log1p(self.encoder_input, torch.bfloat16)
 
     def to(self, device: torch.device) -> "Cells":
@@ -87,11 +87,11 @@ class Cells:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def __getitem__(self, rows: slice | Tensor) -> "Cells":
-        """Return the cells of a slice, of row numbers (m,) int64, or of a mask (n,) bool."""
+        """Return the cells of a slice, of row numbers (m,) int64 or of a mask (n,) bool."""
         return self._each(lambda tensor: _rows(tensor, rows))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Cells":
-        """Return the cells with every field that is not None changed."""
+        """Apply a function to every field that is not None."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return type(self)(**{name: None if of is None else change(of) for name, of in tensors.items()})
 
@@ -100,7 +100,7 @@ class Cells:
 
 
 def _rows(tensor: Tensor, rows: slice | Tensor) -> Tensor:
-    """Return some rows of a dense or a CSR tensor; torch itself cannot take several rows of the latter."""
+    """Return some rows of a dense or a CSR tensor. torch cannot select several rows of a CSR tensor."""
     if tensor.layout != torch.sparse_csr:
         return tensor[rows]
     chosen = torch.arange(len(tensor), device=tensor.device)[rows]

@@ -1,4 +1,4 @@
-"""The arguments of `setup_anndata`, and the form in which it is said what is wrong with an AnnData."""
+"""The arguments of `setup_anndata`, and the form in which problems of an AnnData are reported."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-#: Larger numbers are refused: what is made of them, squares among others, must stay within float32, which ends at 3e38.
+#: Larger numbers are refused, because their squares and other results must fit into float32, which ends at 3e38.
 LARGEST = 1e15
 
 
@@ -44,7 +44,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing noticed: an "error" or a "warning", where it is, what it is, how many, and what to do."""
+    """One finding: its level ("error", "warning" or "note"), place, text, number of cases, and what to do."""
 
     level: str
     where: str
@@ -57,49 +57,49 @@ class Finding:
 
 
 def check_types(adata: AnnData, setup: Setup) -> None:
-    """Raise TypeError where an argument is of the wrong kind altogether."""
+    """Raise TypeError if an argument has the wrong type."""
     if not isinstance(adata, AnnData):
         for name, parts in (("mod", "modalities"), ("tables", "tables")):  # MuData, SpatialData
             if isinstance(held := getattr(adata, name, None), Mapping) and len(held):
                 what = "mdata" if name == "mod" else "sdata.tables"
                 raise TypeError(
-                    f"adata is a {type(adata).__name__}, not an AnnData: pass one of its {parts} ({some(held)}), "
+                    f"adata is a {type(adata).__name__}, not an AnnData. Pass one of its {parts} ({some(held)}): "
                     f'{what}["{next(iter(held))}"].'
                 )
         raise TypeError(
-            f"adata is a {type(adata).__name__}, not an AnnData. Read a file with anndata.read_h5ad(path), or wrap a "
-            "matrix of cells x genes: AnnData(X)."
+            f"adata is a {type(adata).__name__}, not an AnnData. Read a file with anndata.read_h5ad(path), or "
+            "make an AnnData from a matrix of cells x genes: AnnData(X)."
         )
     if not isinstance(adata.obs, pd.DataFrame):
         raise TypeError(
-            f"adata was read lazily: its obs is a {type(adata.obs).__name__}, not a table in memory. Load it first: "
+            f"adata was read lazily: its obs is a {type(adata.obs).__name__}, not a DataFrame. Load it first: "
             "adata = adata.to_memory()."
         )
     check_setup(setup)
 
 
 def check_setup(setup: Setup) -> None:
-    """Raise TypeError where a name is no string, or a list no list."""
+    """Raise TypeError if a name is not a string, or a list of names is not a list."""
     for name in ("layer", "batch_key", "labels_key", "size_factor_key"):
         value = getattr(setup, name)
         if value is not None and not isinstance(value, str):
             raise TypeError(
-                f"{name}={value!r} is a {type(value).__name__}; it takes one name, a string. Further columns go into "
+                f"{name}={value!r} is a {type(value).__name__}; it takes one name, a string. Pass further columns as "
                 "categorical_covariate_keys=[...]."
             )
     for name in ("categorical_covariate_keys", "continuous_covariate_keys"):
         value = getattr(setup, name)
         if not isinstance(value, tuple):
             kind = "string" if isinstance(value, str) else type(value).__name__
-            raise TypeError(f"{name}={value!r} is a {kind} where a list belongs: {name}=[{value!r}].")
+            raise TypeError(f"{name}={value!r} is a {kind}; it takes a list: {name}=[{value!r}].")
         if any(not isinstance(key, str) for key in value):
-            raise TypeError(f"{name}={list(value)!r} holds something else than column names.")
+            raise TypeError(f"{name}={list(value)!r} has items that are not column names.")
     if not isinstance(setup.counts, bool | np.bool_):
-        raise TypeError(f"counts={setup.counts!r} is neither True nor False.")
+        raise TypeError(f"counts={setup.counts!r} must be True or False.")
 
 
 def raise_errors(found: list[Finding], call: str) -> None:
-    """Raise a ValueError that says all errors among the findings, if there are any."""
+    """Raise a ValueError with all errors among the findings, if there are any."""
     errors = [str(finding) for finding in found if finding.level == "error"]
     if len(errors) == 1:
         raise ValueError(errors[0])
@@ -108,6 +108,6 @@ def raise_errors(found: list[Finding], call: str) -> None:
 
 
 def some(names, n: int = 5) -> str:
-    """Return the first names, and dots where there are more."""
+    """Return the first names, followed by dots if there are more."""
     shown = ", ".join(str(name) for name in list(names)[:n])
     return shown + (", ..." if len(names) > n else "")

@@ -1,4 +1,4 @@
-"""What is wrong with an AnnData, said in words: what was sought, where, what is there, and the corrected call."""
+"""Find what is wrong with an AnnData. Each message says what was looked for, where, what is there, and the fix."""
 
 from collections.abc import Iterator
 
@@ -13,23 +13,23 @@ from scgen.data.checks import LARGEST, Finding, Setup, some
 from scgen.data.counts import NEEDS_COUNTS, are_counts, counts_are_in, layers_of, looks_like, matrix_of
 from scgen.data.stores import BackedStore, DamagedMatrix, MemoryStore, open_store, unreadable
 
-#: Fewer cells than this in a batch are warned of.
+#: A batch with fewer cells than this gives a warning.
 FEW_CELLS = 10
 
 
 def findings(
     adata: AnnData, setup: Setup, columns: np.ndarray | None = None, empty_cells: bool = True
 ) -> list[Finding]:
-    """Return all that is wrong or doubtful about ``adata`` as ``setup`` reads it.
+    """Return the errors and warnings about the parts of ``adata`` that ``setup`` names.
 
     Parameters
     ----------
     adata, setup
-        The cells, and which parts of them are read.
+        The cells, and which parts of them the model reads.
     columns
-        Only these genes are read; None for all.
+        Columns of the genes to read; None reads all.
     empty_cells
-        Whether cells without counts are an error.
+        Whether a cell without counts is an error.
     """
     found = list(_shape(adata)) + list(_columns(adata, setup))
     matrix = matrix_of(adata, setup.layer)
@@ -47,18 +47,18 @@ def findings(
 
 def _shape(adata: AnnData) -> Iterator[Finding]:
     if not adata.n_obs:
-        yield Finding("error", "adata.obs", "adata has no cells (0 x genes)", 0, "Check the filter that made it.")
+        yield Finding("error", "adata.obs", "adata has no cells (its shape is 0 x genes)", 0, "Check the last filter.")
     if not adata.n_vars:
-        yield Finding("error", "adata.var", "adata has no genes (cells x 0)", 0, "Check the filter that made it.")
+        yield Finding("error", "adata.var", "adata has no genes (its shape is cells x 0)", 0, "Check the last filter.")
     for where, names in (("adata.obs_names", adata.obs_names), ("adata.var_names", adata.var_names)):
         if len(names) and not _are_texts(names):
             several = isinstance(names, pd.MultiIndex)
-            kind = "are a MultiIndex" if several else f"are not all strings (such as {_no_text(names)!r})"
+            kind = "are a MultiIndex" if several else f"are not all strings (one is {_no_text(names)!r})"
             made = f'["_".join(map(str, name)) for name in {where}]' if several else f"{where}.astype(str)"
             yield Finding("error", where, f"{where} {kind}", len(names), f"Make them strings: {where} = {made}.")
     twice = adata.var_names[adata.var_names.duplicated()].unique()
     if len(twice):
-        text = f"adata.var_names has {len(twice)} names more than once ({some(twice)})"
+        text = f"adata.var_names has {len(twice)} duplicate names ({some(twice)})"
         yield Finding("error", "adata.var_names", text, len(twice), "Call adata.var_names_make_unique() first.")
 
 
@@ -76,15 +76,15 @@ def _columns(adata: AnnData, setup: Setup) -> Iterator[Finding]:
     single = (setup.batch_key, setup.labels_key, setup.size_factor_key)
     used = [*single, *setup.categorical_covariate_keys, *setup.continuous_covariate_keys]
     for key in sorted({key for key in used if key is not None and used.count(key) > 1}):
-        yield Finding("error", f'obs["{key}"]', f'"{key}" is named twice', 1, "Name every column in one place only.")
+        text = f'the column "{key}" is named twice'
+        yield Finding("error", f'obs["{key}"]', text, 1, "Name each column once, in one argument only.")
     for role, key in (setup.categorical | setup.numeric).items():
         if key not in adata.obs:
             yield _no_column(adata, role, key)
         elif (n := list(adata.obs.columns).count(key)) > 1:
-            text = f'adata.obs has {n} columns named "{key}": more than once'
-            yield Finding(
-                "error", "adata.obs", text, n, "adata.obs = adata.obs.loc[:, ~adata.obs.columns.duplicated()]"
-            )
+            text = f'adata.obs has {n} columns named "{key}"; it must have one'
+            fix = "Keep the first: adata.obs = adata.obs.loc[:, ~adata.obs.columns.duplicated()]"
+            yield Finding("error", "adata.obs", text, n, fix)
         elif role in setup.numeric:
             yield from _numbers(adata.obs[key], role, key)
         else:
@@ -98,10 +98,10 @@ def _no_column(adata: AnnData, role: str, key: str) -> Finding:
     call = (
         f'setup_anndata(adata, {argument}=["{closest}"])' if listed else f'setup_anndata(adata, {argument}="{closest}")'
     )
-    hint = f"Did you mean {call}?" if closest else "Name one of them."
+    hint = f"Did you mean {call}?" if closest else "Name one of these columns."
     if key in adata.obsm or key in adata.var:
-        hint += f' ("{key}" is in adata.{"obsm" if key in adata.obsm else "var"}; a column of adata.obs is needed.)'
-    text = f'{argument}="{key}" is no column of adata.obs (it has: {some(names, 12) or "none"})'
+        hint += f' ("{key}" is in adata.{"obsm" if key in adata.obsm else "var"}; it must be in adata.obs.)'
+    text = f'{argument}="{key}" is not a column of adata.obs (it has: {some(names, 12) or "none"})'
     return Finding("error", "adata.obs", text, 1, hint)
 
 
@@ -117,59 +117,61 @@ def _numbers(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
     bad = ~np.isfinite(values)
     if bad.any():
         text = f"{argument}: {where} has {bad.sum()} NaN or infinite values (first cells: {some(column.index[bad])})"
-        yield Finding("error", where, text, int(bad.sum()), "Fill them in, or drop these cells.")
+        yield Finding("error", where, text, int(bad.sum()), "Replace these values, or remove the cells.")
         return
-    # A covariate is standardised: its unit is free, but the squares must be finite.
+    # Covariates are standardised, so their unit is free, but their squares must be finite.
     least, most = (1 / LARGEST, LARGEST) if role == "size_factor_key" else (0, float(np.finfo(np.float32).max))
     if role == "size_factor_key" and (bad := values <= 0).any():
         text = f"size_factor_key: {where} has {bad.sum()} values that are not positive ({some(column.index[bad])})"
-        yield Finding("error", where, text, int(bad.sum()), "A size factor divides the counts: it must be above 0.")
+        yield Finding("error", where, text, int(bad.sum()), "Size factors divide the counts and must be above 0.")
     elif (bad := (np.abs(values) < least) | (np.abs(values) > most)).any():
         text = f"{argument}: {where} has {bad.sum()} values that are too small or too large ({some(column.index[bad])})"
         first = f"{column.index[bad][0]} has {values[bad][0]:g}"
-        fix = f"{first}; from {least:g} to {most:.4g} they can be computed with. Correct or rescale them."
+        fix = f"{first}; absolute values must be from {least:g} to {most:.4g}. Correct or rescale them."
         yield Finding("error", where, text, int(bad.sum()), fix)
     elif len(values) > 1 and np.ptp(values) == 0:
         text = f"{argument}: {where} has one value, {values[0]:g}, for all cells"
-        yield Finding("warning", where, text, len(values), "It tells the model nothing; leave it out.")
+        yield Finding("warning", where, text, len(values), "It has no information for the model; leave it out.")
 
 
 def _categories(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
     where, argument = f'adata.obs["{key}"]', role.partition(" ")[0]
     if (row := unhashable(column)) is not None:
         kind = type(column.iloc[row]).__name__
-        text = f"{argument}: {where} holds values that cannot be categories: a {kind} (first at {column.index[row]})"
+        text = f"{argument}: {where} holds values that cannot be categories (a {kind} at {column.index[row]})"
         yield Finding("error", where, text, len(column), f"Make them strings: {where} = {where}.astype(str).")
         return
     missing = column.isna().to_numpy()
     if missing.any():
         text = f"{argument}: {where} is NaN for {missing.sum()} cells (first: {some(column.index[missing])})"
         fix = f'adata.obs["{key}"] = adata.obs["{key}"].astype(object).fillna("missing")'
-        yield Finding("error", where, text, int(missing.sum()), f"Name them: {fix}; or drop these cells.")
+        yield Finding("error", where, text, int(missing.sum()), f"Give them a name, {fix}, or remove these cells.")
         return
     sizes = column.value_counts()
     sizes = sizes[sizes > 0]
     if pd.Index(names_of(sizes.index)).has_duplicates:
-        text = f"{argument}: {where} has values that differ in type but not in writing, as 1 and '1'"
+        text = f"{argument}: {where} has values of different types with the same text, such as 1 and '1'"
         fix = f'adata.obs["{key}"] = adata.obs["{key}"].astype(str)'
         fix += '.str.removesuffix(".0")' if any(isinstance(value, float) for value in sizes.index) else ""
-        yield Finding("error", where, text, 1, f"Make them one: {fix}.")
+        yield Finding("error", where, text, 1, f"Make them the same type: {fix}.")
     few = sizes[sizes < FEW_CELLS]
     if len(column) > FEW_CELLS and len(sizes) > len(column) / 2:
         text = f"{argument}: {where} has {len(sizes)} values for {len(column)} cells, nearly one value per cell"
-        fix = "Is this a column of barcodes or numbers? A category needs cells that share it."
+        fix = "Is this a column of barcodes or numbers? Several cells must share each value."
         if pd.api.types.is_numeric_dtype(column):
             fix = f'They are numbers: pass continuous_covariate_keys=["{key}"].'
         yield Finding("warning", where, text, len(sizes), fix)
     elif len(sizes) == 1 and len(column) > 1 and role != "labels_key":
         text = f"{argument}: {where} has one value ({name_of(sizes.index[0])}) for all cells"
-        fix = "There is nothing to integrate." if role == "batch_key" else "It tells the model nothing; leave it out."
+        no_use = "It has no information for the model; leave it out."
+        fix = "There is nothing to integrate." if role == "batch_key" else no_use
         yield Finding("warning", where, text, len(column), fix)
     elif role == "batch_key" and len(few):
         text = f"batch_key: {where} has {len(few)} batches of fewer than {FEW_CELLS} cells (" + ", ".join(
             f"{name_of(value)}: {size}" for value, size in few.head(5).items()
         )
-        yield Finding("warning", where, text + ")", len(few), "Their effect is hardly known; merge or drop them.")
+        fix = "These are too few cells to estimate a batch effect; merge or remove these batches."
+        yield Finding("warning", where, text + ")", len(few), fix)
 
 
 def _no_matrix(adata: AnnData, setup: Setup) -> Finding:
@@ -180,12 +182,12 @@ def _no_matrix(adata: AnnData, setup: Setup) -> Finding:
         return Finding("error", "adata.X", "adata.X is empty (None)", 1, f"Say where the counts are: {call}.")
     closest = nearest(setup.layer, layers)
     hint = f'Did you mean setup_anndata(adata, layer="{closest}")?' if closest else "Leave layer out to read adata.X."
-    text = f'layer="{setup.layer}" is no layer of adata (it has: {some(layers, 12) or "none"})'
+    text = f'layer="{setup.layer}" is not a layer of adata (it has: {some(layers, 12) or "none"})'
     return Finding("error", "adata.layers", text, 1, hint)
 
 
 def _kind(setup: Setup, matrix) -> Iterator[Finding]:
-    """Say where a matrix is of a kind that is not read, or holds no real numbers."""
+    """Report a matrix of a type that cannot be read, or without real numbers."""
     if reason := unreadable(matrix, setup.where):
         yield Finding("error", setup.where, reason[0], 1, reason[1])
     elif matrix.dtype.kind not in "biuf":
@@ -196,11 +198,11 @@ def _kind(setup: Setup, matrix) -> Iterator[Finding]:
 def _damaged(adata: AnnData, setup: Setup, error: DamagedMatrix) -> Finding:
     where = "" if error.row is None else f' (first in cell "{adata.obs_names[error.row]}")'
     text = f"{setup.where} is a damaged sparse matrix: {error}{where}"
-    return Finding("error", setup.where, text, 1, "Make or read it anew; nothing can be computed from it.")
+    return Finding("error", setup.where, text, 1, "It cannot be used. Make it again, or read the file again.")
 
 
 def _values(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, empty_cells: bool) -> Iterator[Finding]:
-    """Look at every stored value, a block of cells at a time."""
+    """Check every stored value, a block of cells at a time."""
     n = dict.fromkeys(("infinite", "large", "negative", "fractional"), 0)
     first: dict[str, str] = {}
     empty = []
@@ -214,11 +216,11 @@ def _values(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, empt
     cells = np.concatenate(empty)
     if n["infinite"]:
         text = f"{setup.where} has {n['infinite']} NaN or infinite values (first at {first['infinite']})"
-        yield Finding("error", setup.where, text, n["infinite"], "Repair or drop them; numpy.isfinite finds them.")
+        yield Finding("error", setup.where, text, n["infinite"], "Correct or remove them; numpy.isfinite finds them.")
     if n["large"]:
-        text = f"{setup.where} has {n['large']} values beyond {LARGEST:g} (first at {first['large']})"
+        text = f"{setup.where} has {n['large']} values larger than {LARGEST:g} (first at {first['large']})"
         yield Finding(
-            "error", setup.where, text, n["large"], "They are too large to compute with: correct or rescale them."
+            "error", setup.where, text, n["large"], "They are too large to compute with; correct or rescale them."
         )
     if n["negative"]:
         text = f"{setup.where} has {n['negative']} negative values (first at {first['negative']})"
@@ -230,14 +232,14 @@ def _values(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, empt
         yield Finding("error", setup.where, text + looks, n["fractional"], counts_are_in(adata, setup, otherwise))
     if empty_cells and setup.counts and len(cells) and not sum(n.values()):
         text = f"{len(cells)} cells have no counts in {setup.where} (first: {some(adata.obs_names[cells[:5]])})"
-        fix = "Drop them: sc.pp.filter_cells(adata, min_counts=1)"
+        fix = "Remove them: sc.pp.filter_cells(adata, min_counts=1)"
         yield Finding(
             "error", setup.where, text, len(cells), fix + (f', for the layer "{setup.layer}".' if setup.layer else ".")
         )
 
 
 def _wrong(values: np.ndarray, counts: bool) -> dict[str, np.ndarray]:
-    """Return where values are of each kind that is refused; nothing where all are sound."""
+    """Return a mask for each kind of bad value; an empty dict if all values are good."""
     if not values.size:
         return {}
     least, most = float(values.min()), float(values.max())  # NaN if any is

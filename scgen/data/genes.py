@@ -1,4 +1,4 @@
-"""Which genes of one AnnData are those of another, by name or by an identifier that both have."""
+"""Match the genes of two AnnData, by name or by an identifier that both have."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-#: Identifiers of Ensembl and RefSeq that end in a version. Names of clones, such as RP11-34P13.7, end in a number, too,
-#: but those that differ by it are different genes.
+#: Identifiers of Ensembl and RefSeq that end in a version. Clone names such as RP11-34P13.7 also end in a number, but
+#: there a different number is a different gene.
 VERSIONED = re.compile(r"((?:ENS[A-Z]*\d{6,})|(?:[NX][MR]_\d{6,}))\.\d+")
 
 
 def identifiers(var: pd.DataFrame) -> dict[str, list[str]]:
-    """Return the columns of ``adata.var`` that name genes: text, hardly any of it twice.
+    """Return the columns of ``adata.var`` that identify genes: text, with hardly any duplicates.
 
     Examples
     --------
@@ -30,7 +30,7 @@ def identifiers(var: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def without_version(name: str) -> str:
-    """Return an identifier of Ensembl or RefSeq without its version; other names as they are.
+    """Return an identifier of Ensembl or RefSeq without its version, and any other name unchanged.
 
     Examples
     --------
@@ -42,9 +42,9 @@ def without_version(name: str) -> str:
 
 
 def places_of(genes: Sequence[str], names: pd.Index) -> tuple[np.ndarray, int]:
-    """Return where each gene is among unique names, (G,), -1 if nowhere; and how many differ from theirs by a version.
+    """Return the position of each gene in unique ``names``, (G,), or -1; and how many match only without a version.
 
-    A version is left out only where the name without it is that of one gene on either side.
+    Versions are ignored only if the name without version is unique on both sides.
     """
     places = names.get_indexer(pd.Index(genes))
     if (places >= 0).all():
@@ -59,16 +59,16 @@ def places_of(genes: Sequence[str], names: pd.Index) -> tuple[np.ndarray, int]:
 def matched(
     genes: Sequence[str], gene_ids: Mapping[str, Sequence[str]], adata: AnnData
 ) -> tuple[list[str | None], str]:
-    """Return the name in ``adata.var_names`` of each gene, None where it has none, and by what they were matched.
+    """Return the name of each gene in ``adata.var_names``, or None, and a text that says what was matched.
 
-    The genes' names and each of their identifiers are looked up in ``adata.var_names`` and in each column of
-    identifiers in ``adata.var``; the pair that finds most genes is taken, names first, but numbers for names last. What
-    is there twice names no gene. Versions of identifiers are left out where this finds more genes.
+    The genes' names and each column of their identifiers are looked up in ``adata.var_names`` and in each column of
+    identifiers in ``adata.var``. The pair that matches most genes is used. Ties prefer names, and names that are only
+    numbers come last. Duplicates match no gene. Versions are ignored if this matches more genes.
     """
     ours = {"names": genes, **gene_ids}
     theirs = {"adata.var_names": [str(name) for name in adata.var_names]}
     theirs |= {f'adata.var["{key}"]': values for key, values in identifiers(adata.var).items()}
-    # As they are come first, so that without a version must find more.
+    # Unchanged names come first: ignoring versions must match more genes.
     forms = {"": str, ", without their versions": without_version}
     most, best, by = (0, False), [None] * len(genes), "nothing"
     for note, form in forms.items():

@@ -1,4 +1,4 @@
-"""Minibatches of cells: in which order, and of what size."""
+"""Minibatches of cells: their order and their size."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -14,29 +14,29 @@ from scgen.data.stores import BackedStore, DeviceStore, MemoryStore
 
 
 class CellLoader:
-    """Iterates over some cells of a store in minibatches of nearly equal size.
+    """Iterate over cells of a store in minibatches of nearly equal size.
 
-    They differ by one cell at most, so that no small rest is left over, which batch normalisation could not take.
+    Sizes differ by at most one cell. A small last minibatch would be a problem for batch normalisation.
 
     Parameters
     ----------
     store
         The values of all N cells.
     columns
-        The other fields of `Cells` but for ``index``, for all N cells.
+        The other fields of `Cells`, except ``index``, for all N cells.
     index
-        Rows to iterate over; None for all.
+        Rows to iterate over; None means all.
     batch_size
         The largest minibatch.
     rng
         Draws a new order for every pass; None keeps the order of ``index``.
     as_sparse
-        Whether sparse values come as CSR tensors.
+        Whether to return sparse values as CSR tensors.
     device
-        Where the minibatches go. ``columns`` are moved there once, the order once a pass; values come from a
-        `DeviceStore` that is there, or from the host's memory, through pinned memory to a GPU.
+        Device of the minibatches. ``columns`` are moved there once, the order once per pass. Values come from a
+        `DeviceStore` on this device or from the host's memory; for a GPU, through pinned memory.
     impute
-        Adds to a minibatch the expected counts of genes that were not measured; None where all were.
+        Function that adds the expected counts of genes that were not measured; None if all were measured.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CellLoader:
         self.index = np.arange(store.shape[0]) if index is None else np.asarray(index)
 
     def over(self, index: np.ndarray, batch_size: int) -> "CellLoader":
-        """Return a loader of other cells of the same store, in their order."""
+        """Return a loader of other cells of the same store, in the order of ``index``."""
         return CellLoader(self.store, self.columns, index, batch_size, None, self.as_sparse, self.device, self.impute)
 
     def __len__(self) -> int:
@@ -76,17 +76,17 @@ class CellLoader:
             yield cells if self.impute is None else self.impute(cells)
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        """Return a tensor on the device; a GPU reads pinned memory by itself, while the host goes on."""
+        """Move a tensor to the device. A GPU reads pinned memory while the host continues."""
         if tensor.device.type == self.device.type:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def split(batch: np.ndarray, train_size: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of training and of validation cells, each batch in proportion.
+    """Return the rows of training and of validation cells, with the same share of each batch.
 
-    The cells, sorted by batch and shuffled within, are sampled at equal distances: every batch gives its share of
-    validation cells to within one, however small it is.
+    The cells are sorted by batch, shuffled within each batch and sampled at equal distances. The number of validation
+    cells of a batch therefore differs from its share by at most one, even for small batches.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def split(batch: np.ndarray, train_size: float, rng: np.random.Generator) -> tup
     train_size
         Share of training cells, in (0, 1].
     rng
-        Source of the order.
+        Random generator.
 
     Examples
     --------
@@ -114,14 +114,14 @@ def split(batch: np.ndarray, train_size: float, rng: np.random.Generator) -> tup
 
 
 def rows_asked_for(indices: Sequence[int] | Sequence[bool] | None, n_cells: int, name: str = "indices") -> np.ndarray:
-    """Return the rows that row numbers or a mask stand for, in their order; None stands for all.
+    """Return the rows given by row numbers or by a mask, in their order; None returns all.
 
     Raises
     ------
     TypeError
-        If they are neither.
+        If ``indices`` is neither row numbers nor a mask.
     ValueError
-        If they are out of range, or none.
+        If a row is out of range, or there are no rows.
 
     Examples
     --------
@@ -133,19 +133,19 @@ def rows_asked_for(indices: Sequence[int] | Sequence[bool] | None, n_cells: int,
         takes = f"{name}={shown(indices)}; it takes row numbers, or one True or False for each cell."
         try:
             asked = np.atleast_1d(np.asarray(indices))
-        except Exception as error:  # whatever cannot be an array, as lists of several lengths
+        except Exception as error:  # anything that cannot be an array, such as lists of different lengths
             raise TypeError(takes) from error
         if asked.size and asked.dtype.kind not in "iub":
             raise TypeError(takes)
         if asked.ndim > 1:
             raise ValueError(takes)
         if asked.dtype == bool and len(asked) != n_cells:
-            raise ValueError(f"{name} is a mask of {len(asked)} for {n_cells} cells.")
-        # Said before NumPy looks: what is beyond int64, it would take for a row from the end.
+            raise ValueError(f"{name} is a mask of length {len(asked)}, but there are {n_cells} cells.")
+        # Checked before indexing: NumPy would take a number beyond int64 for a row counted from the end.
         outside = asked[(asked < -n_cells) | (asked >= n_cells)] if asked.dtype != bool else asked[:0]
         if len(outside):
             raise ValueError(f"{name}: row {outside[0]} is out of bounds; adata has {n_cells} cells.")
         index = index[asked] if len(asked) else index[:0]
     if not len(index):
-        raise ValueError(f"no cells are asked about: {name} is empty.")
+        raise ValueError(f"{name} is empty: choose at least one cell.")
     return index

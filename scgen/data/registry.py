@@ -1,4 +1,4 @@
-"""What of an AnnData the models read: recorded by `setup_anndata`, and remembered by a model as a `Registry`."""
+"""Record which parts of an AnnData the models read: `setup_anndata`, and the `Registry` that a model keeps."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,34 +32,34 @@ def setup_anndata(
     continuous_covariate_keys: Sequence[str] | None = None,
     counts: bool = True,
 ) -> None:
-    """Check ``adata`` and record, in ``adata.uns["scgen"]["setup"]``, which parts of it the models read.
+    """Check ``adata`` and record in ``adata.uns["scgen"]["setup"]`` which parts of it the models read.
 
-    Nothing else of ``adata`` is written or changed. All stored values are checked.
+    All stored values are checked. Nothing else in ``adata`` is changed.
 
     Parameters
     ----------
     adata
-        Cells x genes; may be a view (AnnData makes it actual, with a warning) or backed by a file.
+        Cells x genes. It may be backed by a file, or a view; AnnData then makes it a copy, with a warning.
     layer
-        Layer of the counts; None reads ``adata.X``.
+        Layer with the counts; None uses ``adata.X``.
     batch_key
-        Column of ``adata.obs``: the experimental batch, whose effect is removed.
+        Column of ``adata.obs`` with the experimental batch, whose effect is removed.
     labels_key
-        Column of ``adata.obs``: cell types or the like; read only by ``dispersion="gene-label"``.
+        Column of ``adata.obs`` with labels, such as cell types. Only ``dispersion="gene-label"`` uses them.
     size_factor_key
-        Column of ``adata.obs``, positive: replaces the library size, in any unit.
+        Column of ``adata.obs`` with positive size factors, in any unit. They replace the library size.
     categorical_covariate_keys, continuous_covariate_keys
-        Further columns of ``adata.obs`` whose effect is removed. Continuous ones are standardised by the model.
+        Further columns of ``adata.obs`` whose effect is removed. The model standardises continuous ones.
     counts
-        False admits values that are no counts (for ``gene_likelihood="normal"``).
+        Whether the values must be counts. False allows other values, for ``gene_likelihood="normal"``.
 
     Raises
     ------
     TypeError
-        If an argument is of the wrong type, as a string where a list belongs.
+        If an argument is of the wrong type, such as a string instead of a list.
     ValueError
-        If the values are not finite non-negative integers (only finite, with ``counts=False``), a cell is empty, a
-        column is missing, has NaN or is no number where one is needed, or names are not unique.
+        If the values are not finite non-negative integers (with ``counts=False``: not finite), a cell is empty, names
+        are not unique, or a column is missing, has NaN or is not numeric but must be.
 
     Examples
     --------
@@ -75,7 +75,7 @@ def setup_anndata(
     check_writable(adata)
     for finding in found:
         warnings.warn(str(finding), stacklevel=2)
-    # h5ad has no portable None, and reads empty lists back as floats: what is not set is not written.
+    # Arguments that are not set are not written: h5ad has no portable None and reads empty lists back as floats.
     record = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in asdict(setup).items()
@@ -85,23 +85,23 @@ def setup_anndata(
 
 
 def check_writable(adata: AnnData) -> None:
-    """Raise where ``adata.uns["scgen"]`` could not be written."""
+    """Raise ValueError if ``adata.uns["scgen"]`` cannot be written."""
     if adata.isbacked and adata.is_view:
         raise ValueError(
-            "adata is a view of a backed AnnData, to which nothing can be written. Set up the whole object and pass "
+            "adata is a view of a backed AnnData, which cannot be written to. Set up the whole object and pass "
             "indices=, or load the view: adata = adata.to_memory()."
         )
     check_ours(adata)
 
 
 def check_ours(adata: AnnData) -> None:
-    """Raise where ``adata.uns["scgen"]`` holds something else than what is written there."""
+    """Raise ValueError if ``adata.uns["scgen"]`` holds something that scgen did not write."""
     ours = adata.uns.get("scgen", {})
     if not isinstance(ours, Mapping):
-        raise ValueError(f'adata.uns["scgen"] holds {shown(ours)}, not ours: del adata.uns["scgen"] first.')
+        raise ValueError(f'adata.uns["scgen"] holds {shown(ours)}, which is not from scgen: del adata.uns["scgen"].')
     if not isinstance(ours.get("setup", {}), Mapping | None):
         raise ValueError(
-            f'adata.uns["scgen"]["setup"] holds {shown(ours["setup"])}, not what setup_anndata writes: call it again.'
+            f'adata.uns["scgen"]["setup"] holds {shown(ours["setup"])}, which is not from setup_anndata. Call it again.'
         )
 
 
@@ -116,7 +116,7 @@ def check(
     continuous_covariate_keys: Sequence[str] | None = None,
     counts: bool = True,
 ) -> pd.DataFrame:
-    """Return what `setup_anndata` would refuse or warn of, and advice about the genes and covariates, as a table.
+    """Return a table of the errors and warnings of `setup_anndata`, with advice about genes and covariates.
 
     Parameters
     ----------
@@ -125,9 +125,10 @@ def check(
 
     Returns
     -------
-    A row per finding: level ("error", "warning" or "note"), where, finding, n (how many), suggestion. Empty if there is
-    nothing to say. Confounding is told by Cramer's V of each pair of categorical columns (0: independent, 1: the one
-    gives the other) and by the rank of the design of batch and covariates, of which continuous ones count as numbers.
+    One row per finding, with its level ("error", "warning" or "note"), where, finding, n (number of cases) and
+    suggestion. The table is empty if there are no findings. Confounding is measured in two ways: by Cramer's V of each
+    pair of categorical columns (0: independent, 1: one determines the other), and by the rank of the design matrix of
+    batch and covariates, in which a continuous covariate is one column.
 
     Raises
     ------
@@ -151,7 +152,7 @@ def check(
 
 @dataclass(frozen=True)
 class Registry:
-    """What a model knows of the data that it was made for; plain enough for JSON.
+    """What a model knows about the data that it was made for, as values that JSON can hold.
 
     Attributes
     ----------
@@ -160,15 +161,15 @@ class Registry:
     genes
         Names of the G genes, in order.
     categories
-        By column: the values, as strings, in the order of their codes.
+        For each categorical column, its values as strings, in the order of their codes.
     scaling
-        By continuous column: mean and standard deviation.
+        For each continuous column, its mean and standard deviation.
     gene_ids
-        By column of ``adata.var``: other names of the genes.
+        For each column of identifiers in ``adata.var``, the identifiers of the genes.
     missing
-        Of a query: genes of its reference that its cells were not measured for. The decoder's last.
+        For a query, the genes of its reference that were not measured in its cells. They are last in the decoder.
     known
-        Of a query: by categorical column, the number of values that its reference knew.
+        For a query, the number of values that its reference knows, for each categorical column with new values.
     """
 
     setup: Setup
@@ -181,14 +182,14 @@ class Registry:
 
     @classmethod
     def of(cls, adata: AnnData, labels: bool = True) -> "Registry":
-        """Read what `setup_anndata` recorded, with or without the labels, and check ``adata`` again as it is now."""
+        """Read what `setup_anndata` recorded, with or without the labels, and check ``adata`` again."""
         record = {}
         if isinstance(adata, AnnData):
             check_ours(adata)
             record = adata.uns.get("scgen", {}).get("setup")
         if record is None:
             raise ValueError(
-                'adata.uns["scgen"]["setup"] is not there: this AnnData was not set up. Call '
+                'this AnnData was not set up: adata.uns["scgen"]["setup"] is missing. Call '
                 "scgen.setup_anndata(adata, layer=..., batch_key=...) first."
             )
         setup = _setup(adata, dict(record) if labels else {**record, "labels_key": None})
@@ -202,7 +203,7 @@ class Registry:
 
     @property
     def batches(self) -> list[str]:
-        """Names of the batches; one, without a name of its own, where there is no batch column."""
+        """Names of the batches; without a batch column, the one name "all"."""
         return self.categories.get(self.setup.batch_key, ["all"])
 
     @property
@@ -216,10 +217,10 @@ class Registry:
         return [len(self.batches), *(len(self.categories[key]) for key in self.setup.categorical_covariate_keys)]
 
     def store(self, adata: AnnData, rows: np.ndarray | None = None) -> MemoryStore | BackedStore:
-        """Return the values of the model's genes, found by name, in the model's order; to read some rows of, or all."""
+        """Return a store of the values of the model's genes, in its order; for some rows or all."""
         matrix = matrix_of(adata, self.setup.layer)
         if matrix is None or (reason := unreadable(matrix, self.setup.where)):
-            what, fix = (f"{self.setup.where} is no longer there", "Put it back.") if matrix is None else reason
+            what, fix = (f"{self.setup.where} is no longer there", "Restore it.") if matrix is None else reason
             raise ValueError(f"{what}. {fix}")
         try:
             return open_store(matrix, self._gene_columns(adata, warn=True), rows)
@@ -227,12 +228,12 @@ class Registry:
             raise ValueError(f"{self.setup.where} is a damaged sparse matrix: {error}.") from None
 
     def check_new(self, adata: AnnData) -> None:
-        """Raise where another AnnData lacks what the model reads, or has it in a wrong form."""
+        """Raise an error if another AnnData lacks something that the model reads, or has it in a wrong form."""
         check_types(adata, self.setup)
         raise_errors(findings(adata, self.setup, self._gene_columns(adata)), "the model")
 
     def columns(self, adata: AnnData, sums: np.ndarray, rows: np.ndarray | slice = slice(None)) -> dict[str, Tensor]:
-        """Return the fields of `Cells` but for counts and index, of some cells or all; ``sums`` are their values'."""
+        """Return the fields of `Cells` except counts and index, for some cells or all; ``sums`` are their totals."""
         setup, n = self.setup, len(sums)
         obs = _columns_of(adata.obs, [*setup.categorical.values(), *setup.numeric.values()], rows)
         if setup.size_factor_key is not None:
@@ -252,7 +253,7 @@ class Registry:
         }
 
     def view(self, adata: AnnData) -> pd.DataFrame:
-        """Return where in ``adata`` the model reads what, and what is there; see `Model.view_anndata_setup`."""
+        """Return a table of what the model reads in ``adata``, and where; see `Model.view_anndata_setup`."""
         check_types(adata, self.setup)
         self._gene_columns(adata)  # raises where genes are missing
         setup, n = self.setup, adata.n_obs
@@ -274,12 +275,12 @@ class Registry:
         return pd.DataFrame(rows, columns=["part", "where", "what"]).set_index("part")
 
     def known_rows(self, category_rows: Mapping[str, str | int]) -> dict[str, int]:
-        """Return, of a query, the parameters with rows for new categories, and how many rows of each are not new.
+        """Return the parameters of a query that have rows for new categories, and the number of old rows of each.
 
         Parameters
         ----------
         category_rows
-            By parameter, the column that its rows are of: `VAE.category_rows`.
+            The column that each parameter has rows for, as `VAE.category_rows` returns it.
         """
         setup = self.setup
         keys = {
@@ -290,7 +291,7 @@ class Registry:
         return {name: self.known[keys[of]] for name, of in category_rows.items() if keys[of] in self.known}
 
     def obs_of(self, cells: Cells, library: np.ndarray | None) -> dict[str, pd.Categorical | np.ndarray]:
-        """Return the columns of ``adata.obs`` that `columns` would read these cells and their l, (n, 1), from."""
+        """Return columns of ``adata.obs`` for these cells and their l, (n, 1): the inverse of `columns`."""
         setup = self.setup
         codes = {setup.batch_key: cells.batch, setup.labels_key: cells.labels}
         codes |= dict(zip(setup.categorical_covariate_keys, cells.categorical.T, strict=True))
@@ -304,7 +305,7 @@ class Registry:
         return found if setup.size_factor_key is None else found | {setup.size_factor_key: library[:, 0]}
 
     def blank_cells(self, n: int, rng: np.random.Generator) -> Cells:
-        """Return n cells without counts: of batches, labels and other categories drawn evenly, at mean numbers."""
+        """Return n cells without counts, with categories drawn evenly and continuous covariates at their mean."""
 
         def codes(n_values: int) -> Tensor:
             return torch.from_numpy(rng.integers(n_values, size=n))
@@ -321,16 +322,16 @@ class Registry:
         )
 
     def batches_to_average(self, groupby: str | None, batch_correction: bool) -> list[int] | None:
-        """Return the codes of all batches, or None for each cell's own; ValueError where that hides what is asked."""
+        """Return the codes of all batches, or None for each cell's own; ValueError if the groups are the batches."""
         if batch_correction and groupby is not None and groupby == self.setup.batch_key:
             raise ValueError(
-                f"groupby={groupby!r} is the batch_key: averaged over all batches, batches do not differ. Use "
+                f"groupby={groupby!r} is the batch_key: after averaging over all batches, batches do not differ. Use "
                 "batch_correction=False to compare them."
             )
         return list(range(len(self.batches))) if batch_correction else None
 
     def _gene_columns(self, adata: AnnData, warn: bool = False) -> np.ndarray | None:
-        """Return where the model's genes are in ``adata``, None if they are its genes as they stand."""
+        """Return the positions of the model's genes in ``adata``; None if it has the same genes in the same order."""
         if adata.var_names.equals(pd.Index(self.genes)):
             return None
         columns, n_unversioned = places_of(self.genes, adata.var_names[~adata.var_names.duplicated()])
@@ -338,15 +339,15 @@ class Registry:
         if missing:
             raise ValueError(
                 f"{len(missing)} of the model's {len(self.genes)} genes are not in adata.var_names (first: "
-                f"{', '.join(missing[:5])}; adata has {', '.join(adata.var_names[:3])}, ...). Pass the AnnData before "
-                "its genes were selected or renamed."
+                f"{', '.join(missing[:5])}; adata has {', '.join(adata.var_names[:3])}, ...). Pass the AnnData as it "
+                "was before genes were selected or renamed."
             )
         if not adata.var_names.is_unique:
-            raise ValueError("adata.var_names has names more than once. Call adata.var_names_make_unique() first.")
+            raise ValueError("adata.var_names has duplicate names. Call adata.var_names_make_unique() first.")
         if n_unversioned and warn:
             warnings.warn(
-                f"{n_unversioned} of the model's {len(self.genes)} genes were found in adata.var_names by their "
-                "identifiers without versions.",
+                f"{n_unversioned} of the model's {len(self.genes)} genes were matched to adata.var_names by "
+                "identifiers without their versions.",
                 stacklevel=2,
             )
         return columns
@@ -366,26 +367,26 @@ class Registry:
             return np.zeros(n, np.int64)
         try:
             codes = codes_of_column(obs[key], self.categories[key])
-        except TypeError:  # lists, and others that have no hash
+        except TypeError:  # lists and other values without a hash
             raise ValueError(
-                f'adata.obs["{key}"] holds values that cannot be categories, such as lists. Make it a column of names '
-                "that the model knows."
+                f'adata.obs["{key}"] holds values that cannot be categories, such as lists. It must hold names that '
+                "the model knows."
             ) from None
         if (codes < 0).any():
             unknown = names_of(obs[key][codes < 0].unique())
             raise ValueError(
                 f'adata.obs["{key}"] has values that the model has not seen in training: {", ".join(unknown[:5])} '
-                f"({(codes < 0).sum()} cells; it knows: {', '.join(self.categories[key][:12])}). Leave these cells "
-                "out, or train a model on all of them."
+                f"({(codes < 0).sum()} cells; it knows: {', '.join(self.categories[key][:12])}). Leave out "
+                "these cells, or train a model on all cells."
             )
         return codes
 
 
 def _columns_of(obs: pd.DataFrame, keys: Iterable[str], rows: np.ndarray | slice) -> dict[str, pd.Series]:
-    """Return columns of some cells; ValueError where there is not one of each name."""
+    """Return columns for some cells; ValueError unless there is exactly one of each name."""
     for key in keys:
         if (n := list(obs.columns).count(key)) != 1:
-            raise ValueError(f'adata.obs has {n} columns named "{key}", which the model reads; it needs one.')
+            raise ValueError(f'adata.obs has {n} columns named "{key}", which the model reads; it must have one.')
     return {key: obs[key].iloc[rows] for key in keys}
 
 
@@ -394,28 +395,28 @@ def _numbers(obs: dict[str, pd.Series], key: str) -> np.ndarray:
         return obs[key].to_numpy(float)
     except (TypeError, ValueError):
         raise ValueError(
-            f'adata.obs["{key}"] is of type {obs[key].dtype} and holds values that are missing or no numbers; the '
-            "model reads numbers there."
+            f'adata.obs["{key}"] has dtype {obs[key].dtype} and values that are missing or not numbers. The model '
+            "needs numbers there."
         ) from None
 
 
 def standard(values: np.ndarray) -> tuple[float, float]:
-    """Return the mean and the deviation that a continuous covariate is standardised by."""
+    """Return the mean and the standard deviation with which a continuous covariate is standardised."""
     mean, sd = float(values.mean()), float(values.std())
-    # A constant's deviation is rounding noise: dividing by it would blow up whatever differs later.
+    # The standard deviation of a constant is a rounding error. Dividing by it would blow up any later difference.
     return mean, sd if sd > 1e-8 * abs(mean) else 1.0
 
 
 def _setup(adata: AnnData, arguments: dict) -> Setup:
-    """Return the arguments as a `Setup`, their types checked."""
+    """Check the types of the arguments and return them as a `Setup`."""
     taken = {key: arguments[key] for key in Setup.__dataclass_fields__ if key in arguments}
     for key in ("categorical_covariate_keys", "continuous_covariate_keys"):
         value = taken.get(key)
-        # Lists come back from h5ad as arrays.
+        # h5ad reads lists back as arrays.
         listed = value.tolist() if hasattr(value, "tolist") else value
         is_list = isinstance(listed, Iterable) and not isinstance(listed, str)
         taken[key] = () if listed is None else tuple(listed) if is_list else listed
     setup = Setup(**taken)
     check_types(adata, setup)
-    # A NumPy boolean, which anndata 0.11 makes of those in files, is nothing that JSON holds.
+    # JSON cannot hold NumPy booleans, and anndata 0.11 reads booleans from files as such.
     return replace(setup, counts=bool(setup.counts))

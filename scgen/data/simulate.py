@@ -1,4 +1,4 @@
-"""Simulated cells, drawn from the model itself, with their truth."""
+"""Simulate cells from the generative model, and return them with the true parameters."""
 
 from dataclasses import dataclass
 
@@ -26,40 +26,40 @@ def simulate_cells(
     mean_library: float = 2000.0,
     seed: int = 0,
 ) -> AnnData:
-    """Return cells drawn from scVI's model: batches, cell types, library sizes and zero-inflated counts.
+    """Simulate cells from scVI's model, with batches, cell types, library sizes and zero-inflated counts.
 
-    Types are Gaussian clouds of z around centres; log rho is linear in tanh(z) plus a batch's own offsets; log l is
-    normal about a batch's own mean; theta is log-uniform over [0.5, 10]; the zero inflation of genes varies about
-    ``zero_inflation``.
+    Each cell type is a Gaussian cloud of z around its centre. log rho is linear in tanh(z) plus an offset for each
+    batch. log l is normal around the mean of its batch. theta is log-uniform over [0.5, 10]. The zero inflation varies
+    between genes around ``zero_inflation``.
 
     Parameters
     ----------
     n_cells, n_genes, n_batches, n_types, n_latent
-        Sizes. Every batch has all types, in similar proportions.
+        Numbers of cells, genes, batches, cell types and latents. Each batch has all types, in similar proportions.
     batch_effect, type_effect
-        Standard deviation of a batch's offsets, and of the effect of z, on log rho.
+        Standard deviations of the batch offsets and of the effect of z on log rho.
     zero_inflation
-        Median share of extra zeros; 0 for none.
+        Median share of additional zeros; 0 adds none.
     mean_library
         Geometric mean of the library sizes, in counts.
     seed
-        Seed of all draws; the global generators are left alone.
+        Seed of all draws. Global random generators are not used.
 
     Returns
     -------
-    AnnData with counts in ``X`` (CSR, float32) and in ``obs`` "batch", "cell_type" and the true "log_library". The
-    truth: ``obsm["true_z"]``, ``layers["true_scale"]`` (rho, cells x genes), ``var`` "log_theta" and "zi_logit",
-    ``varm["batch_offset"]``; the arguments in ``uns["simulation"]``. A cell that got no counts gets one, in its most
-    expressed gene.
+    AnnData with the counts in ``X`` (CSR, float32). ``obs`` has "batch", "cell_type" and the true "log_library". The
+    other true values are ``obsm["true_z"]``, ``layers["true_scale"]`` (rho, cells x genes), "log_theta" and "zi_logit"
+    in ``var``, and ``varm["batch_offset"]``. ``uns["simulation"]`` has the arguments. A cell without counts is given
+    one count, in its most expressed gene.
 
     Raises
     ------
     ValueError
-        If a size is no whole number from 1, a seed none from 0, or an effect or share is out of its range.
+        If a size is not a whole number of at least 1, the seed is negative, or an effect or share is out of range.
     TypeError
-        If an argument is no number.
+        If an argument is not a number.
     MemoryError
-        If there is no memory for so many cells and genes.
+        If the cells and genes do not fit into memory.
 
     Examples
     --------
@@ -90,7 +90,7 @@ def simulate_cells(
 
 @dataclass(frozen=True)
 class _Truth:
-    """What counts are drawn from: N cells, G genes, B batches."""
+    """Parameters of the counts of N cells, G genes and B batches."""
 
     batch: np.ndarray  # (N,) codes
     cell_type: np.ndarray  # (N,) codes
@@ -115,7 +115,7 @@ def _drawn_truth(
     zero_inflation: float,
     mean_library: float,
 ) -> _Truth:
-    """Draw everything but the counts; the docstring of `simulate_cells` says from what."""
+    """Draw everything except the counts; `simulate_cells` documents the distributions."""
     batch = rng.integers(n_batches, size=n_cells)
     shares = rng.dirichlet(np.full(n_types, 50.0), size=n_batches)
     cell_type = (rng.random(n_cells)[:, None] > shares[batch].cumsum(1)[:, :-1]).sum(1)
@@ -134,7 +134,7 @@ def _drawn_truth(
 
 
 def _drawn_counts(truth: _Truth, seed: int) -> np.ndarray:
-    """Draw the counts, (N, G) float32; a cell without any gets one, in its most expressed gene."""
+    """Draw the counts, (N, G) float32. A cell without counts is given one, in its most expressed gene."""
     log_mu = torch.from_numpy(truth.log_rho + truth.log_library[:, None])
     counts = ZeroInflatedNegativeBinomial(log_mu, torch.from_numpy(truth.log_theta), torch.from_numpy(truth.zi_logit))
     with seeded(seed):
@@ -145,7 +145,7 @@ def _drawn_counts(truth: _Truth, seed: int) -> np.ndarray:
 
 
 def _annotated(x: np.ndarray, truth: _Truth) -> AnnData:
-    """Return the counts with names of cells, genes, batches and types, and with the truth."""
+    """Return an AnnData of the counts, with names of cells, genes, batches and types, and the true parameters."""
     n_cells, n_genes = x.shape
 
     def named(codes: np.ndarray, what: str) -> pd.Categorical:

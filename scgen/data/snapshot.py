@@ -1,4 +1,4 @@
-"""What was read of cells when all of them were checked, to tell whether some of them are still the same."""
+"""Record the cells when all of them are checked, to tell later whether some of them have changed."""
 
 import hashlib
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from scgen.data.stores import BackedStore, MemoryStore, totals_and_squares
 class Snapshot:
     """Names, totals and columns of all cells of an AnnData.
 
-    An answer about some cells reads these alone: it is enough that they have not changed.
+    A method that is called for some cells reads only these, so only these must be unchanged.
 
     Attributes
     ----------
     names
         The names of the N cells.
     sums
-        (2, N) float64: the sums of each cell's values and of their squares. The second shows changes that do not alter
-        the first, such as one count less and another one more.
+        (2, N) float64: the sums of each cell's values and of their squares. The second shows changes that leave the
+        first as it is, such as moving one count to another gene.
     columns
         The other fields of `Cells`.
     """
@@ -35,15 +35,15 @@ class Snapshot:
 
     @classmethod
     def of(cls, registry: Registry, adata: AnnData) -> tuple[MemoryStore | BackedStore, "Snapshot"]:
-        """Read all cells; return their values, too."""
+        """Read all cells. Return a store of their values and the snapshot."""
         store = registry.store(adata)
         sums = totals_and_squares(store)
         return store, cls(adata.obs_names, sums, registry.columns(adata, sums[0]))
 
     def fingerprint(self) -> dict[str, int | str]:
-        """Return number of cells and a hash of their names, totals and columns: equal for the same cells in order.
+        """Return the number of cells and a hash of their names, totals and columns, in their order.
 
-        It is stored in files of models.
+        Saved models contain it.
         """
         digest = hashlib.sha256("\n".join(self.names).encode())
         for values in (self.sums[0], *(column.numpy() for column in self.columns.values())):
@@ -53,8 +53,8 @@ class Snapshot:
     def holds(
         self, registry: Registry, adata: AnnData, store: MemoryStore | BackedStore, rows: np.ndarray | None
     ) -> bool:
-        """Say whether some cells, or all, are those that were read, with the same totals and columns."""
-        # The index of a table cannot be changed in place: the same one has the same names.
+        """Tell whether some cells, or all, have the same names, totals and columns as when they were read."""
+        # An index of pandas cannot be changed in place: the same object has the same names.
         if adata.obs_names is not self.names and not adata.obs_names.equals(self.names):
             return False
         sums, rows = totals_and_squares(store, rows), slice(None) if rows is None else rows
@@ -65,5 +65,5 @@ class Snapshot:
 
 
 def _same(found: np.ndarray, expected: np.ndarray) -> bool:
-    """Say whether numbers are the same but for rounding, which depends on the order in which a sum is taken."""
+    """Tell whether numbers are equal up to rounding errors, which depend on the order of summation."""
     return bool((np.abs(found - expected) <= 5e-4 + 1e-12 * np.abs(expected)).all())

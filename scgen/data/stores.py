@@ -1,4 +1,4 @@
-"""Where the values of the cells lie, and how some rows of them become a tensor."""
+"""Stores hold the values of the cells, in memory, on disk or on a GPU, and return rows of them as tensors."""
 
 import warnings
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from scgen.kernels import dispatch
 
-#: Entries of a file that are checked at a time.
+#: Number of entries of a file that are checked at a time.
 CHUNK = 2**24
-#: By package of an array that is not read: how it becomes one that is.
+#: Arrays of these packages cannot be read; the text says how to convert them.
 LOADED = {
     "dask": "Load it: adata = adata.to_memory().",
     "cupy": "Copy it from the GPU: {where} = {where}.get().",
@@ -22,7 +22,7 @@ LOADED = {
     "xarray": "Make it an array: {where} = {where}.to_numpy().",
     "sparse": "Make it a sparse matrix of scipy: {where} = {where}.tocsr().",
 }
-#: Rows are few where there are so many times as many.
+#: Rows are "few" if the matrix has at least this many times as many.
 FEW = 8
 
 
@@ -32,7 +32,7 @@ class DamagedMatrix(ValueError):
     Attributes
     ----------
     row
-        The first row where it does not; None where no single row is at fault.
+        The first row with an error; None if the error is not in a single row.
     """
 
     def __init__(self, text: str, row: int | None = None):
@@ -46,9 +46,9 @@ class MemoryStore:
     Parameters
     ----------
     matrix
-        (N, G'), numbers of any dtype. CSR and dense are read in place; other sparse formats are copied to CSR.
+        (N, G'), of any numeric dtype. Dense and CSR matrices are not copied; other sparse formats are copied to CSR.
     columns
-        Which G columns to read, in this order; None for all.
+        The G columns to read, in this order; None reads all.
     """
 
     def __init__(self, matrix: np.ndarray | sparse.spmatrix | sparse.sparray, columns: np.ndarray | None = None):
@@ -67,7 +67,7 @@ class MemoryStore:
         consecutive = last - first == len(index) and (np.diff(index) == 1).all()
         if not (consecutive and self.matrix.has_canonical_format):
             return _csr(self.matrix[index])
-        # Consecutive rows, which most questions are about, need no copy.
+        # Consecutive rows, the usual case after training, need no copy.
         indptr = self.matrix.indptr[first : last + 1]
         entries = slice(indptr[0], indptr[-1])
         return _csr_of(indptr - indptr[0], self.matrix.indices[entries], self.matrix.data[entries], self.shape[1])
@@ -83,9 +83,9 @@ class MemoryStore:
 
 
 class BackedStore:
-    """A matrix on disk, h5ad or zarr, of which only the rows asked for are read.
+    """A matrix on disk, h5ad or zarr. Only the requested rows are read.
 
-    It also serves for some rows of a matrix in memory which a `MemoryStore` would have to copy as a whole.
+    It is also used to read a few rows of a matrix in memory that a `MemoryStore` would have to copy as a whole.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ class BackedStore:
 
     def as_stored(self, index: np.ndarray) -> np.ndarray | sparse.csr_matrix:
         """Return the rows ``index``, in its order, as stored."""
-        # Files are read in ascending order, each row once; the order asked for is restored here.
+        # Files are read in ascending order, each row once. The requested order is restored here.
         ascending, inverse = np.unique(index, return_inverse=True)
         return self._cut(self.matrix[ascending])[inverse]
 
@@ -117,27 +117,27 @@ class BackedStore:
 
     def _cut(self, block, first_row: int = 0):
         if sparse.issparse(block):
-            # A file may change at any time, so that every block is checked, before compiled code reads it.
+            # A file may change at any time, so every block is checked before compiled code reads it.
             check_structure(block, first_row)
             block = block.tocsr()
         return block if self.columns is None else block[:, self.columns]
 
 
 class DeviceStore:
-    """The values of a `MemoryStore` as CSR in the memory of a device, which makes rows of them dense.
+    """The values of a `MemoryStore` as a CSR matrix in the memory of a device, which makes the rows dense.
 
-    Values are kept in the first of `DTYPES` that holds them all as float32 has them; columns are int32 and row pointers
-    int64. The form is canonical: the columns of a row ascend, and none is stored twice.
+    Values have the first dtype of `DTYPES` that holds them as exactly as float32 does. Columns are int32, row pointers
+    int64. The form is canonical: the columns of a row are in ascending order, without duplicates.
 
     Parameters
     ----------
     store
-        Where the values are now; it is read twice, by blocks, and not kept.
+        The values to copy. It is read twice, by blocks, and not kept.
     device
-        Where they go.
+        The device to copy them to.
     """
 
-    #: A wider integer would save nothing beside float32, which is what rows are made of in any case.
+    #: A wider integer would take as much memory as float32, and rows are float32 in any case.
     DTYPES = (np.uint8, np.int16, np.float32)
 
     def __init__(self, store: MemoryStore, device: torch.device):
@@ -156,7 +156,7 @@ class DeviceStore:
             row, entry = row + block.shape[0], last
 
     def _measure(self, store: MemoryStore) -> tuple[int, type]:
-        """Return the number of entries, and the dtype that holds them all."""
+        """Return the number of entries and the dtype that holds them all."""
         n_entries, dtypes = 0, self.DTYPES
         for block in _canonical_blocks(store):
             n_entries += block.nnz
@@ -172,34 +172,34 @@ class DeviceStore:
 
 
 def on_device(store: MemoryStore | BackedStore, device: torch.device) -> MemoryStore | BackedStore | DeviceStore:
-    """Return the values in the memory of a GPU, if the device is one and they fit; else the store itself.
+    """Copy the values to the memory of a GPU, if the device is a GPU and they fit; else return the store itself.
 
-    They fit if 8 bytes an entry, as they take at most, and 8 a row are no more than half of the memory that is free:
-    the other half is for the weights and the minibatches. Values on disk stay there.
+    The values fit if 8 bytes per entry, the most that they take, and 8 bytes per row are at most half of the free
+    memory. The other half is for the weights and the minibatches. Values on disk stay on disk.
     """
     if device.type != "cuda" or not isinstance(store, MemoryStore):
         return store
     n_entries = store.matrix.nnz if sparse.issparse(store.matrix) else np.count_nonzero(store.matrix)
     free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch, but unused
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # reserved by torch, but unused
     return DeviceStore(store, device) if 8 * (n_entries + store.shape[0] + 1) <= free // 2 else store
 
 
 def open_store(matrix, columns: np.ndarray | None = None, rows: np.ndarray | None = None) -> MemoryStore | BackedStore:
-    """Return the store for a matrix, by where it lies.
+    """Return the store for a matrix, which depends on where the matrix is.
 
     Parameters
     ----------
     matrix, columns
         As in `MemoryStore` and `BackedStore`.
     rows
-        The rows that will be read; None for all. Where they are few, nothing is done for the others.
+        The rows that will be read; None means all. If they are few, the other rows are neither checked nor copied.
 
     Raises
     ------
     DamagedMatrix
-        If it is sparse, and its structure does not fit its shape. Of CSR matrices on disk the indices are checked when
-        they are read.
+        If the structure of a sparse matrix does not fit its shape. The indices of a CSR matrix on disk are checked only
+        when they are read.
     """
     form = getattr(matrix, "format", None)
     few = rows is not None and FEW * len(rows) <= matrix.shape[0]
@@ -213,27 +213,27 @@ def open_store(matrix, columns: np.ndarray | None = None, rows: np.ndarray | Non
 
 
 def in_memory(matrix) -> bool:
-    """Say whether a matrix lies in memory."""
+    """Tell whether a matrix is in memory."""
     return sparse.issparse(matrix) or isinstance(matrix, np.ndarray)
 
 
 def unreadable(matrix, where: str) -> tuple[str, str] | None:
-    """Say why an object in place of a matrix is not read, and name the call that helps; None if it is read."""
+    """Return why a matrix cannot be read, and the call that fixes it; None if it can be read."""
     package = type(matrix).__module__.partition(".")[0]
     if np.ma.is_masked(matrix):
-        return f"{where} is a masked array with masked values", f"Fill them in: {where} = {where}.filled(0)."
+        return f"{where} is a masked array with masked values", f"Fill them: {where} = {where}.filled(0)."
     if not in_memory(matrix) and package not in ("h5py", "zarr", "anndata"):
-        text = f"{where} is a {package}.{type(matrix).__name__}, not an array, a sparse matrix or one on disk"
+        text = f"{where} is a {package}.{type(matrix).__name__}, not an array, a sparse matrix or a matrix on disk"
         return text, LOADED.get(package, "Make it an array: {where} = numpy.asarray({where}).").format(where=where)
     if getattr(matrix, "format", None) in ("csr", "csc") and matrix.dtype == np.float16:
         fix = f'Convert it: {where}.data = {where}.data.astype("float32").'
         fix = fix if in_memory(matrix) else "Write the file with float32."
-        return f"{where} is a sparse matrix of float16, with which scipy does not compute", fix
+        return f"{where} is a sparse matrix of float16, which scipy does not support", fix
     return None
 
 
 def _check_rows(matrix: sparse.csr_matrix | sparse.csr_array, rows: np.ndarray) -> None:
-    """Do for some rows what `check_structure` does for all; what they have is copied."""
+    """Check some rows as `check_structure` does, on a copy of them."""
     n_entries = len(matrix.indices)
     if matrix.indptr.shape == (matrix.shape[0] + 1,) and matrix.data.shape == matrix.indices.shape == (n_entries,):
         first, last = matrix.indptr[rows], matrix.indptr[rows + 1]
@@ -244,17 +244,17 @@ def _check_rows(matrix: sparse.csr_matrix | sparse.csr_array, rows: np.ndarray) 
 
 
 def check_structure(matrix, first_row: int = 0) -> None:
-    """Raise DamagedMatrix where pointers or indices of a CSR or CSC matrix, in memory or on disk, do not fit its shape.
+    """Raise DamagedMatrix if pointers or indices of a CSR or CSC matrix, in memory or on disk, do not fit its shape.
 
-    Compiled code, that of scipy included, reads and writes where they point to without a check of its own: wrong ones
-    end the process, or change other data.
+    Compiled code, including that of scipy, does not check them before it reads and writes. Wrong ones crash the process
+    or change other data.
 
     Parameters
     ----------
     matrix
-        Its indices are not read if it is CSR and on disk: `BackedStore` checks them in the blocks that it reads.
+        The indices of a CSR matrix on disk are not read here: `BackedStore` checks them in each block that it reads.
     first_row
-        Number of the first row, for messages.
+        Number of the first row, used in messages.
     """
     here = sparse.issparse(matrix)
     names = ("indptr", "indices", "data")
@@ -262,13 +262,13 @@ def check_structure(matrix, first_row: int = 0) -> None:
     indptr, by_row = np.asarray(indptr[:]), matrix.format == "csr"
     n_major, n_minor = matrix.shape if by_row else matrix.shape[::-1]
     if indptr.dtype.kind not in "iu" or indices.dtype.kind not in "iu":
-        raise DamagedMatrix(f"indptr and indices are {indptr.dtype} and {indices.dtype}, and not integers")
+        raise DamagedMatrix(f"indptr and indices are {indptr.dtype} and {indices.dtype}, not integers")
     if indptr.shape != (n_major + 1,):
         raise DamagedMatrix(f"indptr has {indptr.size} values; the shape {tuple(matrix.shape)} needs {n_major + 1}")
     if indices.ndim != 1 or indices.shape != data.shape:
-        raise DamagedMatrix(f"indices has the shape {indices.shape}, and data has {data.shape}")
+        raise DamagedMatrix(f"indices has the shape {indices.shape}, but data has {data.shape}")
     if (falls := np.flatnonzero(indptr[1:] < indptr[:-1])).size:
-        raise DamagedMatrix("indptr falls where it must rise", first_row + int(falls[0]) if by_row else None)
+        raise DamagedMatrix("indptr decreases", first_row + int(falls[0]) if by_row else None)
     if indptr[0] != 0 or indptr[-1] != indices.shape[0]:
         raise DamagedMatrix(f"indptr goes from {indptr[0]} to {indptr[-1]}; it must go from 0 to {indices.shape[0]}")
     if by_row and not here:
@@ -280,16 +280,16 @@ def check_structure(matrix, first_row: int = 0) -> None:
         first = int(np.flatnonzero((chunk < 0) | (chunk >= n_minor))[0])
         row = first_row + int(np.searchsorted(indptr, start + first, side="right")) - 1 if by_row else None
         what = "columns" if by_row else "rows"
-        raise DamagedMatrix(f"indices has {chunk[first]}; the {n_minor} {what} have the numbers from 0", row)
+        raise DamagedMatrix(f"indices has {chunk[first]}, but the {what} go from 0 to {n_minor - 1}", row)
 
 
 def totals(store: MemoryStore | BackedStore, rows: np.ndarray | None = None) -> np.ndarray:
-    """Return the sum of each row, (N,) float64; or those of some rows, in their order."""
+    """Return the sum of each row, (N,) float64, or of some rows, in their order."""
     return totals_and_squares(store, rows)[0]
 
 
 def totals_and_squares(store: MemoryStore | BackedStore, rows: np.ndarray | None = None) -> np.ndarray:
-    """Return the sum of each row and that of its values' squares, (2, N) float64; or those of some rows."""
+    """Return the sum of each row and the sum of its squares, (2, N) float64, or those of some rows."""
     if rows is not None and FEW * len(rows) > store.shape[0]:
         return totals_and_squares(store)[:, rows]
     if rows is not None:
@@ -299,11 +299,11 @@ def totals_and_squares(store: MemoryStore | BackedStore, rows: np.ndarray | None
     else:
         parts = (block for _, block in store.blocks())
     sums = np.concatenate([dispatch.row_sums(part) for part in parts], axis=1)
-    return sums.astype(np.float64, copy=False)  # sums of long doubles are some
+    return sums.astype(np.float64, copy=False)  # the sums of long doubles are long doubles
 
 
 def _csr(rows: sparse.csr_matrix | sparse.csr_array) -> Tensor:
-    rows = _canonical(rows)  # a function of the stored entries is to be one of the values
+    rows = _canonical(rows)  # a function is applied to stored entries: no value may be in two of them
     return _csr_of(rows.indptr, rows.indices, rows.data, rows.shape[1])
 
 
@@ -311,14 +311,14 @@ def _csr_of(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, n_columns
     dtype = np.int32 if indptr[-1] < 2**31 else np.int64
     parts = indptr.astype(dtype, copy=False), indices.astype(dtype, copy=False), data.astype(np.float32, copy=False)
     with warnings.catch_warnings():
-        # The matrix may be in memory that cannot be written, as a file's; the tensors are only read.
+        # The matrix may be in read-only memory, such as a mapped file. The tensors are only read.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         tensors = [torch.from_numpy(part) for part in parts]
     return _csr_tensor(*tensors, n_columns)
 
 
 def csr_rows(indptr: Tensor, indices: Tensor, values: Tensor, rows: Tensor, n_columns: int) -> Tensor:
-    """Return some rows of a CSR matrix, in the order asked for, as a float32 CSR tensor."""
+    """Return some rows of a CSR matrix, in the requested order, as a float32 CSR tensor."""
     n_entries, entries = dispatch.entries_of_rows(indptr, rows)
     ends = torch.cat([n_entries.new_zeros(1), n_entries.cumsum(0)])
     return _csr_tensor(ends.to(indices.dtype), indices[entries], values[entries].float(), n_columns)
@@ -331,22 +331,22 @@ def _csr_tensor(indptr: Tensor, indices: Tensor, values: Tensor, n_columns: int)
 
 
 def _canonical(rows: sparse.csr_matrix | sparse.csr_array) -> sparse.csr_matrix | sparse.csr_array:
-    """Return the rows with ascending columns, and none of these stored twice."""
+    """Return the rows with their columns in ascending order and without duplicates."""
     if not rows.has_canonical_format:
-        # A copy, since what they consist of may be the store's own; small integers might overflow where they add up.
+        # Copy, because the arrays may belong to the store. Use float32, because sums of small integers may overflow.
         rows = rows.astype(np.float32, copy=True)
         rows.sum_duplicates()
     return rows
 
 
 def _canonical_blocks(store: MemoryStore) -> Iterator[sparse.csr_array]:
-    """Iterate over blocks of rows as CSR, the columns of each row in ascending order and each once."""
+    """Iterate over blocks of rows in canonical CSR form."""
     for _, block in store.blocks():
         yield _canonical(sparse.csr_array(block))
 
 
 def _holds(dtype: type, values: np.ndarray) -> bool:
-    """Say whether a dtype holds values as they are; float32 holds what is made of them in any case."""
+    """Tell whether a dtype holds the values exactly; True for float32, to which they are converted in any case."""
     if dtype is np.float32 or not len(values):
         return True
     info = np.iinfo(dtype)

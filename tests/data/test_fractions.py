@@ -40,7 +40,7 @@ def test_counts_won_back_from_log1p(adata, form):
     distance = np.abs(np.expm1(np.log1p(counts)) - counts).max()
     assert 0 < distance < 0.05
     message = refusal(adata)
-    assert f"all lie within {distance:.2g} of whole numbers. They are counts but for rounding" in message
+    assert f"all lie within {distance:.2g} of whole numbers. They are counts with rounding errors" in message
     found = run_the_call(message, adata)
     np.testing.assert_array_equal(found.toarray() if sparse.issparse(found) else found, counts)
 
@@ -71,7 +71,7 @@ def test_fractions_of_a_correction(adata):
     adata.X = sparse.csr_matrix(corrected)
     message = refusal(adata)
     assert f"the farthest lies {farthest:.2g} from a whole number" in message
-    for word in ("SoupX", "RSEM", "counts before it", "counts=False"):
+    for word in ("SoupX", "RSEM", "counts before them", "counts=False"):
         assert word in message
     np.testing.assert_array_equal(run_the_call(message, adata).toarray(), np.rint(corrected))
 

@@ -112,7 +112,7 @@ def test_mudata(adata, model, tmp_path):
 
 
 def test_containers_of_several_tables(model, tmp_path):
-    for name, words in (("mod", 'modalities (first, second), mdata["first"]'), ("tables", 'sdata.tables["first"]')):
+    for name, words in (("mod", 'modalities (first, second): mdata["first"]'), ("tables", 'sdata.tables["first"]')):
         holder = SimpleNamespace(**{name: {"first": None, "second": None}})
         for call in calls(holder, model, tmp_path).values():
             with pytest.raises(TypeError) as refused:
@@ -133,7 +133,7 @@ def test_masked_arrays(adata, layer):
         if masked:
             with pytest.raises(ValueError, match="masked values") as refused:
                 scgen.setup_anndata(adata, layer=layer)
-            assert f"{where} is a masked array with masked values. Fill them in: {where} = {where}.filled(0)." in str(
+            assert f"{where} is a masked array with masked values. Fill them: {where} = {where}.filled(0)." in str(
                 refused.value
             )
         else:
@@ -209,7 +209,7 @@ def test_columns_of_what_cannot_be_categories(adata, model, value, role):
         column.iat[i] = value
     adata.obs["c"] = column
     arguments = {role: ["c"] if role.endswith("keys") else "c"}
-    words = rf'adata\.obs\["c"\] holds values that cannot be categories: a {type(value).__name__} \(first at cell_6\)'
+    words = rf'adata\.obs\["c"\] holds values that cannot be categories \(a {type(value).__name__} at cell_6\)'
     with pytest.raises(ValueError, match=words):
         scgen.setup_anndata(adata, **arguments)
     assert scgen.check(adata, **arguments)["level"].tolist() == ["error"]
@@ -248,14 +248,14 @@ def test_a_covariate_of_booleans(adata, values):
 
 
 BAD_NAMES = {
-    "integers": (pd.Index(np.arange(N)), "are not all strings (such as 0)", ".astype(str)"),
+    "integers": (pd.Index(np.arange(N)), "are not all strings (one is 0)", ".astype(str)"),
     "one missing": (  # None, but of pandas 3 NaN
         pd.Index([*map(str, range(N - 1)), None]),
-        f"are not all strings (such as {pd.Index(['a', None])[1]!r})",
+        f"are not all strings (one is {pd.Index(['a', None])[1]!r})",
         ".astype(str)",
     ),
     "pairs": (pd.MultiIndex.from_arrays([["a"] * N, range(N)]), "are a MultiIndex", '"_".join(map(str, name))'),
-    "days": (pd.date_range("2020", periods=N), "are not all strings (such as Timestamp(", ".astype(str)"),
+    "days": (pd.date_range("2020", periods=N), "are not all strings (one is Timestamp(", ".astype(str)"),
 }
 
 
@@ -297,9 +297,9 @@ def test_a_record_that_is_none(adata, held):
         lambda: scgen.integrate(adata, "batch"),
     ):
         with pytest.raises(
-            ValueError, match=r'adata\.uns\["scgen"\] holds .* not ours: del adata\.uns\["scgen"\] first'
+            ValueError, match=r'adata\.uns\["scgen"\] holds .* not from scgen: del adata\.uns\["scgen"\]'
         ):
             call()
     adata.uns["scgen"] = {"setup": held}
-    with pytest.raises(ValueError, match=r'uns\["scgen"\]\["setup"\] (holds|is not there)'):
+    with pytest.raises(ValueError, match=r'uns\["scgen"\]\["setup"\] (holds|is missing)'):
         scgen.SCVI(adata)

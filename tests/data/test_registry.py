@@ -270,10 +270,10 @@ WRONG_VALUES = {
     "NaN": (counts_with(np.nan), ["adata.X has 1 NaN or infinite values", 'cell "cell_8"', "numpy.isfinite"]),
     "NaN, dense": (counts_with(np.nan, dense=True), ["adata.X has 1 NaN or infinite values", 'cell "cell_8"']),
     "infinity": (counts_with(np.inf), ["adata.X has 1 NaN or infinite values", 'cell "cell_8"']),
-    "log1p of CP10K": (logged, ["not integers", "look like log1p of counts scaled to 10000 a cell", "counts=False"]),
+    "log1p of CP10K": (logged, ["not integers", "look like log1p of counts scaled to 10000 per cell", "counts=False"]),
     "CPM": (
         per_million,
-        ["not integers", "look like counts scaled to 1e+06 a cell", 'SCVI(adata, gene_likelihood="normal")'],
+        ["not integers", "look like counts scaled to 1e+06 per cell", 'SCVI(adata, gene_likelihood="normal")'],
     ),
     "log1p, unscaled": (
         logged_only,
@@ -286,7 +286,7 @@ WRONG_VALUES = {
         ['adata.layers["norm"] has', "adata.X looks like counts: setup_anndata(adata), without layer"],
     ),
     "counts in raw": (logged_with_raw, ["adata.raw looks like counts", 'setup_anndata(adata, layer="counts")']),
-    "a layer of texts beside": (beside_a_layer_of_texts, ["look like log1p of counts scaled to 10000 a cell"]),
+    "a layer of texts beside": (beside_a_layer_of_texts, ["look like log1p of counts scaled to 10000 per cell"]),
     "empty cells": (
         empty_cells,
         ["2 cells have no counts in adata.X", "cell_4, cell_10", "sc.pp.filter_cells(adata, min_counts=1)"],
@@ -305,15 +305,15 @@ WRONG_VALUES = {
     "no X, no layer": (no_x_at_all, ["adata.X is empty (None)", "adata.X = counts"]),
     "no such layer": (
         near_layer,
-        ['layer="count" is no layer of adata', "it has: true_scale, counts", 'layer="counts"'],
+        ['layer="count" is not a layer of adata', "it has: true_scale, counts", 'layer="counts"'],
     ),
     "no layer like it": (
         given_(layer="zzz"),
-        ['layer="zzz" is no layer', "it has: true_scale", "Leave layer out to read adata.X"],
+        ['layer="zzz" is not a layer', "it has: true_scale", "Leave layer out to read adata.X"],
     ),
     "gene names twice": (
         genes_twice,
-        ["adata.var_names has 1 names more than once (gene_1)", "adata.var_names_make_unique()"],
+        ["adata.var_names has 1 duplicate names (gene_1)", "adata.var_names_make_unique()"],
     ),
     "no cells": (no_cells, ["adata has no cells", "filter"]),
     "no genes": (lambda a: {"adata": a[:, :0].copy()}, ["adata has no genes", "filter"]),
@@ -322,14 +322,17 @@ WRONG_COLUMNS = {
     "no batch column": (
         given_(batch_key="bach"),
         [
-            'batch_key="bach" is no column of adata.obs',
+            'batch_key="bach" is not a column of adata.obs',
             "it has: batch, cell_type",
             'setup_anndata(adata, batch_key="batch")',
         ],
     ),
-    "nothing like it": (given_(batch_key="zzz"), ['batch_key="zzz" is no column', "it has: batch", "Name one of them"]),
-    "in obsm": (given_(batch_key="true_z"), ['batch_key="true_z" is no column', '"true_z" is in adata.obsm']),
-    "in var": (given_(batch_key="zi_logit"), ['batch_key="zi_logit" is no column', '"zi_logit" is in adata.var']),
+    "nothing like it": (
+        given_(batch_key="zzz"),
+        ['batch_key="zzz" is not a column', "it has: batch", "Name one of these"],
+    ),
+    "in obsm": (given_(batch_key="true_z"), ['batch_key="true_z" is not a column', '"true_z" is in adata.obsm']),
+    "in var": (given_(batch_key="zi_logit"), ['batch_key="zi_logit" is not a column', '"zi_logit" is in adata.var']),
     "no labels": (
         given_(labels_key="celltype"),
         ['labels_key="celltype"', 'setup_anndata(adata, labels_key="cell_type")'],
@@ -340,11 +343,11 @@ WRONG_COLUMNS = {
     ),
     "no categorical covariate": (
         given_(categorical_covariate_keys=["doner"]),
-        ['"doner" is no column', 'setup_anndata(adata, categorical_covariate_keys=["donor"])'],
+        ['"doner" is not a column', 'setup_anndata(adata, categorical_covariate_keys=["donor"])'],
     ),
     "no continuous covariate": (
         given_(continuous_covariate_keys=["percent_mit"]),
-        ['"percent_mit" is no column', 'setup_anndata(adata, continuous_covariate_keys=["percent_mito"])'],
+        ['"percent_mit" is not a column', 'setup_anndata(adata, continuous_covariate_keys=["percent_mito"])'],
     ),
     "NaN in batch": (
         column_with("batch", np.nan, "batch_key"),
@@ -352,7 +355,7 @@ WRONG_COLUMNS = {
             'batch_key: adata.obs["batch"] is NaN for 2 cells',
             "cell_4, cell_10",
             '.fillna("missing")',
-            "drop these cells",
+            "remove these cells",
         ],
     ),
     "None in batch": (object_batch, ['batch_key: adata.obs["batch"] is NaN for 2 cells', "cell_4, cell_10"]),
@@ -393,21 +396,24 @@ WRONG_COLUMNS = {
         column_with("percent_mito", np.nan, "continuous_covariate_keys"),
         ["2 NaN or infinite", "cell_4, cell_10"],
     ),
-    "covariate missing": (nullable, ['adata.obs["age"] has 1 NaN or infinite values', "cell_1", "Fill them in"]),
+    "covariate missing": (
+        nullable,
+        ['adata.obs["age"] has 1 NaN or infinite values', "cell_1", "Replace these"],
+    ),
     "covariate infinite": (
         column_with("percent_mito", -np.inf, "continuous_covariate_keys"),
         ["2 NaN or infinite", "cell_4"],
     ),
     "one column, two roles": (
         given_(batch_key="batch", categorical_covariate_keys=["batch"]),
-        ['"batch" is named twice', "one place only"],
+        ['"batch" is named twice', "one argument only"],
     ),
     "one covariate twice": (given_(categorical_covariate_keys=["donor", "donor"]), ['"donor" is named twice']),
     "1 and '1'": (
         mixed_types,
-        ['adata.obs["plate"] has values that differ in type but not in writing', ".astype(str)"],
+        ['adata.obs["plate"] has values of different types with the same text', ".astype(str)"],
     ),
-    "two columns of one name": (column_twice, ["batch", "more than once"]),
+    "two columns of one name": (column_twice, ["batch", "it must have one"]),
     "several": (several, ["found 3 problems", 'batch_key="bach"', "not positive", "1 negative values"]),
 }
 WRONG_TYPES = {
@@ -415,11 +421,11 @@ WRONG_TYPES = {
     "an array": (lambda a: {"adata": a.X.toarray()}, ["adata is a ndarray, not an AnnData", "AnnData(X)"]),
     "a text for categories": (
         given_(categorical_covariate_keys="donor"),
-        ["'donor' is a string where a list belongs", "categorical_covariate_keys=['donor']"],
+        ["'donor' is a string; it takes a list", "categorical_covariate_keys=['donor']"],
     ),
     "a text for numbers": (
         given_(continuous_covariate_keys="percent_mito"),
-        ["is a string where a list belongs", "continuous_covariate_keys=['percent_mito']"],
+        ["is a string; it takes a list", "continuous_covariate_keys=['percent_mito']"],
     ),
     "a list for the batch": (
         given_(batch_key=["batch", "donor"]),
@@ -436,7 +442,7 @@ WRONG_TYPES = {
         ["categorical_covariate_keys=['donor', 3]", "column names"],
     ),
     "a number for a list": (given_(continuous_covariate_keys=3), ["continuous_covariate_keys=3", "list"]),
-    "counts a text": (given_(counts="no"), ["counts='no' is neither True nor False"]),
+    "counts a text": (given_(counts="no"), ["counts='no' must be True or False"]),
 }
 WRONG = {name: (damage, ValueError, words) for name, (damage, words) in (WRONG_VALUES | WRONG_COLUMNS).items()}
 WRONG |= {name: (damage, TypeError, words) for name, (damage, words) in WRONG_TYPES.items()}
@@ -794,7 +800,7 @@ def test_a_second_setup_replaces_the_first(good):
     scgen.setup_anndata(good, **EVERYTHING)
     scgen.setup_anndata(good, labels_key="cell_type")
     assert good.uns["scgen"] == {"integrate": {"key": ["batch"]}, "setup": {"labels_key": "cell_type", "counts": True}}
-    with pytest.raises(ValueError, match="no column"):
+    with pytest.raises(ValueError, match="not a column"):
         scgen.setup_anndata(good, batch_key="bach")
     assert good.uns["scgen"]["setup"] == {"labels_key": "cell_type", "counts": True}
 
@@ -830,10 +836,10 @@ def test_values_that_are_no_counts(good):
         (counts_with(np.nan), "NaN or infinite"),
         (empty_cells, "2 cells have no counts"),
         (object_batch, r'obs\["batch"\] is NaN for 2 cells'),
-        (genes_twice, "names more than once"),
-        (lambda a: a.obs.__delitem__("donor"), '"donor" is no column'),
+        (genes_twice, "duplicate names"),
+        (lambda a: a.obs.__delitem__("donor"), '"donor" is not a column'),
         (column_with("size_factor", 0.0, "size_factor_key"), "not positive"),
-        (lambda a: a.uns.__delitem__("scgen"), r"was not set up\. Call scgen\.setup_anndata"),
+        (lambda a: a.uns.__delitem__("scgen"), r"was not set up: .* Call scgen\.setup_anndata"),
     ],
 )
 def test_cells_changed_since_setup_are_refused(good, change, words):
@@ -877,7 +883,7 @@ def test_check_tells_of_a_design_without_full_rank(good):
     table = scgen.check(good, batch_key="batch", categorical_covariate_keys=["donor"])
     assert table["level"].tolist() == ["warning", "warning"]
     assert 'Cramer\'s V of "batch" and "donor" is 1.00' in table["finding"][0]
-    assert table["finding"][1] == "the design of batch, donor lacks 1 of 5 ranks"
+    assert table["finding"][1] == "the design matrix of batch, donor has rank 4; full rank is 5"
     assert table["n"][1] == 1
     # The labels are no part of the design.
     assert len(scgen.check(good, batch_key="batch", labels_key="donor")) == 1

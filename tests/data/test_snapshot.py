@@ -303,8 +303,8 @@ def test_what_was_seen_is_no_part_of_the_model():
 
 @pytest.mark.parametrize(("column", "values", "told"), [
     ("batch", [["b"]] * N, "cannot be categories"),
-    ("age", [["b"]] * N, "no numbers"),
-    ("age", ["old"] * N, "no numbers"),
+    ("age", [["b"]] * N, "not numbers"),
+    ("age", ["old"] * N, "not numbers"),
 ])  # fmt: skip
 def test_columns_that_become_of_another_kind(column, values, told):
     adata, other = cells_of(), cells_of()

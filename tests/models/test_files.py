@@ -213,7 +213,7 @@ def test_unknown_batch(folder, cells):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda a: a.obs.__delitem__("batch"), 'batch_key="batch" is no column'),
+        (lambda a: a.obs.__delitem__("batch"), 'batch_key="batch" is not a column'),
         (lambda a: a.X.data.__setitem__(3, 0.5), "not integers"),
         (lambda a: a.X.data.__setitem__(3, np.nan), "NaN or infinite"),
         (lambda a: setattr(a, "var_names", ["gene_1"] * 2 + a.var_names[2:].tolist()), "gene_2"),

@@ -583,7 +583,7 @@ def test_a_saved_query_goes_on_training_as_it_would_have(reference, new, tmp_pat
 def test_a_saved_query_is_of_its_own_reference(reference, new, tmp_path):
     query = reference.query(new)
     query.save(tmp_path / "query")
-    with pytest.raises(FileExistsError, match="holds a model already"):
+    with pytest.raises(FileExistsError, match="already holds a model"):
         query.save(tmp_path / "query")
     query.save(tmp_path / "query", overwrite=True)
     other = scgen.SCVI(reference.adata, n_latent=6, n_hidden=32)

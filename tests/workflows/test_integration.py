@@ -282,7 +282,7 @@ def test_views_and_backed_files(cells, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"key": "sample"}, ValueError, "no column of adata.obs"),
+        ({"key": "sample"}, ValueError, "not a column of adata.obs"),
         ({"key": []}, ValueError, "key is empty"),
         ({"key": 3}, TypeError, "key"),
         ({"layer": "nope"}, ValueError, "no layer"),
