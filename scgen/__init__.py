@@ -7,6 +7,20 @@ import importlib
 import warnings
 from importlib import metadata
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # what type checkers and editors see in place of `__getattr__`
+    from scgen import plots as plots
+    from scgen.data.registry import check as check
+    from scgen.data.registry import setup_anndata as setup_anndata
+    from scgen.data.simulate import simulate_cells as simulate_cells
+    from scgen.evaluation.posterior_predictive import PosteriorPredictiveCheck as PosteriorPredictiveCheck
+    from scgen.evaluation.posterior_predictive import posterior_predictive_check as posterior_predictive_check
+    from scgen.models.scvi import SCVI as SCVI
+    from scgen.workflows.integration import integrate as integrate
+    from scgen.workflows.tuning import PRESETS as PRESETS
+    from scgen.workflows.tuning import Tuning as Tuning
+    from scgen.workflows.tuning import tune as tune
+
 __version__ = "0.1.0"
 
 _HOME = {

@@ -32,8 +32,8 @@ def asked_for(
     groupby: str | None,
     group1: str | Sequence[str] | None,
     group2: str | None,
-    idx1: Sequence[int] | Sequence[bool] | None,
-    idx2: Sequence[int] | Sequence[bool] | None,
+    idx1: Sequence[int] | Sequence[bool] | np.ndarray | None,
+    idx2: Sequence[int] | Sequence[bool] | np.ndarray | None,
 ) -> tuple[np.ndarray, list[Comparison]]:
     """Return what `by_column` or `by_rows` does, by which of the two is asked for; ValueError for both or neither."""
     if groupby is not None and idx1 is None and idx2 is None:
@@ -130,7 +130,7 @@ def _check_group(what: str, group: str, groupby: str, names: list[str]) -> None:
 
 
 def by_rows(
-    n_cells: int, idx1: Sequence[int] | Sequence[bool], idx2: Sequence[int] | Sequence[bool] | None
+    n_cells: int, idx1: Sequence[int] | Sequence[bool], idx2: Sequence[int] | Sequence[bool] | np.ndarray | None
 ) -> tuple[np.ndarray, list[Comparison]]:
     """Return the same for rows or masks; None compares with all other cells.
 

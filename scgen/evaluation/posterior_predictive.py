@@ -56,7 +56,7 @@ def posterior_predictive_check(
     model: ExpressionModel,
     *,
     adata: AnnData | None = None,
-    indices: Sequence[int] | None = None,
+    indices: Sequence[int] | np.ndarray | None = None,
     n_samples: int = 25,
     seed: int = 0,
 ) -> PosteriorPredictiveCheck:

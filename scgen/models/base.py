@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -176,7 +177,7 @@ class Model(metaclass=Answering):
         self,
         adata: AnnData | None = None,
         *,
-        indices: Sequence[int] | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
         give_mean: bool = True,
         return_dist: bool = False,
         batch_size: int = 4096,
@@ -226,7 +227,7 @@ class Model(metaclass=Answering):
         self,
         adata: AnnData | None = None,
         *,
-        indices: Sequence[int] | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
         return_mean: bool = True,
         batch_size: int = 1024,
         seed: int = 0,
@@ -245,7 +246,7 @@ class Model(metaclass=Answering):
         self,
         adata: AnnData | None = None,
         *,
-        indices: Sequence[int] | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
         return_mean: bool = True,
         batch_size: int = 1024,
         seed: int = 0,
@@ -262,7 +263,7 @@ class Model(metaclass=Answering):
         self,
         adata: AnnData | None = None,
         *,
-        indices: Sequence[int] | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
         n_mc_samples: int = 1000,
         return_mean: bool = True,
         return_ess: bool = False,
@@ -296,7 +297,11 @@ class Model(metaclass=Answering):
         return float(values.mean()) if return_mean else values
 
     def active_units(
-        self, adata: AnnData | None = None, *, indices: Sequence[int] | None = None, threshold: float = 0.01
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Sequence[int] | np.ndarray | None = None,
+        threshold: float = 0.01,
     ) -> pd.DataFrame:
         """Return how much the model uses each latent of z, in the order of `get_latent_representation`.
 
@@ -376,7 +381,7 @@ class Model(metaclass=Answering):
             files.save(self, folder, overwrite)
 
     @classmethod
-    def load(cls, folder: str | Path, adata: AnnData | None = None) -> "Model":
+    def load(cls, folder: str | Path, adata: AnnData | None = None) -> Self:
         """Load a model that `save` wrote.
 
         Parameters

@@ -93,7 +93,7 @@ def of_training(
 def of_question(
     model,
     adata: AnnData | None,
-    indices: Sequence[int] | None,
+    indices: Sequence[int] | np.ndarray | None,
     batch_size: int,
     seed: int = 0,
     flags: Mapping[str, bool] | None = None,

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
+import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
@@ -188,7 +190,7 @@ class SCVI(ExpressionModel):
         super().__init__(adata, registry, arguments)
 
     @classmethod
-    def from_scvi_tools(cls, folder: str | Path, adata: AnnData | None = None, *, prefix: str = "") -> "SCVI":
+    def from_scvi_tools(cls, folder: str | Path, adata: AnnData | None = None, *, prefix: str = "") -> Self:
         """Load a model that scvi-tools (1.0 or later) saved. With its weights, it gives the same numbers as scvi-tools.
 
         No code in the file is run: only containers, tensors and arrays are made from its pickle. The training history
@@ -229,7 +231,7 @@ class SCVI(ExpressionModel):
         self,
         adata: AnnData | None = None,
         *,
-        indices: Sequence[int] | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
         n_samples: int = 25,
         batch_size: int = 1024,
         seed: int = 0,
