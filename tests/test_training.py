@@ -5,9 +5,11 @@ import subprocess
 import sys
 import textwrap
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
 
 import scgen
 from scgen.data.stores import DeviceStore, MemoryStore
@@ -205,3 +207,31 @@ def test_a_state_goes_on_to_the_same_weights(device):
         assert elbos_again == elbos
         assert told_again == told
         assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
+
+
+#: A stand-in for the package ipywidgets: what tqdm imports of it.
+WIDGETS = "class HBox: pass\nclass HTML: pass\nclass FloatProgress: pass\n"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_progress_line_in_a_notebook(installed, tmp_path):
+    (tmp_path / "ipywidgets.py").write_text(WIDGETS)
+    # What is None in sys.modules cannot be imported.
+    first = f"sys.path.insert(0, {str(tmp_path)!r})" if installed else 'sys.modules["ipywidgets"] = None'
+    code = f"""
+        import sys
+        {first}
+        from scgen.training.loop import progress_bar
+        import tqdm.notebook
+        with progress_bar(2, "training", "epoch", shown={not installed}) as bar:
+            bar.update(2)
+        print(isinstance(bar, tqdm.notebook.tqdm_notebook))
+        """
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(textwrap.dedent(code))])
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    told = {"stdout": "", "stderr": ""}
+    for output in notebook.cells[0].outputs:
+        told[output.name] += output.text
+    assert told["stdout"] == f"{installed}\n"
+    assert "Warning" not in told["stderr"]
+    assert ("training: 100%" in told["stderr"]) is not installed

@@ -5,11 +5,11 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from scgen.data.loader import CellLoader
 from scgen.seeding import seeded
@@ -17,6 +17,12 @@ from scgen.training.monitoring import Best, evaluate, locate_nonfinite, search_n
 from scgen.training.optimizer import Adam
 from scgen.training.options import Options, default_epochs, warmup_cosine
 from scgen.training.state import TrainingState
+
+# In a notebook, tqdm.auto draws its line as a widget. It warns when it is imported there without ipywidgets.
+if find_spec("ipywidgets"):
+    from tqdm.auto import tqdm
+else:
+    from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
