@@ -207,6 +207,12 @@ def check_memory(name: str, value, n_bytes: float, instead: str) -> None:
         )
 
 
+def set_fields(settings, values: dict) -> None:
+    """Set fields of a frozen dataclass to their checked values; for its ``__post_init__`` alone."""
+    for name, value in values.items():
+        object.__setattr__(settings, name, value)
+
+
 def nearest(name: str, names: Sequence[str]) -> str | None:
     """Return the most similar name, or None if none is similar."""
     return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), None)

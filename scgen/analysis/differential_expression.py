@@ -16,7 +16,7 @@ from torch import Tensor
 from scgen.analysis.comparisons import Comparison
 from scgen.analysis.counterfactual import Condition, as_if
 from scgen.analysis.group_counts import GroupCounts, counts_of
-from scgen.arguments import check_choice, check_draws, check_memory, check_number, check_seed, check_whole
+from scgen.arguments import check_choice, check_draws, check_memory, check_number, check_seed, check_whole, set_fields
 from scgen.data.loader import CellLoader
 from scgen.modules.vae import VAE, question
 from scgen.seeding import seeded
@@ -260,8 +260,7 @@ class Settings:
             "n_cells": check_whole("n_cells", self.n_cells, 10),
             "seed": check_seed(self.seed),
         }
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
+        set_fields(self, plain)
 
 
 def compare(

@@ -11,7 +11,16 @@ from scipy import sparse
 from torch import Tensor
 
 from scgen.analysis.counterfactual import Asked, as_if
-from scgen.arguments import check_choice, check_draws, check_flag, check_memory, check_number, check_seed, shown
+from scgen.arguments import (
+    check_choice,
+    check_draws,
+    check_flag,
+    check_memory,
+    check_number,
+    check_seed,
+    set_fields,
+    shown,
+)
 from scgen.data.cells import Cells
 from scgen.data.loader import CellLoader
 from scgen.modules.vae import VAE, question
@@ -44,8 +53,7 @@ class Settings:
         if self.sparse_below is not None:
             takes = "a positive number, in the unit of the result"
             plain["sparse_below"] = check_number("sparse_below", self.sparse_below, takes, above=0)
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
+        set_fields(self, plain)
         if self.weights == "importance" and self.n_samples < 2:
             raise ValueError('weights="importance" weighs draws against each other: ask for more, n_samples=100.')
 

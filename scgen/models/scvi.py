@@ -11,7 +11,16 @@ import torch
 from anndata import AnnData
 
 from scgen.analysis import inference
-from scgen.arguments import check_choice, check_draws, check_flag, check_memory, check_number, check_seed, check_whole
+from scgen.arguments import (
+    check_choice,
+    check_draws,
+    check_flag,
+    check_memory,
+    check_number,
+    check_seed,
+    check_whole,
+    set_fields,
+)
 from scgen.data.registry import Registry
 from scgen.models import loaders
 from scgen.models.expression import ExpressionModel
@@ -78,8 +87,7 @@ class Arguments:
             value, choice = getattr(self, name), getattr(self, of)
             if value is not None and choice not in takers:
                 raise ValueError(f"{name}={value!r} is for {of}={' or '.join(takers)}, not for {of}={choice!r}.")
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
+        set_fields(self, plain)
 
 
 class SCVI(ExpressionModel):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scgen.arguments import MOST_EPOCHS, check_choice, check_flag, check_number, check_seed, check_whole
+from scgen.arguments import MOST_EPOCHS, check_choice, check_flag, check_number, check_seed, check_whole, set_fields
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Options:
         plain["precision"] = check_choice("precision", self.precision, ("auto", "32", "bf16"))
         if self.precision == "auto":
             plain["precision"] = "bf16" if has_fast_bfloat16(self.device) else "32"
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
+        set_fields(self, plain)
 
     def check(self, batch_size: int | None, train_size: float, devices: int) -> None:
         """Raise where the other arguments of `Model.train` are of a wrong kind, or out of their range."""
