@@ -1,4 +1,4 @@
-"""How well an embedding mixes batches and keeps cell types apart, by scib-metrics."""
+"""Measure with scib-metrics how well an embedding mixes batches and separates cell types."""
 
 import warnings
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from anndata import AnnData
 def integration_scores(
     embeddings: Mapping[str, np.ndarray], batch: pd.Series, labels: pd.Series, uncorrected: np.ndarray
 ) -> pd.DataFrame:
-    """Return scib-metrics' default scores, unscaled: a row per metric, a column per embedding.
+    """Return scib-metrics' default scores, unscaled, with one row per metric and one column per embedding.
 
     Parameters
     ----------
     embeddings
-        By name, (n, d) each.
+        Embeddings (n, d), by name.
     batch, labels
-        (n,) of the cells.
+        Batch and label of each cell, (n,).
     uncorrected
-        (n, d): the embedding before integration, which one of the metrics compares with.
+        (n, d): the embedding before integration, with which one of the metrics compares.
 
     Returns
     -------
@@ -40,7 +40,7 @@ def integration_scores(
     if batch.nunique() < 2 or labels.nunique() < 2:
         raise ValueError("the scores need at least two batches and two labels.")
     if labels.value_counts().max() < 2:
-        raise ValueError("the scores need labels that cells share; here each cell has its own.")
+        raise ValueError("the scores need labels that several cells share, but each cell has a label of its own.")
     obs = pd.DataFrame(
         {"batch": batch.astype(str).to_numpy(), "label": labels.astype(str).to_numpy()}, dtype="category"
     )
