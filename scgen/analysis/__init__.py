@@ -1,1 +1,1 @@
-"""Questions put to a trained VAE; the methods of the models call these functions."""
+"""Functions that compute results from a trained VAE. The methods of the models call them."""

@@ -1,4 +1,4 @@
-"""Which cells are compared with which, as users say it."""
+"""Turn the arguments of a user into groups of cells to compare."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from scgen.data.checks import some
 from scgen.data.loader import rows_asked_for
 from scgen.data.registry import check_writable
 
-#: A column of more values than this is hardly one of groups.
+#: A column with more values than this hardly holds groups.
 MOST_GROUPS = 500
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One union of groups against another: which groups, by their codes."""
+    """A comparison of one union of groups with another. Groups are given by their codes."""
 
     name1: str
     name2: str
@@ -35,35 +35,35 @@ def asked_for(
     idx1: Sequence[int] | Sequence[bool] | np.ndarray | None,
     idx2: Sequence[int] | Sequence[bool] | np.ndarray | None,
 ) -> tuple[np.ndarray, list[Comparison]]:
-    """Return what `by_column` or `by_rows` does, by which of the two is asked for; ValueError for both or neither."""
+    """Call `by_column` or `by_rows`, depending on the arguments; raise ValueError unless they fit exactly one."""
     if groupby is not None and idx1 is None and idx2 is None:
         return by_column(obs, groupby, group1, group2)
     if idx1 is not None and groupby is None and group1 is None and group2 is None:
         return by_rows(len(obs), idx1, idx2)
     raise ValueError(
-        'differential_expression("cell_type", "a", "b") compares groups in a column of adata.obs, (idx1=..., idx2=...) '
-        "rows: give groupby= or idx1=, one of the two."
+        'give either groupby= or idx1=. differential_expression("cell_type", "a", "b") compares groups in a column of '
+        "adata.obs, differential_expression(idx1=..., idx2=...) compares rows."
     )
 
 
 def by_column(
     obs: pd.DataFrame, groupby: str, group1: str | Sequence[str] | None, group2: str | None
 ) -> tuple[np.ndarray, list[Comparison]]:
-    """Return a code for each cell, (n,), -1 for none, and comparisons: of each of ``group1`` with ``group2``.
+    """Return the group code of each cell, (n,), -1 for none, and a comparison of each of ``group1`` with ``group2``.
 
     Parameters
     ----------
     obs, groupby
-        A table of cells, and its column of groups; cells without one, NaN, are left out.
+        A table of cells, and its column with the groups. Cells without a group (NaN) are left out.
     group1
-        One group or several; None for all.
+        One group or several; None means all.
     group2
-        The group that they are compared with; None for all cells of other groups.
+        The group to compare with; None means all cells of other groups.
 
     Raises
     ------
     ValueError
-        If the column or a group is not there, or there is nothing to compare with.
+        If the column or a group does not exist, or there is nothing to compare with.
 
     Examples
     --------
@@ -82,7 +82,7 @@ def by_column(
     asked = [name for name in dict.fromkeys(names_of(first)) if name != other]
     if len(names) < 2 or not asked:
         raise ValueError(
-            f"nothing to compare: adata.obs[{groupby!r}] has the groups {some(names, 20)}; name two different ones, or "
+            f"nothing to compare: adata.obs[{groupby!r}] has the groups {some(names, 20)}. Name two groups, or "
             "leave out group2 to compare with all other cells."
         )
     comparisons = []
@@ -94,37 +94,37 @@ def by_column(
 
 
 def _groups_of(obs: pd.DataFrame, groupby: str) -> tuple[np.ndarray, list[str]]:
-    """Return the group of each cell, (n,) int64 codes, -1 for none, and the names of the groups; raise if unfit."""
+    """Return the group code of each cell, (n,) int64, -1 for none, and the names of the groups."""
     columns = [str(name) for name in obs.columns]
     if not isinstance(groupby, str):
-        raise TypeError(f"groupby={shown(groupby)} is no column of adata.obs (it has: {', '.join(columns)}).")
+        raise TypeError(f"groupby={shown(groupby)} is not a column of adata.obs (it has: {', '.join(columns)}).")
     if groupby not in obs:
         raise ValueError(
-            f"groupby={groupby!r} is no column of adata.obs (it has: {', '.join(columns)})."
+            f"groupby={groupby!r} is not a column of adata.obs (it has: {', '.join(columns)})."
             + did_you_mean(groupby, columns)
         )
     if (n := list(obs.columns).count(groupby)) > 1:
-        raise ValueError(f"adata.obs has {n} columns named {groupby!r}: it takes one.")
+        raise ValueError(f"adata.obs has {n} columns named {groupby!r}; it must have one.")
     if (row := unhashable(obs[groupby])) is not None:
         kind = type(obs[groupby].iloc[row]).__name__
-        raise ValueError(f"adata.obs[{groupby!r}] holds a {kind}, first at {obs.index[row]}: it takes names of groups.")
+        raise ValueError(f"adata.obs[{groupby!r}] holds a {kind} at {obs.index[row]}; it must hold names of groups.")
     column = obs[groupby].astype("category").cat.remove_unused_categories()
     names = names_of(column.cat.categories)
     if len(names) > MOST_GROUPS or len(set(names)) < len(names):
-        why = "more than can be compared" if len(names) > MOST_GROUPS else "of which some are written alike"
+        why = "too many to compare" if len(names) > MOST_GROUPS else "some with the same text"
         raise ValueError(
-            f"adata.obs[{groupby!r}] has {len(names)} values, {why} ({some(names, 20)}): it takes names of groups."
+            f"adata.obs[{groupby!r}] has {len(names)} values, {why} ({some(names, 20)}); it must hold names of groups."
         )
     return column.cat.codes.to_numpy().astype(np.int64), names
 
 
 def _check_group(what: str, group: str, groupby: str, names: list[str]) -> None:
-    """Raise where ``group``, given as the argument ``what``, is none of the groups' names."""
+    """Raise an error if ``group``, given as the argument ``what``, is not the name of a group."""
     if group is None or isinstance(group, bytes) or not pd.api.types.is_scalar(group):
         raise TypeError(f"{what}={shown(group)}; it takes the name of a group of adata.obs[{groupby!r}].")
     if name_of(group) not in names:
         raise ValueError(
-            f"{what}={name_of(group)!r} is no group of adata.obs[{groupby!r}] (it has: {some(names, 20)})."
+            f"{what}={name_of(group)!r} is not a group of adata.obs[{groupby!r}] (it has: {some(names, 20)})."
             + did_you_mean(name_of(group), names)
         )
 
@@ -132,12 +132,12 @@ def _check_group(what: str, group: str, groupby: str, names: list[str]) -> None:
 def by_rows(
     n_cells: int, idx1: Sequence[int] | Sequence[bool], idx2: Sequence[int] | Sequence[bool] | np.ndarray | None
 ) -> tuple[np.ndarray, list[Comparison]]:
-    """Return the same for rows or masks; None compares with all other cells.
+    """Return the same as `by_column`, for rows or masks. ``idx2=None`` compares with all other cells.
 
     Raises
     ------
     ValueError
-        If they are none, out of range, or share cells.
+        If they are empty, out of range, or share cells.
 
     Examples
     --------
@@ -150,15 +150,15 @@ def by_rows(
     first = rows_asked_for(idx1, n_cells, "idx1")
     if idx2 is not None and (group[first] == 1).any():
         shared = len(np.unique(first[group[first] == 1]))
-        raise ValueError(f"idx1 and idx2 share {shared} cells: each cell can be in one of the two.")
+        raise ValueError(f"idx1 and idx2 share {shared} cells; a cell can be in only one of them.")
     group[first] = 0
     if not (group == 1).any():
-        raise ValueError("idx1 is all cells: nothing is left to compare with. Leave some out, or name others in idx2=.")
+        raise ValueError("idx1 has all cells, so there is nothing to compare with. Leave some out, or set idx2=.")
     return group, [Comparison("idx1", "rest" if idx2 is None else "idx2", [0], [1])]
 
 
 def _used(group: np.ndarray, comparisons: list[Comparison]) -> tuple[np.ndarray, list[Comparison]]:
-    """Return the same without the groups that are compared with nothing."""
+    """Remove the groups that are in no comparison, and renumber the others."""
     used = sorted({code for one in comparisons for code in (*one.groups1, *one.groups2)})
     renumbered = np.full(max(used[-1], group.max()) + 2, -1)  # the last is for -1
     renumbered[used] = np.arange(len(used))
@@ -171,13 +171,13 @@ def _used(group: np.ndarray, comparisons: list[Comparison]) -> tuple[np.ndarray,
 
 
 def check_copy(adata: AnnData, groupby: str | None, key_added: str | None) -> None:
-    """Raise ValueError where a copy for Scanpy cannot be written to ``adata.uns[key_added]``, or would overwrite."""
+    """Raise ValueError if a copy for Scanpy cannot be written to ``adata.uns[key_added]`` or would overwrite data."""
     if key_added is None:
         return
     check_key("key_added", key_added, "rank_genes_groups")
     if groupby is None:
-        raise ValueError(f"key_added={key_added!r}: Scanpy's form has groups of a column: use groupby=, not idx1=.")
+        raise ValueError(f"key_added={key_added!r}: Scanpy's format needs groups of a column: use groupby=, not idx1=.")
     there = adata.uns.get(key_added)
     if there is not None and not (isinstance(there, Mapping) and "names" in there):
-        raise ValueError(f"adata.uns[{key_added!r}] holds something else than a ranking of genes: choose another name.")
+        raise ValueError(f"adata.uns[{key_added!r}] exists and is not a ranking of genes: choose another name.")
     check_writable(adata)

@@ -1,4 +1,4 @@
-"""How genes go together: the correlation of their denoised values over cells and draws."""
+"""Correlation of genes: of their denoised values over cells and draws."""
 
 from collections.abc import Iterator
 
@@ -14,12 +14,12 @@ from scgen.distributions import NegativeBinomial
 from scgen.modules.vae import VAE, question
 from scgen.seeding import seeded
 
-#: Rows of ranks that are made float64 at a time.
+#: Number of rows of ranks that are converted to float64 at a time.
 RANKED_AT_ONCE = 8192
 
 
 class Moments:
-    """Mean and sum of products about it, (G,) and (G, G) float64, of rows that come in blocks (Chan et al. 1983).
+    """Mean (G,) and sum of centred products (G, G), in float64, of rows that come in blocks (Chan et al. 1983).
 
     Examples
     --------
@@ -35,7 +35,7 @@ class Moments:
         self.n, self.mean, self.products = 0, np.zeros(n_genes), np.zeros((n_genes, n_genes))
 
     def add(self, rows: np.ndarray) -> None:
-        """Take in further rows, (m, G)."""
+        """Add rows, (m, G)."""
         rows = rows.astype(np.float64)
         mean, n = rows.mean(0), self.n + len(rows)
         shift = mean - self.mean
@@ -45,9 +45,9 @@ class Moments:
         self.n = n
 
     def correlation(self) -> np.ndarray:
-        """Return Pearson's correlations, (G, G); NaN with what does not vary."""
+        """Return Pearson's correlations, (G, G); NaN for genes that do not vary."""
         square = self.products.diagonal()
-        # Of equal values, rounding leaves a trace: about 1e-16 of their mean each.
+        # Rounding makes equal values vary by about 1e-16 of their mean.
         deviation = np.sqrt(np.where(square > self.n * (1e-12 * self.mean) ** 2, square, np.nan))
         return np.clip(self.products / deviation[:, None] / deviation, -1, 1)
 
@@ -61,22 +61,22 @@ def correlation_matrix(
     n_samples: int,
     seed: int,
 ) -> pd.DataFrame:
-    """Return the correlations of genes, the mean of those under each condition.
+    """Return the correlations of genes, averaged over the conditions.
 
     Parameters
     ----------
     vae, loader
         The model and the n cells.
     asked
-        Covariates; columns.
+        Conditions, and genes to return.
     correlation_type, n_samples, seed
         As in `ExpressionModel.get_feature_correlation_matrix`.
     """
     n_genes, n_rows, total = len(asked.genes), n_samples * len(loader.index), 0.0
     if n_rows < 2:
-        raise ValueError("a correlation needs two values of each gene: more cells, or n_samples=10.")
+        raise ValueError("a correlation needs at least two values of each gene: use more cells, or n_samples=10.")
     n_bytes = n_genes * (8 * n_genes + 4 * n_rows * (correlation_type == "spearman"))
-    check_memory("n_samples", n_samples, n_bytes, 'Ask for fewer, or about fewer cells or genes, or for "pearson".')
+    check_memory("n_samples", n_samples, n_bytes, 'Choose fewer draws, cells or genes, or "pearson".')
     for condition in asked.conditions:
         with seeded(seed):
             values = _denoised(vae, loader, condition, asked, n_samples)
@@ -90,25 +90,25 @@ def correlation_matrix(
 
 
 def _denoised(vae: VAE, loader: CellLoader, condition: Condition, asked: Asked, n_samples: int) -> Iterator[np.ndarray]:
-    """Iterate over draws of the rates of minibatches' counts for a library of 1, (n, genes), at draws of z.
+    """Iterate over draws of the Poisson rates of minibatches' counts, for a library size of 1, (n, genes).
 
-    A rate is what its count would be a Poisson draw of: Gamma about rho for a negative binomial, rho itself for a
-    Poisson. Normalised values have none; it is their mean f(z, s).
+    For a negative binomial, a rate is Gamma with mean rho; for a Poisson, it is rho. For normalised values it is their
+    mean f(z, s). z is drawn from q.
     """
     for cells in vae.minibatches(loader):
         q, others = vae.posteriors["z"](cells), as_if(cells, condition)
         for _ in range(n_samples):
             latents = {"z": q.rsample(), "library": torch.zeros_like(cells.library)}
             gene = vae.decoder(latents, others).base_dist
-            # Of all genes, whichever are asked for: their noise is then the same.
+            # Drawn for all genes, so that the noise does not depend on which genes are returned.
             rates = gene.sample_rate() if isinstance(gene, NegativeBinomial) else gene.mean
             yield asked.of_genes(rates).cpu().numpy()
 
 
 def _ranks(values: Iterator[np.ndarray], n_genes: int, n_rows: int) -> Iterator[np.ndarray]:
-    """Iterate over blocks of the values' ranks, which need all values of a gene at once, (genes, rows) float32.
+    """Iterate over blocks of the ranks of the values. All values are held in memory, as (genes, rows) float32.
 
-    Pearson's correlations of them are Spearman's of the values.
+    Pearson's correlations of the ranks are Spearman's correlations of the values.
     """
     ranks, start = np.empty((n_genes, n_rows), np.float32), 0
     for rows in values:

@@ -1,4 +1,4 @@
-"""As if the cells had been others: their batch and covariates as observed, fixed, or averaged over."""
+"""Decode cells under other conditions: with batch and covariates as observed, fixed or averaged over."""
 
 import itertools
 import math
@@ -16,20 +16,20 @@ from scgen.data.cells import Cells
 from scgen.data.checks import LARGEST, some
 from scgen.data.registry import Registry
 
-#: Combinations of values, at most: each is decoded for every cell and every draw.
+#: Largest number of combinations of values. Each is decoded for every cell and every draw.
 MOST_COMBINATIONS = 1000
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What replaces the cells' own batch and covariates; whatever is not named stays as observed.
+    """Values that replace the cells' own batch and covariates. Those that are not named stay as observed.
 
     Attributes
     ----------
     batch
         A code, or None.
     categorical, continuous
-        By column of these fields of `Cells`: codes, and standardised values.
+        New codes and new standardised values, by column of these fields of `Cells`.
     """
 
     batch: int | None = None
@@ -38,7 +38,7 @@ class Condition:
 
 
 def as_if(cells: Cells, condition: Condition) -> Cells:
-    """Return the cells as if they had come under this condition."""
+    """Return the cells with the batch and covariates of this condition."""
     changed = {} if condition.batch is None else {"batch": torch.full_like(cells.batch, condition.batch)}
     for name in ("categorical", "continuous"):
         if replaced := getattr(condition, name):
@@ -54,26 +54,26 @@ def conditions(
     covariates: Mapping[str, str | float | Sequence[str] | Sequence[float]] | None,
     argument: str = "batch",
 ) -> list[Condition]:
-    """Return all combinations of what is asked of batch and covariates; an answer is the mean over them.
+    """Return all combinations of the chosen batches and covariate values. Results are averaged over them.
 
     Parameters
     ----------
     registry
-        What the model knows.
+        The model's registry.
     batch, covariates
         As in `ExpressionModel.get_normalized_expression`.
     argument
-        The name that the batch was given by.
+        Name of the argument with the batch, for messages.
 
     Raises
     ------
     TypeError
-        If ``covariates`` is no mapping.
+        If ``covariates`` is not a mapping.
     ValueError
-        If a column or value is not known, or more than 1000 values of several of them are combined.
+        If a column or value is not known, or several columns have more than 1000 combinations of values.
     """
     columns = _columns(registry)
-    # None is the batch's: a covariate may be named "batch".
+    # The key None stands for the batch, because a covariate may be named "batch".
     chosen: dict[str | None, list] = {None: codes_of(argument, registry.batches, batch)}
     for name, asked in _named(registry, covariates).items():
         what = f"covariates={{{name!r}: ...}}"
@@ -85,7 +85,7 @@ def conditions(
     n = math.prod(sizes.values())
     if n > MOST_COMBINATIONS and len(sizes) > 1:
         product = " x ".join(f"{size} ({name})" for name, size in sizes.items())
-        raise ValueError(f"{product} are {n} combinations; {MOST_COMBINATIONS} are the most. Fix some of them.")
+        raise ValueError(f"{product} are {n} combinations; at most {MOST_COMBINATIONS} are possible. Fix some of them.")
     found = []
     for code, *values in itertools.product(*chosen.values()):
         replaced: dict[str, dict] = {"categorical": {}, "continuous": {}}
@@ -99,14 +99,14 @@ def conditions(
 
 @dataclass(frozen=True)
 class Asked:
-    """Under which conditions, over which there is a mean, and of which genes an answer is wanted.
+    """The conditions to average over and the genes to return.
 
     Attributes
     ----------
     conditions
         One or more.
     genes, columns
-        Names, and their columns among the model's genes; no columns where all are wanted.
+        Names of the genes, and their columns among the model's genes; ``columns`` is None for all genes.
     """
 
     conditions: list[Condition]
@@ -122,11 +122,11 @@ class Asked:
         gene_list: Iterable[str] | None,
         transform_batch: str | Sequence[str] | None = None,
     ) -> "Asked":
-        """Look up what `conditions` does, and the genes: TypeError for no list, ValueError for none or unknown ones."""
+        """Look up conditions and genes. Raise TypeError if the genes are not a list, ValueError if one is unknown."""
         argument = "batch" if transform_batch is None else "transform_batch"
         if transform_batch is not None:
             if not (isinstance(batch, str) and batch == "observed"):
-                raise ValueError("batch and transform_batch are the same thing; give one of them.")
+                raise ValueError("batch and transform_batch mean the same; give only one of them.")
             batch = transform_batch
         found, known = conditions(registry, batch, covariates, argument), pd.Index(registry.genes)
         if gene_list is None:
@@ -134,7 +134,7 @@ class Asked:
         genes = check_names("gene_list", gene_list)
         has = f"the model has {', '.join(known[:5])}, ..."
         if not genes:
-            raise ValueError(f"gene_list is an empty list; {has}; None stands for all.")
+            raise ValueError(f"gene_list is an empty list; {has}. Use None for all genes.")
         columns = known.get_indexer(pd.Index(genes))
         unknown = list(dict.fromkeys(str(gene) for gene, column in zip(genes, columns, strict=True) if column < 0))
         if unknown:
@@ -143,23 +143,23 @@ class Asked:
         return cls(found, known[columns], columns)
 
     def of_genes(self, values: Tensor) -> Tensor:
-        """Return the columns of (..., G) values that are wanted."""
+        """Select the columns of these genes from values (..., G)."""
         return values if self.columns is None else values[..., torch.from_numpy(self.columns)]
 
 
 def one_condition(registry: Registry, batch: str | None, covariates: Mapping[str, str | float] | None) -> Condition:
-    """Return the condition that is asked for; ValueError where there are several, as `conditions` may average over."""
+    """Return the only condition; raise ValueError if there are several."""
     found = conditions(registry, batch, covariates)
     if len(found) > 1:
         raise ValueError(
-            f"batch={batch!r}, covariates={covariates!r} are {len(found)} combinations; a sample comes from one batch "
+            f"batch={batch!r}, covariates={covariates!r} are {len(found)} combinations; a sample has one batch "
             'and one value of each covariate. Name one of each, or "observed" for each cell\'s own.'
         )
     return found[0]
 
 
 def _columns(registry: Registry) -> dict[str, tuple[str, int]]:
-    """Return, by name of a covariate, the field of `Cells` and the column in it."""
+    """Return the field of `Cells` and the column in it for each covariate, by name."""
     return {
         name: (kind, column)
         for kind, names in (
@@ -171,25 +171,25 @@ def _columns(registry: Registry) -> dict[str, tuple[str, int]]:
 
 
 def _named(registry: Registry, covariates: Mapping | None) -> Mapping:
-    """Return what is asked of covariates, none where it is None; raise where one is not known."""
+    """Return the covariates, or an empty dict for None; raise an error if one is unknown."""
     if covariates is None:
         return {}
     if not isinstance(covariates, Mapping):
-        raise TypeError(f'covariates={shown(covariates)} maps no names to values: covariates={{"donor": "average"}}.')
+        raise TypeError(f'covariates={shown(covariates)} is not a mapping: write covariates={{"donor": "average"}}.')
     known = list(_columns(registry))
     for name in covariates:
         if name == registry.setup.batch_key:
             raise ValueError(f"covariates={{{name!r}: ...}}: that is the batch_key; use batch=.")
         if name not in known:
             raise ValueError(
-                f"covariates={{{name!r}: ...}} names no covariate of the model (it has: {', '.join(known) or 'none'}; "
-                f"they are named in setup_anndata).{did_you_mean(str(name), known)}"
+                f"covariates={{{name!r}: ...}} is not a covariate of the model (it has: {', '.join(known) or 'none'}; "
+                f"setup_anndata names them).{did_you_mean(str(name), known)}"
             )
     return covariates
 
 
 def _standardised(what: str, scaling: tuple[float, float], asked: float | str | Sequence[float]) -> list[float | None]:
-    """Return the standardised values of a continuous covariate; None, for each cell's own, of "observed" and None."""
+    """Return standardised values of a continuous covariate; [None], each cell's own, for "observed" and None."""
     asked = value_or_list(asked)
     if asked is None or (isinstance(asked, str) and asked == "observed"):
         return [None]
@@ -204,7 +204,7 @@ def _standardised(what: str, scaling: tuple[float, float], asked: float | str | 
     for one, value in zip(values, standardised, strict=True):
         if not abs(value) <= LARGEST:
             raise ValueError(
-                f"{what}={one:g} is more than {LARGEST:g} standard deviations from the mean, {mean:g}: too far "
-                "to compute with."
+                f"{what}={one:g} is more than {LARGEST:g} standard deviations from the mean, {mean:g}, "
+                "which is too far."
             )
     return standardised

@@ -1,7 +1,7 @@
-"""Differential expression: which genes differ between groups of cells, by how much, and how sure the model is.
+"""Differential expression: which genes differ between groups of cells, by how much, and how certain this is.
 
-Cells are sampled first and decoded once for all comparisons: a group is compared with others by the mean over cells of
-rho, the decoder's share of each gene, of which there are draws (`group_means`), or cell by cell (`cell_wins`).
+Cells are sampled and decoded once for all comparisons. rho is the decoder's share of each gene. Groups are compared by
+draws of the mean of rho over their cells (`group_means`), or cell by cell (`cell_wins`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,10 +21,10 @@ from scgen.data.loader import CellLoader
 from scgen.modules.vae import VAE, question
 from scgen.seeding import seeded
 
-#: Times that each sampled cell is decoded, at least; as often as there are batches to average over, if these are more.
+#: Each sampled cell is decoded at least this many times, and at least once for each batch to average over.
 DECODED = 4
 
-#: Pairs drawn for each sampled cell each time, in mode "vanilla".
+#: Number of pairs drawn for each sampled cell and each decoding, in mode "vanilla".
 PAIRS = 4
 
 
@@ -32,9 +32,9 @@ PAIRS = 4
 def _scales(
     vae: VAE, loader: CellLoader, batches: Sequence[int] | None, seed: int
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Iterate over (first cell, number of the draw, rho (n, G)) of minibatches, and of `n_draws` draws of z from q.
+    """Iterate over (first cell, number of the draw, rho (n, G)) of minibatches, for `n_draws` draws of z from q.
 
-    For each draw all cells are decoded in each of the batches in turn, so that whatever is compared shares its batch.
+    For each draw, all cells are decoded in each of the batches in turn. All cells that are compared thus share a batch.
     """
     start, noise = 0, seeded(seed)
     for cells in vae.minibatches(loader):
@@ -48,7 +48,7 @@ def _scales(
 
 
 def n_draws(batches: Sequence[int] | None) -> int:
-    """Return how many draws of z, decoded in each of the batches, are `DECODED` times or more."""
+    """Return the smallest number of draws of z that decodes a cell `DECODED` times, once per draw and batch."""
     return -(-DECODED // len(batches or [None]))
 
 
@@ -57,15 +57,15 @@ def group_means(
 ) -> np.ndarray:
     """Return draws of the mean of rho over the cells of each group, (K, n_samples, G).
 
-    A draw weighs the cells at random (the Bayesian bootstrap, Rubin 1981) and takes one of the draws of each cell's z:
-    draws differ as far as these cells leave open what the mean over all of their kind is.
+    A draw weights the cells at random (Bayesian bootstrap, Rubin 1981) and uses one of the draws of each cell's z. The
+    draws show how uncertain the group's mean is, given these cells.
 
     Parameters
     ----------
     vae, loader
-        The model, and the cells that stand for their groups.
+        The model, and the cells sampled from the groups.
     group
-        Their codes, from 0 to K - 1.
+        Group codes of these cells, from 0 to K - 1.
     batches
         Codes of the batches to average over; None leaves each cell in its own.
     n_samples, seed
@@ -98,10 +98,10 @@ def cell_wins(
     batches: Sequence[int] | None,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return P(rho_a >= rho_b) for cells a, b of each comparison's unions, (C, G), and the groups' mean rho, (K, G).
+    """Return P(rho_a >= rho_b) for cells a, b of the two sides of each comparison, (C, G), and mean rho, (K, G).
 
-    The loader has all cells in one minibatch; other parameters as in `group_means`, and ``sizes`` (K,): how many cells
-    each sampled group stands for.
+    The loader has all cells in one minibatch. ``sizes`` (K,) are the numbers of cells that the groups have without
+    sampling. Other parameters are those of `group_means`.
     """
     rng = np.random.default_rng(seed)
     wins = means = n_decoded = 0
@@ -123,7 +123,7 @@ def cell_wins(
 
 
 def called(probability: np.ndarray, fdr_target: float) -> np.ndarray:
-    """Return the largest set of genes, (G,) bool, of which the mean of 1 - probability is within the target.
+    """Return the largest set of genes, (G,) bool, whose mean of 1 - probability is at most the target.
 
     Examples
     --------
@@ -138,12 +138,12 @@ def called(probability: np.ndarray, fdr_target: float) -> np.ndarray:
 
 
 def running_error(probability: np.ndarray) -> np.ndarray:
-    """Return the mean of 1 - probability up to each, of probabilities that fall."""
+    """Return the running mean of 1 - probability, for probabilities in decreasing order."""
     return np.cumsum(1 - probability) / np.arange(1, len(probability) + 1)
 
 
 def bayes_factor(probability: np.ndarray, n_draws: int) -> np.ndarray:
-    """Return log p / (1 - p) of shares of so many draws, none and all of them counted as half a draw off.
+    """Return log p / (1 - p) for shares p of draws; 0 and 1 are moved by half a draw to keep it finite.
 
     Examples
     --------
@@ -162,15 +162,16 @@ def change(
     fdr_target: float,
     rng: np.random.Generator,
 ) -> pd.DataFrame:
-    """Return the columns of mode "change": log2 of the ratio of two unions' mean rho, and whether it is beyond delta.
+    """Return the columns of mode "change", which compare the log2 ratio of the two sides' mean rho with delta.
 
-    The decoder's weights are a point estimate: the draws differ by less than the counts leave open. Each is therefore
-    multiplied by a Gamma variable of mean 1, of as much variance as makes up for the standard error of the counts.
+    The decoder's weights are a point estimate, so the draws vary less than the uncertainty of the counts. Each draw is
+    therefore multiplied by a Gamma variable with mean 1. Its variance raises that of the draws to the squared standard
+    error of the counts.
 
     Parameters
     ----------
     means, counts
-        `group_means`, and `counts_of` all cells of the groups.
+        Results of `group_means`, and of `counts_of` for all cells of the groups.
     """
     unions = [counts.union(groups) for groups in (comparison.groups1, comparison.groups2)]
     draws = [_union_means(means, counts.n_cells, groups) for groups in (comparison.groups1, comparison.groups2)]
@@ -208,9 +209,9 @@ def change(
 def vanilla(
     wins: np.ndarray, means: np.ndarray, n_sampled: np.ndarray, n_cells: np.ndarray, one: Comparison
 ) -> pd.DataFrame:
-    """Return the columns of mode "vanilla": P(rho_a >= rho_b), and its logarithmic odds.
+    """Return the columns of mode "vanilla": P(rho_a >= rho_b) and its log odds.
 
-    These are clipped by the cells that were sampled, not by their pairs, which are many of few cells.
+    The log odds are limited by the number of sampled cells, not by the number of pairs, which is larger.
     """
     fewest = min(n_sampled[one.groups1].sum(), n_sampled[one.groups2].sum())
     return pd.DataFrame(
@@ -225,7 +226,7 @@ def vanilla(
 
 
 def raw(counts: GroupCounts, comparison: Comparison) -> pd.DataFrame:
-    """Return what the stored counts say: means, shares of cells that are not zero, means of counts / total."""
+    """Return statistics of the stored counts: means, shares of non-zero cells, means of counts / total."""
     columns = {}
     for i, groups in enumerate((comparison.groups1, comparison.groups2), 1):
         means = counts.union(groups).means()
@@ -236,13 +237,13 @@ def raw(counts: GroupCounts, comparison: Comparison) -> pd.DataFrame:
 
 
 def _union_means(means: np.ndarray, n_cells: np.ndarray, groups: Sequence[int]) -> np.ndarray:
-    """Return (draws of) the mean over a union of groups, (..., G), each of which counts by its cells."""
+    """Return the mean, or draws of it, over a union of groups, (..., G), weighted by their numbers of cells."""
     return np.tensordot((n_cells[groups] / n_cells[groups].sum()).astype(means.dtype), means[groups], 1)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to compare; see `ExpressionModel.differential_expression`."""
+    """Settings of `ExpressionModel.differential_expression`."""
 
     mode: str
     delta: float
@@ -277,19 +278,19 @@ def compare(
     Parameters
     ----------
     vae, loader, genes
-        The model, a loader of all cells in their order, the names of the genes.
+        The model, a loader of all cells in order, and the names of the genes.
     group, comparisons
-        Codes of the cells, -1 for those that are in no group; which are compared.
+        Group codes of the cells, -1 for cells in no group, and the comparisons.
     batches
         As in `group_means`.
 
     Raises
     ------
     ValueError
-        If the model is not one of counts.
+        If the model is not a model of counts.
     """
     if not vae.has_library:
-        raise ValueError('gene_likelihood="normal" has no shares of counts that could be compared.')
+        raise ValueError('gene_likelihood="normal" has no shares of counts to compare.')
     n_bytes = 8 * settings.n_samples * (group.max() + 1) * len(genes)
     check_memory("n_samples", settings.n_samples, n_bytes, "Ask for fewer, or compare fewer groups.")
     counts, seed = counts_of(loader.store, group, group.max() + 1), settings.seed
@@ -307,7 +308,7 @@ def compare(
         else:
             table = vanilla(wins[i], means, np.bincount(codes), counts.n_cells, one)
         table = pd.concat([table, raw(counts, one)], axis=1).set_index(pd.Index(genes))
-        # Of genes that are equally sure, as many may be, those that are higher in the first group come first.
+        # Many genes may be equally certain. Those that are higher in the first group come first.
         table = table.sort_values(["bayes_factor", "lfc_mean" if by_change else "scale1"], ascending=False)
         tables.append(table.assign(comparison=f"{one.name1} vs {one.name2}", group1=one.name1, group2=one.name2))
     return pd.concat(tables)
@@ -316,8 +317,8 @@ def compare(
 def as_scanpy(table: pd.DataFrame, groupby: str) -> dict:
     """Return a table of `ExpressionModel.differential_expression` in the form of ``scanpy.tl.rank_genes_groups``.
 
-    As in Scanpy, the genes of a group are listed by falling scores: first the genes that are higher in the group, the
-    surest first, then the lower ones, the surest last. The p-values rise along the first and fall along the second.
+    As in Scanpy, the genes of a group are sorted by decreasing score. Genes that are higher in the group come first,
+    the most certain at the top. Genes that are lower follow, the most certain at the end.
     """
     columns: dict[str, dict] = {name: {} for name in ("names", "scores", "logfoldchanges", "pvals", "pvals_adj")}
     for group, rows in table.groupby("group1", sort=False):
@@ -326,13 +327,13 @@ def as_scanpy(table: pd.DataFrame, groupby: str) -> dict:
             scores = _scores_of_change(rows)
         else:
             p, lfc = rows[["proba_m1", "proba_m2"]].max(axis=1), np.log2(rows["scale1"] / rows["scale2"])
-            # Where the cells of one group are above all cells of the other, the fold change goes on ranking.
+            # If all cells of one group are above all cells of the other, the fold change ranks the genes.
             scores = rows["bayes_factor"] + np.where(p == 1, lfc, 0)
         falling = p.to_numpy().argsort(kind="stable")[::-1]
         error = np.empty(len(p))
         error[falling] = running_error(p.to_numpy()[falling])
         values = {"scores": scores, "logfoldchanges": lfc, "pvals": 1 - p, "pvals_adj": error}
-        # Scores are equal where as many draws agree; then the larger change comes first.
+        # Scores are equal if the same number of draws agree. The larger change then comes first.
         higher = lfc if "proba_de" in rows else rows["proba_m1"]
         order = np.lexsort((-lfc, -higher, -scores))
         columns["names"][group] = rows.index.to_numpy(object)[order]
@@ -346,24 +347,24 @@ def as_scanpy(table: pd.DataFrame, groupby: str) -> dict:
 def _scores_of_change(rows: pd.DataFrame) -> np.ndarray:
     """Return z scores that rank the genes of one comparison in mode "change", (G,), with the sign of the change.
 
-    A score s belongs to the probability of an error as a z score belongs to its two-sided p-value: 1 - p = 2 (1 -
-    Phi(abs(s))). Where all draws agree, p is 1 and ranks no more. There, a score is the distance of the mean change
-    from ``delta`` in standard deviations.
+    A score s relates to the probability of an error like a z score to its two-sided p-value: 1 - p = 2 (1 -
+    Phi(abs(s))). If all draws agree, p is 1 and cannot rank genes. The score is then the distance of the mean change
+    from ``delta``, in standard deviations.
     """
     error = 1 - rows["proba_de"]
-    half_a_draw = special.expit(-rows["bayes_factor"]).min()  # where any gene has p = 1
+    half_a_draw = special.expit(-rows["bayes_factor"]).min()  # if any gene has p = 1
     distance = (rows["lfc_mean"].abs() - rows["delta"]) / np.maximum(rows["lfc_std"], 1e-12)
     size = np.where(
         error > 0,
         -special.ndtri(error / 2),
-        # A smooth maximum: above what draws can show, and larger for a larger distance.
+        # A smooth maximum: above the largest score of other genes, and increasing with the distance.
         np.logaddexp(-special.ndtri(half_a_draw / 2), distance),
     )
     return np.where(rows["lfc_mean"] > 0, size, -size)
 
 
 def sample(group: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """Return rows of at most so many cells of each group, in random order, so that minibatches have cells of all."""
+    """Sample rows of at most ``most`` cells of each group, in random order, so that each minibatch has all groups."""
     order = np.random.default_rng(seed).permutation(np.flatnonzero(group >= 0))
     rank = pd.Series(group[order]).groupby(group[order]).cumcount().to_numpy()
     return order[rank < most]

@@ -1,4 +1,4 @@
-"""Expression as the decoder sees it: denoised, under observed or other covariates, at draws of the latents."""
+"""Denoised expression from the decoder, under observed or other covariates, at draws of the latents."""
 
 import math
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from scgen.seeding import generator, seeded
 
 @dataclass(frozen=True)
 class Settings:
-    """Which expression is asked for; see `ExpressionModel.get_normalized_expression`."""
+    """Arguments of `ExpressionModel.get_normalized_expression`."""
 
     asked: Asked
     library_size: float | str
@@ -55,11 +55,11 @@ class Settings:
             plain["sparse_below"] = check_number("sparse_below", self.sparse_below, takes, above=0)
         set_fields(self, plain)
         if self.weights == "importance" and self.n_samples < 2:
-            raise ValueError('weights="importance" weighs draws against each other: ask for more, n_samples=100.')
+            raise ValueError('weights="importance" needs several draws, such as n_samples=100.')
 
     @property
     def averaged(self) -> bool:
-        """Whether one matrix is returned; a single draw is its own mean."""
+        """Whether the result is one matrix: the mean over the draws, or the only draw."""
         return self.return_mean or self.n_samples == 1
 
 
@@ -78,15 +78,15 @@ def answer(
     vae, loader
         The model and the n cells.
     settings
-        What is asked.
+        Which values to return.
     names
-        Of all cells in the loader's store.
+        Names of all cells in the loader's store.
     out
-        What is filled.
+        Array to fill.
     """
     if settings.library_size != 1 and not vae.has_library:
         raise ValueError(
-            f'gene_likelihood="normal" has no library: library_size={settings.library_size!r} is for counts.'
+            f'gene_likelihood="normal" has no library size: library_size={settings.library_size!r} is for counts.'
         )
     sparse_below = settings.sparse_below
     if sparse_below is not None:
@@ -96,18 +96,18 @@ def answer(
     if out is not None:
         _check_out(out, shape)
     elif sparse_below is None:
-        fewer = "Ask for their mean, about fewer cells or genes, or pass out=numpy.memmap(...)."
+        fewer = "Use return_mean=True, fewer cells or fewer genes, or pass out=numpy.memmap(...)."
         check_memory("n_samples", settings.n_samples, 4 * math.prod(shape), fewer)
-    if settings.weights == "importance":  # all draws of a minibatch are held: z, l and their densities
+    if settings.weights == "importance":  # all draws of a minibatch are in memory: z, l and their densities
         n_bytes = 32 * settings.n_samples * min(loader.batch_size, len(loader.index))
-        check_memory("n_samples", settings.n_samples, n_bytes, "Ask for fewer, or a smaller batch_size.")
+        check_memory("n_samples", settings.n_samples, n_bytes, "Choose fewer, or a smaller batch_size.")
     with seeded(settings.seed):
         blocks = _blocks(vae, loader, settings)
         if sparse_below is not None:
             return _sparse(blocks, sparse_below)
-        # NumPy's, which asks for large pages: half of the time went into its first touch.
+        # NumPy asks for large pages: the first write to the memory took half of the time without them.
         target = torch.from_numpy(np.empty(shape, np.float32)) if out is None else out
-        # Each block is written once, not added to zeros: the result is large, and so is its traffic.
+        # The result is large, so each block is written once instead of being added to zeros.
         for draw, rows, values in blocks:
             target[rows if settings.averaged else (draw, rows)] = values if out is None else values.numpy()
     if out is not None:
@@ -118,9 +118,9 @@ def answer(
 
 
 def _check_out(out, shape: tuple[int, ...]) -> None:
-    """Raise where blocks of float32 cannot be assigned to ``out``."""
+    """Raise an error if blocks of float32 cannot be assigned to ``out``."""
     takes = (
-        f"it takes an array of floats of 32 bits or more, of shape {shape}: numpy.memmap, an h5py dataset, a zarr array"
+        f"it takes an array of shape {shape} of floats of at least 32 bits: numpy.memmap, an h5py dataset, a zarr array"
     )
     if not all(hasattr(out, name) for name in ("shape", "dtype", "__setitem__")):
         raise TypeError(f"out is a {type(out).__name__}, without shape, dtype or assignment to slices; {takes}.")
@@ -134,15 +134,15 @@ def _check_out(out, shape: tuple[int, ...]) -> None:
 
 
 def _check_sparse(vae: VAE, out) -> None:
-    """Raise where the result cannot be made sparse."""
+    """Raise ValueError if the result cannot be sparse."""
     if out is not None:
-        raise ValueError("out= is dense, sparse_below= makes a new sparse matrix: give one of them.")
+        raise ValueError("out= is dense, but sparse_below= returns a new sparse matrix: give only one of them.")
     if not vae.has_library:
-        raise ValueError('gene_likelihood="normal" has values on both sides of 0: sparse_below= is for counts.')
+        raise ValueError('gene_likelihood="normal" has negative values; sparse_below= is only for counts.')
 
 
 def _sparse(blocks: Iterator[tuple[int, slice, Tensor]], below: float) -> sparse.csr_matrix | list[sparse.csr_matrix]:
-    """Return a matrix for each draw, block by block, without the values below the given one."""
+    """Build a CSR matrix for each draw from blocks, without the values below ``below``."""
     parts: dict[int, list[sparse.csr_matrix]] = {}
     for draw, _, values in blocks:
         parts.setdefault(draw, []).append(sparse.csr_matrix(values.masked_fill(values < below, 0).numpy()))
@@ -151,7 +151,7 @@ def _sparse(blocks: Iterator[tuple[int, slice, Tensor]], below: float) -> sparse
 
 
 def _blocks(vae: VAE, loader: CellLoader, settings: Settings) -> Iterator[tuple[int, slice, Tensor]]:
-    """Iterate over (draw, rows, values (n, genes)) of minibatches; averaged over the draws, the draw is 0."""
+    """Iterate over (draw, rows, values (n, genes)) of minibatches; the draw is 0 for a mean over the draws."""
     factor = 1 / len(settings.asked.conditions)
     if settings.library_size != "latent":
         factor *= settings.library_size
@@ -171,7 +171,7 @@ def _blocks(vae: VAE, loader: CellLoader, settings: Settings) -> Iterator[tuple[
 
 
 def _decoded(vae: VAE, cells: Cells, latents: dict[str, Tensor], settings: Settings, factor: float | Tensor) -> Tensor:
-    """Return the sum over conditions of rho times the factor, and times l where that is latent; (n, genes)."""
+    """Return the sum over conditions of rho times the factor, and times l if it is latent, (n, genes)."""
     total = None
     for condition in settings.asked.conditions:
         rho = settings.asked.of_genes(vae.decoder.expression(latents, as_if(cells, condition)))
@@ -182,10 +182,10 @@ def _decoded(vae: VAE, cells: Cells, latents: dict[str, Tensor], settings: Setti
 
 
 def _draws(vae: VAE, cells: Cells, settings: Settings) -> Iterator[tuple[dict[str, Tensor], float | Tensor]]:
-    """Iterate over draws of the latents and the weight of each in the mean, 1 where there is none.
+    """Iterate over draws of the latents and the weight of each in the mean; the weight is 1 if there is no mean.
 
-    Importance weights are those of the draws among all of a cell's, w ~ p(x, z, l) / q(z, l | x), with sum 1. Where
-    draws are returned, as many are drawn anew from these with probabilities w (Rubin 1987).
+    The importance weights of a cell's draws are proportional to p(x, z, l) / q(z, l | x) and sum to 1. If the draws
+    themselves are returned, as many are resampled with these probabilities (Rubin 1987).
     """
     share = 1 / settings.n_samples if settings.averaged else 1.0
     if settings.weights == "uniform":
@@ -196,7 +196,7 @@ def _draws(vae: VAE, cells: Cells, settings: Settings) -> Iterator[tuple[dict[st
         return
     q = vae.infer(cells)
     draws = [{name: q[name].rsample_and_log_prob() for name in q} for _ in range(settings.n_samples)]
-    # One draw at a time: cells x genes numbers, not as many for each draw.
+    # Decode one draw at a time, which needs memory for cells x genes numbers only once.
     log_w = torch.stack([vae.log_weights_at(cells, q, drawn) for drawn in draws])
     weights = log_w.double().softmax(0)
     latents = {name: torch.stack([drawn[name][0] for drawn in draws]) for name in q}

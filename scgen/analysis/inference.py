@@ -1,4 +1,4 @@
-"""What the posterior says of each cell: its latents, the bounds on its log-likelihood, and which latents it uses."""
+"""Results from the posterior: latents, bounds on the log-likelihood, and which latents are used."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from scgen.distributions import DiagonalNormal
 from scgen.modules.vae import VAE, question
 from scgen.seeding import seeded
 
-#: Of many draws of the latents, so many are in memory together.
+#: Number of draws of the latents that are in memory together.
 AT_ONCE = 16
 
 
@@ -38,7 +38,7 @@ def latent(vae: VAE, loader: CellLoader, name: str) -> tuple[np.ndarray, np.ndar
 
 @question
 def draw(vae: VAE, loader: CellLoader, name: str, seed: int) -> np.ndarray:
-    """Return a draw from q of one latent for each cell, (n, d), in the loader's order, whatever its minibatches."""
+    """Draw one latent from q for each cell, (n, d), in the loader's order. The size of minibatches has no effect."""
     rng, draws = np.random.default_rng(seed), []
     for cells in vae.minibatches(loader):
         q = vae.posteriors[name](cells)
@@ -71,9 +71,9 @@ def bound(vae: VAE, loader: CellLoader, seed: int) -> dict[str, np.ndarray]:
 
 @question
 def marginal(vae: VAE, loader: CellLoader, n_draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the log-mean-exp of so many importance weights for each cell, and their effective number, (n,) each.
+    """Return the log of the mean importance weight of each cell, and the effective sample size, (n,) each.
 
-    The weights are w = p(x, latents) / q(latents | x), their effective number (sum w)^2 / sum w^2.
+    The weights are w = p(x, latents) / q(latents | x), the effective sample size is (sum w)^2 / sum w^2.
     """
     results = []
     with seeded(seed):
@@ -86,9 +86,9 @@ def marginal(vae: VAE, loader: CellLoader, n_draws: int, seed: int) -> tuple[np.
 
 
 def log_sums(draw: Callable[[tuple[int]], Tensor], n_draws: int, at_once: int = AT_ONCE) -> Tensor:
-    """Return log sum w and log sum w^2 over so many draws, (2, n) float64; ``draw((k,))`` returns k log w, (k, n).
+    """Return log sum w and log sum w^2 over the draws, (2, n) float64. ``draw((k,))`` returns log w, (k, n).
 
-    Only ``at_once`` of the draws are in memory together.
+    At most ``at_once`` draws are in memory together.
 
     Examples
     --------
@@ -131,7 +131,7 @@ def cluster_probs(vae: VAE, loader: CellLoader, n_samples: int, seed: int) -> np
 
 
 def _kl_of_units(q: Distribution, p: Distribution) -> Tensor:
-    """Return KL(q || p) of each unit, (n, d), between Gaussians; NaN where the units of either are not independent."""
+    """Return KL(q || p) of each unit, (n, d), between Gaussians; NaN if the units of either are not independent."""
     if not (isinstance(q, DiagonalNormal) and isinstance(p, DiagonalNormal)):
         return torch.full_like(q.mean, math.nan)
     return kl_divergence(*(DiagonalNormal(one.mean[..., None], one.variance[..., None]) for one in (q, p)))

@@ -1,4 +1,4 @@
-"""The parameters of p(x | z, l, s), from which it can be computed elsewhere."""
+"""Parameters of p(x | z, l, s), to compute it outside of scgen."""
 
 import math
 
@@ -31,16 +31,16 @@ def likelihood_parameters(
     vae, loader
         The model and the n cells.
     asked
-        Covariates, over which parameters are averaged; columns to return.
+        Conditions to average the parameters over, and genes to return.
     n_samples
-        Draws of the latents; None for the means of q.
+        Number of draws of the latents; None uses the means of q.
     give_mean, seed
-        Whether to average over the draws; their seed.
+        Whether to average over the draws; seed of the draws.
     """
     n_draws = n_samples or 1
     keep = 1 if give_mean else n_draws
     shape = keep, len(loader.index), len(asked.genes)
-    fewer = "Ask for fewer, for their mean (give_mean=True), or about fewer cells or genes."
+    fewer = "Choose fewer draws, their mean (give_mean=True), fewer cells or fewer genes."
     check_memory("n_samples", n_samples, 4 * math.prod(shape), fewer)
     found: dict[str, np.ndarray] = {}
     start = 0
@@ -59,7 +59,7 @@ def likelihood_parameters(
 
 
 def _mean_parameters(vae: VAE, latents: dict[str, Tensor], cells: Cells, asked: Asked) -> dict[str, Tensor]:
-    """Return the parameters of the genes asked for, (n, genes) or (genes,), averaged over the conditions."""
+    """Return the parameters of the chosen genes, (n, genes) or (genes,), averaged over the conditions."""
     total: dict[str, Tensor] = {}
     for condition in asked.conditions:
         for name, values in _parameters(vae.decoder(latents, as_if(cells, condition))).items():
@@ -69,7 +69,7 @@ def _mean_parameters(vae: VAE, latents: dict[str, Tensor], cells: Cells, asked: 
 
 
 def _parameters(likelihood: Distribution) -> dict[str, Tensor]:
-    """Return the parameters of each gene's own distribution, (n, G) or (G,), by scvi-tools' names for them."""
+    """Return the parameters of each gene's own distribution, (n, G) or (G,), under scvi-tools' names."""
     gene = likelihood.base_dist
     if isinstance(gene, Normal):
         return {"mean": gene.loc, "scale": gene.scale}

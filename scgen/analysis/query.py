@@ -1,4 +1,4 @@
-"""Cells mapped onto a reference: how typical they are of it, and which of its labels are theirs."""
+"""Compare query cells with their reference: how typical they are of it, and which of its labels they get."""
 
 from dataclasses import dataclass
 
@@ -11,26 +11,26 @@ from scgen.modules.elbo import draw_and_kl
 from scgen.modules.vae import VAE, question
 from scgen.seeding import seeded
 
-#: Query cells that directions are found in, directions, and the largest residual that counts, in standard deviations.
+#: Number of query cells to find directions in, number of directions, and the residuals' limit (standard deviations).
 MAX_CELLS, N_DIRECTIONS, MAX_RESIDUAL = 5000, 10, 10.0
-#: Cells that a new batch needs to be compared with itself, and the share of them that says what is usual in it.
+#: Cells that a new batch needs to be compared with itself, and the share of its cells that define what is usual.
 MIN_BATCH, BULK = 50, 0.8
 
 
 @dataclass(frozen=True)
 class Described:
-    """What a model says of n cells.
+    """A model's results for n cells.
 
     Attributes
     ----------
     z
         (n, d) posterior means.
     log_total
-        (n,) logarithm of what the library is taken from.
+        (n,) logarithm of the total count or of the size factor.
     elbo
-        (n,) the bound with its likelihood at the posterior means, in nats.
+        (n,) the bound, with the likelihood at the posterior means, in nats.
     residuals
-        (n, k): (x - mean) / standard deviation of each gene, or their product with given directions.
+        (n, k): (x - mean) / standard deviation of each gene, or these projected onto directions.
     """
 
     z: np.ndarray
@@ -41,7 +41,7 @@ class Described:
 
 @question
 def described(vae: VAE, loader: CellLoader, directions: np.ndarray | None = None) -> Described:
-    """Describe cells; ``directions``, (G, k), keep only as much of their residuals."""
+    """Compute the results for cells; ``directions``, (G, k), project their residuals."""
     parts = []
     basis = None if directions is None else torch.from_numpy(directions).to(vae.device)
     for cells in vae.minibatches(loader):
@@ -49,7 +49,7 @@ def described(vae: VAE, loader: CellLoader, directions: np.ndarray | None = None
         likelihood = vae.decoder({name: q[name].mean for name in q}, cells)
         own, target = likelihood.base_dist, vae.decoder.target(cells).to_dense()
         residuals = ((target - own.mean) / own.variance.sqrt()).clamp(-MAX_RESIDUAL, MAX_RESIDUAL)
-        with seeded(0):  # a divergence without a closed form is one of draws
+        with seeded(0):  # a divergence without a closed form is estimated from a draw
             kl = sum(draw_and_kl(q[name], vae.prior(name, cells), ())[1] for name in q)
         elbo = likelihood.log_prob(target) - kl
         kept = residuals if basis is None else residuals @ basis
@@ -72,19 +72,19 @@ def typicality(
     vae
         The query's module.
     reference_cells, query_cells
-        Cells of the reference that it was not trained on, or as good; the new ones.
+        Validation cells of the reference (or all its cells), and the new cells.
     train_z
-        Embedding of the cells that it was trained on.
+        Embedding of the reference's training cells.
     new_batch
-        (n,) the batch of each query cell, -1 where the reference knows it.
+        (n,) code of the new batch of each query cell, -1 for batches that the reference knows.
     seed
-        Of the halves.
+        Seed of the split into halves.
     """
     rng = np.random.default_rng(seed)
     halves = rng.permutation(len(query_cells.index)) % 2
     shift = _shift(vae, query_cells, new_batch)
     directions = []
-    for half in (0, 1):  # of each half, for the other: no cell is judged by a direction that it has part in
+    for half in (0, 1):  # each half uses directions from the other half, so that no cell affects its own
         some = np.sort(rng.permutation(np.flatnonzero(halves != half))[: MAX_CELLS // 2])
         directions.append(_directions(vae, query_cells, some, new_batch, shift))
     both = np.concatenate(directions, 1)
@@ -103,7 +103,7 @@ def _compared(
 
     def sparsity(cells: Described) -> np.ndarray:
         distance, _ = neighbours.kneighbors(cells.z)
-        own = (distance[:, :1] == 0).astype(int)  # a cell is no neighbour of its own
+        own = (distance[:, :1] == 0).astype(int)  # a cell is not its own neighbour
         distance = np.take_along_axis(distance, own + np.arange(distance.shape[1] - 1), 1)
         return np.log(distance.mean(1) + 1e-12)
 
@@ -142,12 +142,12 @@ def _compared(
 def _among_themselves(
     density: np.ndarray, residuals: np.ndarray, known_density: np.ndarray, known_residuals: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return how far out each cell of a new batch lies in its batch, and the share of known cells at least as odd.
+    """Return how far out each cell of a new batch lies in its batch, and the share of known cells at least as far out.
 
-    A cell is as odd as the odder of two things: its distance from the bulk of the batch's residuals, scaled so that
-    the median is the known cells', and how much fewer neighbours it has in z than the batch's cells usually have. The
-    two are taken apart, because a type that the residuals do not tell may lie far from the reference's cells, and what
-    a batch does to its residuals is much more than what it does to these.
+    Two measures are combined: the distance from the bulk of the batch's residuals, scaled to have the median of the
+    known cells, and the density of the reference's cells in z, relative to the batch's cells. The more extreme of the
+    two counts. They are computed separately for two reasons. A type that the residuals do not show may lie far from
+    the reference's cells in z. And a batch changes the residuals much more than the density.
     """
     known_distance = _without_self(_mahalanobis(known_residuals, known_residuals), len(known_residuals))
     distance = _from_bulk(residuals)
@@ -158,7 +158,7 @@ def _among_themselves(
 
 
 def _share(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return the share of the known values, and the value itself, that are at least as large as each value."""
+    """Return, for each value, the share of the known values and itself that are at least as large."""
     return (1 + len(known) - np.searchsorted(np.sort(known), values)) / (1 + len(known))
 
 
@@ -167,7 +167,7 @@ def _part(loader: CellLoader, rows: np.ndarray) -> CellLoader:
 
 
 def _shift(vae: VAE, loader: CellLoader, new_batch: np.ndarray) -> dict[int, np.ndarray]:
-    """Return the mean residual of each gene, (G,), by batch that the reference has not seen: the batch's own effect."""
+    """Return the mean residual of each gene, (G,), for each new batch: the effect of the batch."""
     means = {}
     for batch in np.unique(new_batch[new_batch >= 0]):
         rows = np.flatnonzero(new_batch == batch)[:MAX_CELLS]
@@ -176,7 +176,7 @@ def _shift(vae: VAE, loader: CellLoader, new_batch: np.ndarray) -> dict[int, np.
 
 
 def _take_off(residuals: np.ndarray, new_batch: np.ndarray, shift: dict[int, np.ndarray]) -> None:
-    """Take each batch's shift off the residuals of its cells, in place."""
+    """Subtract each batch's shift from the residuals of its cells, in place."""
     for batch, mean in shift.items():
         residuals[new_batch == batch] -= mean
 
@@ -184,7 +184,7 @@ def _take_off(residuals: np.ndarray, new_batch: np.ndarray, shift: dict[int, np.
 def _directions(
     vae: VAE, loader: CellLoader, some: np.ndarray, new_batch: np.ndarray, shift: dict[int, np.ndarray]
 ) -> np.ndarray:
-    """Return the directions, (G, k), along which these cells' residuals are largest together."""
+    """Return the directions, (G, k), that explain most of these cells' residuals (singular vectors)."""
     from sklearn.utils.extmath import randomized_svd
 
     if not len(some):
@@ -196,26 +196,26 @@ def _directions(
 
 
 def _against(place: np.ndarray, values: np.ndarray, known_place: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return by how many deviations each value differs from the 200 known ones that are nearest by place."""
+    """Return by how many standard deviations each value differs from the 200 known values with the nearest place."""
     order = np.argsort(known_place)
     window = min(200, len(order))
     start = np.searchsorted(known_place[order], place) - window // 2
     near = np.lib.stride_tricks.sliding_window_view(known[order], window)[np.clip(start, 0, len(order) - window)]
     median = np.median(near, 1, keepdims=True)
-    spread = 1.4826 * np.median(np.abs(near - median), 1) + 1e-6  # of a Gaussian, its standard deviation
+    spread = 1.4826 * np.median(np.abs(near - median), 1) + 1e-6  # for a Gaussian, the standard deviation
     return (values - median[:, 0]) / spread
 
 
 def _all_against(place: np.ndarray, values: np.ndarray, known_place: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return `_against` of each column."""
+    """Apply `_against` to each column."""
     return np.column_stack([_against(place, values[:, i], known_place, known[:, i]) for i in range(values.shape[1])])
 
 
 def _from_bulk(values: np.ndarray) -> np.ndarray:
     """Return the distance of each row from the bulk of the rows, in units of the bulk's spread.
 
-    The bulk is found as that of the minimum covariance determinant is (Rousseeuw and Van Driessen 1999): the rows
-    nearest to the medians first, then those nearest to the mean of the last ones, until they stay the same.
+    The bulk is found like that of the minimum covariance determinant (Rousseeuw and Van Driessen 1999). It starts as
+    the rows nearest to the medians. It is then replaced by the rows nearest to its mean, until it does not change.
     """
     median = np.median(values, 0)
     spread = 1.4826 * np.median(np.abs(values - median), 0) + 1e-6
@@ -230,14 +230,14 @@ def _from_bulk(values: np.ndarray) -> np.ndarray:
 
 
 def _mahalanobis(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return the distance of each row from the known rows, in units of their spread along every direction."""
+    """Return the Mahalanobis distance of each row from the known rows."""
     centred = values - known.mean(0)
-    inverse = np.linalg.pinv(np.atleast_2d(np.cov(known.T)))  # cov of one column is no matrix
+    inverse = np.linalg.pinv(np.atleast_2d(np.cov(known.T)))  # cov of one column is a scalar
     return np.sqrt(np.einsum("ni,ij,nj->n", centred, inverse, centred))
 
 
 def _without_self(distance: np.ndarray, n: int) -> np.ndarray:
-    """Return the distance of each of n known rows from the n - 1 others, of those from all n: exact, of rank one."""
+    """Convert the distances of n rows from all n rows to those from the n - 1 others, by an exact rank-one update."""
     square = distance**2
     rest = np.clip(1 - n * square / (n - 1) ** 2, 1e-12, None)
     return np.sqrt((n / (n - 1)) ** 2 * (n - 2) * square / (n - 1) / rest)
@@ -246,16 +246,16 @@ def _without_self(distance: np.ndarray, n: int) -> np.ndarray:
 def transfer(
     reference: np.ndarray, labels: pd.Series, query: np.ndarray, n_neighbors: int, unknown_below: float
 ) -> pd.DataFrame:
-    """Return the label that the nearest reference cells vote for, by query cell; see `Query.transfer_labels`.
+    """Return the label of each query cell, by a vote of the nearest reference cells; see `Query.transfer_labels`.
 
     Parameters
     ----------
     reference, query
         Embeddings, (N, d) and (n, d).
     labels
-        (N,); cells without one (NaN) do not vote.
+        (N,) labels of the reference; cells without a label (NaN) do not vote.
     n_neighbors, unknown_below
-        Number of voters; the share of the votes below which the answer is "unknown".
+        Number of voters; share of the votes below which the label is "unknown".
 
     Examples
     --------
@@ -270,7 +270,7 @@ def transfer(
     codes, names = pd.factorize(labels[voters].astype(str), sort=True)
     neighbours = NearestNeighbors(n_neighbors=min(n_neighbors, len(codes))).fit(reference[voters])
     distance, nearest = neighbours.kneighbors(query)
-    # A Gaussian as wide as the cell's own neighbourhood.
+    # A Gaussian whose width is the mean distance of the cell's neighbours.
     weights = np.exp(-((distance / (distance.mean(1, keepdims=True) + 1e-12)) ** 2))
     votes = np.zeros((len(query), len(names)))
     np.add.at(votes, (np.arange(len(query))[:, None], codes[nearest]), weights)

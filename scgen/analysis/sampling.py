@@ -1,4 +1,4 @@
-"""New cells: from the prior, or from what the posterior says of given ones."""
+"""Simulate cells from the prior, or from the posterior of given cells."""
 
 from collections.abc import Iterator
 
@@ -20,11 +20,11 @@ from scgen.seeding import seeded
 def posterior_predictive(
     vae: VAE, loader: CellLoader, condition: Condition, n_samples: int, seed: int
 ) -> sparse.csr_matrix | list[sparse.csr_matrix]:
-    """Return ``n_samples`` matrices (n, G) of x ~ p(x | z, l, s), with z, l ~ q; each sparse, as counts are."""
+    """Draw ``n_samples`` CSR matrices (n, G) of x ~ p(x | z, l, s), with z, l ~ q."""
     _, some = next(iter(loader.store.blocks(1000)))
     n_counts = (some.nnz if sparse.issparse(some) else np.count_nonzero(some)) / some.shape[0]
-    n_bytes = n_samples * len(loader.index) * 8 * n_counts  # a float32 and its column; replicates have as many
-    check_memory("n_samples", n_samples, n_bytes, "Ask for fewer, or about fewer cells.")
+    n_bytes = n_samples * len(loader.index) * 8 * n_counts  # a float32 and a column each; as many as in the data
+    check_memory("n_samples", n_samples, n_bytes, "Choose fewer samples or fewer cells.")
     blocks: list[list[sparse.csr_matrix]] = [[] for _ in range(n_samples)]
     for _, number, x in replicates(vae, loader, condition, n_samples, seed):
         blocks[number].append(sparse.csr_matrix(x.cpu().numpy()))
@@ -36,12 +36,12 @@ def posterior_predictive(
 def replicates(
     vae: VAE, loader: CellLoader, condition: Condition, n_samples: int, seed: int
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Iterate over (first cell, number of the replicate, x (n, G)) of minibatches, each with all of its replicates."""
+    """Iterate over (first cell, number of the replicate, x (n, G)): all replicates of a minibatch, then the next."""
     rng, start = np.random.default_rng(seed), 0
     for cells in vae.minibatches(loader):
         q = vae.infer(cells)
         for number in range(n_samples):
-            with seeded(rng.integers(2**63)):  # of each anew: whoever iterates has torch's generators as they were
+            with seeded(rng.integers(2**63)):  # a block per replicate, which ends before the caller runs
                 latents = {name: q[name].rsample() for name in q}
                 x = vae.decoder(latents, as_if(cells, condition)).sample()
             yield start, number, x
@@ -49,19 +49,19 @@ def replicates(
 
 
 def prior_sample(vae: VAE, registry: Registry, n: int, condition: Condition, seed: int) -> AnnData:
-    """Return new cells with their latents; see `ExpressionModel.sample_prior`."""
+    """Simulate cells with their latents; see `ExpressionModel.sample_prior`."""
     n, seed = check_whole("n", n, 1), check_seed(seed)
-    n_bytes = n * (len(registry.genes) + 100)  # where a tenth of the counts are not zero; names and latents
-    check_memory("n", n, n_bytes, "Ask for fewer cells at a time.")
+    n_bytes = n * (len(registry.genes) + 100)  # if a tenth of the counts is not zero; plus names and latents
+    check_memory("n", n, n_bytes, "Draw fewer cells at a time.")
     if vae.has_library and not (vae.priors["library"].variance > 0).all():
         raise ValueError(
-            "the model knows no library sizes to draw from: it came from scvi-tools without cells. Pass them: "
-            "SCVI.from_scvi_tools(folder, adata)."
+            "the model has no library sizes to draw from, because it was loaded from scvi-tools without cells. Pass "
+            "the cells: SCVI.from_scvi_tools(folder, adata)."
         )
     cells = as_if(registry.blank_cells(n, np.random.default_rng(seed)), condition)
     x, latents = prior_predictive(vae, cells, seed)
     library = np.exp(latents["library"]) if vae.has_library else None
-    # Columns that the model reads come last: one of them may be named "library".
+    # Columns that the model reads come last, because one of them may be named "library".
     obs = ({} if library is None else {"library": library[:, 0]}) | registry.obs_of(cells, library)
     return AnnData(
         x,
@@ -74,9 +74,9 @@ def prior_sample(vae: VAE, registry: Registry, n: int, condition: Condition, see
 
 @question
 def prior_predictive(vae: VAE, cells: Cells, seed: int, n_at_once: int = 1024) -> tuple[sparse.csr_matrix, dict]:
-    """Return x (n, G), and the latents that it came from, for z ~ p(z), log l ~ p(log l | s).
+    """Draw x (n, G) and its latents, with z ~ p(z), log l ~ p(log l | s).
 
-    Of ``cells``, (n,), only batch, labels and covariates are read.
+    Only batch, labels and covariates of the n ``cells`` are read.
     """
     blocks, latents = [], {name: [] for name in vae.priors}
     with seeded(seed):

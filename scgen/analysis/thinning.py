@@ -1,4 +1,4 @@
-"""Held-out likelihood by binomial thinning: what the kept counts of a cell say of those that were held out."""
+"""Held-out likelihood by binomial thinning: how well the kept counts of a cell predict the held-out counts."""
 
 import math
 from copy import copy
@@ -23,26 +23,27 @@ def held_out_log_likelihood(
 ) -> np.ndarray:
     """Return log of the mean of p(x_rest | x_kept, z, l, s) over draws z, l ~ q(. | x_kept, s) for each cell, (n,).
 
-    Given z and l, both parts come of one rate by gene, and of one zero inflation. So p(x_kept, x_rest) is the binomial
-    probability of the split times p(x), at a library 1 / (1 - held_out) times that of x_kept, and dividing by p(x_kept)
-    makes it the wanted one: of Poisson counts that of x_rest alone, of others it leans on what x_kept says of the rate.
+    Given z and l, both parts of a count share the gene's rate and its zero inflation. p(x_kept, x_rest) is therefore
+    the binomial probability of the split times p(x), at a library size 1 / (1 - held_out) times that of x_kept.
+    Dividing by p(x_kept) gives the result. For Poisson counts it is p(x_rest); for others, it also depends on what
+    x_kept says about the rate.
 
     Parameters
     ----------
     vae, loader
         The model and the cells.
     size_factors
-        Whether the cells' library is a factor from outside, instead of the total of their counts.
+        Whether the library is a size factor instead of the total of the counts.
     held_out, n_samples, seed
         As in `ExpressionModel.get_thinned_ll`.
     """
     if not vae.has_library:
-        raise ValueError('gene_likelihood="normal" is not one of counts, and only counts can be thinned.')
+        raise ValueError('gene_likelihood="normal" is not a likelihood of counts, and only counts can be thinned.')
     results = []
     as_measured = copy(loader)
     as_measured.impute = None  # genes that were not measured are imputed from the kept counts alone
     with seeded(seed):
-        # Of its own: the same cells are split alike, whatever the model, its draws and the minibatches are.
+        # A separate generator: the split does not depend on the model, its draws or the minibatches.
         rng = np.random.default_rng(seed)
         for cells in as_measured:
             kept, rest = thinned(cells, held_out, size_factors, rng)
@@ -57,9 +58,9 @@ def held_out_log_likelihood(
 
 
 def thinned(cells: Cells, held_out: float, size_factors: bool, rng: np.random.Generator) -> tuple[Cells, Tensor]:
-    """Return the cells with the counts that are kept and the library of these alone, and the other counts, (n, G).
+    """Split the counts. Return the cells with the kept counts and their library, and the other counts, (n, G).
 
-    A cell of which nothing is kept gets a library of one count, the least that decoders know.
+    A cell without kept counts is given a library of one count, the smallest that decoders allow.
     """
     counts = cells.counts.to_dense().cpu()
     kept = torch.from_numpy(rng.binomial(counts.numpy().astype(np.int64), 1 - held_out)).to(counts.dtype)

@@ -1,4 +1,4 @@
-"""Whether a model makes counts like those that it was fitted to: posterior-predictive checks."""
+"""Posterior predictive checks: compare a model's simulated counts with the observed ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,35 +15,36 @@ from scgen.arguments import check_draws, check_memory, shown
 from scgen.data.loader import CellLoader
 from scgen.models.expression import ExpressionModel
 
-#: What of a gene's counts is compared.
+#: Statistics of a gene's counts that are compared.
 STATISTICS = ("zero_share", "mean", "variance", "cv")
-#: A statistic's columns.
+#: Columns of each statistic.
 KINDS = ("observed", "replicated", "lower", "upper", "within")
-#: Of the replicates, how many the interval is to hold.
+#: Share of the replicates that the interval should contain.
 LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class PosteriorPredictiveCheck:
-    """Observed counts beside replicates of them, as `posterior_predictive_check` returns it.
+    """Result of `posterior_predictive_check`: statistics of observed counts and of their replicates.
 
     Attributes
     ----------
     genes
-        A row per gene. Of "zero_share", "mean", "variance" and "cv" (the coefficient of variation, standard deviation /
-        mean) of its counts over the cells there are five columns each: "mean_observed"; "mean_replicated", the mean
-        over the replicates; "mean_lower" and "mean_upper", an interval that a further replicate would be in with
-        probability ``nominal``; and whether the observed value is in it, "mean_within". The cv is NaN, and not within,
-        where all counts, observed or of a replicate, are zero.
+        One row per gene. The statistics of its counts over the cells are "zero_share", "mean", "variance" and "cv" (the
+        coefficient of variation, standard deviation / mean). Each has five columns, such as "mean_observed";
+        "mean_replicated", the mean over the replicates; "mean_lower" and "mean_upper", an interval that would contain
+        another replicate with probability ``nominal``; and "mean_within", whether it contains the observed value. If
+        all counts of the data or of a replicate are zero, cv is NaN and not within.
     cells
-        A row per cell: the same of its "library", the total of its counts.
+        One row per cell, with the same columns for "library", the total of its counts.
     summary
-        A row per statistic: over the genes, or cells, the mean error of the replicated values ("bias"), the mean
-        "absolute_error", their "correlation" with the observed ones, and the share of observed values "within" the
-        interval, all where there are values. All but zero_share are compared by their logarithms, where these are
-        finite.
+        One row per statistic, over the genes or cells: the mean error of the replicated values ("bias"), the mean
+        "absolute_error", their "correlation" with the observed values, and the share of observed values "within" the
+        interval. Missing values are ignored. All statistics except zero_share are compared on a log scale, where the
+        logarithms are finite.
     nominal
-        0.95 from 39 replicates on. The interval of fewer is their range, which holds a further one less often.
+        0.95 with at least 39 replicates. With fewer, the interval is their range, which contains another replicate less
+        often.
     """
 
     genes: pd.DataFrame
@@ -60,12 +61,12 @@ def posterior_predictive_check(
     n_samples: int = 25,
     seed: int = 0,
 ) -> PosteriorPredictiveCheck:
-    """Compare cells with replicates that the model makes of them: x_rep ~ p(x | z, l, s), with z, l ~ q(. | x, s).
+    """Compare cells with replicates drawn from the model: x_rep ~ p(x | z, l, s), with z, l ~ q(. | x, s).
 
-    Where the replicates' zeros are too few, or their variance is too low, the likelihood does not fit the noise of the
-    counts; where the library is off, the posterior of l is. A replicate leans on the cell that it replaces, so that a
-    good model's intervals hold the observed values about as often as ``nominal``, or more often. They are no test of
-    what the model has not seen: for that, ask about ``indices=model.validation_indices``.
+    If the replicates have too few zeros or too little variance, the likelihood does not fit the noise of the counts. If
+    their library sizes are wrong, the posterior of l is wrong. A replicate depends on the cell that it replaces. The
+    intervals of a good model therefore contain the observed values about as often as ``nominal``, or more often. To
+    test the model on cells that it has not seen, use ``indices=model.validation_indices``.
 
     Parameters
     ----------
@@ -74,22 +75,22 @@ def posterior_predictive_check(
     adata, indices
         As in `SCVI.get_latent_representation`.
     n_samples
-        Replicates of each cell. They are summed up as they are drawn, 256 cells at a time.
+        Number of replicates of each cell. They are drawn for 256 cells at a time, and only their sums are kept.
     seed
         Seed of all noise. The replicates are those of ``model.posterior_predictive_sample(n_samples=..., seed=...)``.
 
     Returns
     -------
-    Tables by gene and by cell, and a summary of them; for a picture, pass it to `scgen.plots.posterior_predictive`.
+    Tables by gene and by cell, and a summary. To plot it, use `scgen.plots.posterior_predictive`.
 
     Raises
     ------
     RuntimeError
         If the model is untrained.
     TypeError
-        If ``model`` is no model.
+        If ``model`` is not a model.
     ValueError
-        If it is not one of counts, there are fewer than two samples, or as `SCVI.get_latent_representation`.
+        If it is not a model of counts, ``n_samples`` is below 2, or as `SCVI.get_latent_representation`.
 
     References
     ----------
@@ -113,11 +114,11 @@ def posterior_predictive_check(
             f"model={shown(model)} is a {type(model).__name__}, not a trained model: posterior_predictive_check(model)."
         )
     if not model.vae.has_library:
-        raise ValueError('gene_likelihood="normal" makes no counts that could be compared with counts.')
+        raise ValueError('gene_likelihood="normal" does not generate counts, so there is nothing to compare.')
     n_samples = check_draws("n_samples", n_samples, 2)
     loader = model._loader(adata, indices, 256, seed)
     n_bytes = (1 + n_samples) * (24 * loader.store.shape[1] + 8 * len(loader.index))
-    check_memory("n_samples", n_samples, n_bytes, "Ask for fewer, or about fewer cells.")
+    check_memory("n_samples", n_samples, n_bytes, "Choose fewer samples or fewer cells.")
     sums, library = _summed(model, loader, n_samples, seed)
     statistics = _statistics(sums / len(loader.index))
     genes = pd.concat([_compared(name, of, model.registry.genes) for name, of in statistics.items()], axis=1)
@@ -129,11 +130,12 @@ def posterior_predictive_check(
 
 
 def _summed(model: ExpressionModel, loader: CellLoader, n_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the counts, which come first, and each of their replicates add up to.
+    """Sum the observed counts, which come first, and each of their replicates.
 
     Returns
     -------
-    By gene: the number of zeros, the sum and the sum of squares, (1 + n_samples, 3, G); by cell: (1 + n_samples, n).
+    The number of zeros, the sum and the sum of squares of each gene, (1 + n_samples, 3, G), and the sum of each cell,
+    (1 + n_samples, n).
     """
     sums = np.zeros((1 + n_samples, 3, loader.store.shape[1]))
     library = np.empty((1 + n_samples, len(loader.index)), np.float32)
@@ -153,7 +155,7 @@ def _summed(model: ExpressionModel, loader: CellLoader, n_samples: int, seed: in
 
 
 def _statistics(means: np.ndarray) -> dict[str, np.ndarray]:
-    """Return `STATISTICS`, (1 + n_samples, G) each, from the means of zeros, counts and squares."""
+    """Compute `STATISTICS`, (1 + n_samples, G) each, from the means of zeros, counts and squares."""
     zeros, mean, square = np.moveaxis(means, 1, 0)
     variance = np.maximum(square - mean**2, 0)
     cv = np.divide(np.sqrt(variance), mean, out=np.full_like(mean, np.nan), where=mean > 0)
@@ -161,9 +163,9 @@ def _statistics(means: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _compared(name: str, values: np.ndarray, index: Sequence[str]) -> pd.DataFrame:
-    """Return the observed value, which comes first in ``values``, beside mean and interval of the replicates."""
+    """Return the observed value, which comes first in ``values``, and the mean and interval of the replicates."""
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    # Weibull's quantiles: below the k-th smallest of n, a further one falls with probability k / (n + 1).
+    # Weibull's quantiles: another replicate is below the k-th smallest of n with probability k / (n + 1).
     lower, upper = np.quantile(values[1:], tails, axis=0, method="weibull")
     within = (values[0] >= lower) & (values[0] <= upper)
     columns = values[0], values[1:].mean(0), lower, upper, within

@@ -1,4 +1,4 @@
-"""How well an embedding mixes batches and keeps cell types apart, by scib-metrics."""
+"""Measure with scib-metrics how well an embedding mixes batches and separates cell types."""
 
 import math
 import warnings
@@ -12,16 +12,16 @@ from anndata import AnnData
 def integration_scores(
     embeddings: Mapping[str, np.ndarray], batch: pd.Series, labels: pd.Series, uncorrected: np.ndarray
 ) -> pd.DataFrame:
-    """Return scib-metrics' default scores, unscaled: a row per metric, a column per embedding.
+    """Return scib-metrics' default scores, unscaled, with one row per metric and one column per embedding.
 
     Parameters
     ----------
     embeddings
-        By name, (n, d) each.
+        Embeddings (n, d), by name.
     batch, labels
-        (n,) of the cells.
+        Batch and label of each cell, (n,).
     uncorrected
-        (n, d): the embedding before integration, which one of the metrics compares with.
+        (n, d): the embedding before integration, with which one of the metrics compares.
 
     Returns
     -------
@@ -41,7 +41,7 @@ def integration_scores(
     if batch.nunique() < 2 or labels.nunique() < 2:
         raise ValueError("the scores need at least two batches and two labels.")
     if labels.value_counts().max() < 2:
-        raise ValueError("the scores need labels that cells share; here each cell has its own.")
+        raise ValueError("the scores need labels that several cells share, but each cell has a label of its own.")
     obs = pd.DataFrame(
         {"batch": batch.astype(str).to_numpy(), "label": labels.astype(str).to_numpy()}, dtype="category"
     )
@@ -72,9 +72,9 @@ def integration_scores(
 
 
 def mixing(z: np.ndarray, batch: np.ndarray, n_neighbors: int = 15) -> float:
-    """Return the share of other batches among the cells' nearest neighbours, divided by what chance would give.
+    """Return the share of other batches among the cells' nearest neighbours, relative to that expected by chance.
 
-    NaN where there is one batch.
+    The result is NaN if there is only one batch.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def mixing(z: np.ndarray, batch: np.ndarray, n_neighbors: int = 15) -> float:
     batch
         (n,) names or codes.
     n_neighbors
-        Neighbours of each cell, besides itself; fewer where there are no more cells.
+        Number of neighbours of each cell, without itself; fewer if there are too few cells.
 
     Examples
     --------

@@ -12,7 +12,7 @@ from scgen.data.checks import Setup, check_types
 
 
 def names_of_results(suffix: str = "scgen") -> dict[str, list[str]]:
-    """Return where in an AnnData the results of `integrate` and `cluster` of this suffix are, by its attribute.
+    """Return, by attribute of AnnData, the keys that `integrate` and `cluster` write with this suffix.
 
     Examples
     --------
@@ -31,31 +31,31 @@ def names_of_results(suffix: str = "scgen") -> dict[str, list[str]]:
 def cluster(
     adata: AnnData, basis: str = "X_scgen", *, suffix: str = "scgen", resolution: float = 1.0, seed: int = 0
 ) -> None:
-    """Find neighbours, Leiden clusters and a UMAP of an embedding, of the cells for which it is finite.
+    """Compute neighbours, Leiden clusters and a UMAP of an embedding, for the cells where it is finite.
 
-    Written with ``suffix``, so that nothing that was there is lost: ``uns["neighbors_scgen"]`` with its matrices in
-    ``obsp``, ``obs["leiden_scgen"]``, ``obsm["X_umap_scgen"]``; NaN, or no neighbours, for the other cells.
+    The results are ``uns["neighbors_scgen"]`` with its matrices in ``obsp``, ``obs["leiden_scgen"]`` and
+    ``obsm["X_umap_scgen"]``. The suffix keeps them apart from earlier results. Other cells have NaN or no neighbours.
 
     Parameters
     ----------
     adata, basis
         The cells, and the key of the embedding in ``obsm``.
     suffix
-        Ends the names of all that is written.
+        End of the names of all results.
     resolution
-        Of the Leiden algorithm: more is more clusters.
+        Resolution of the Leiden algorithm; a larger value gives more clusters.
     seed
         Seed of neighbours, clusters and UMAP.
     """
     import scanpy as sc
 
-    check_whole("seed", seed, 0, 2**32 - 1)  # of NumPy's older generators, which are scanpy's
+    check_whole("seed", seed, 0, 2**32 - 1)  # the range of NumPy's older generators, which scanpy uses
     resolution = check_number("resolution", resolution, "a number from 0", least=0)
     suffix = check_key("suffix", suffix, "scgen")
     check_types(adata, Setup())
     check_choice("basis", basis, list(adata.obsm) or ["X_scgen"])
     if basis not in adata.obsm:
-        raise ValueError(f'basis={basis!r} is not in adata.obsm: integrate(adata, "batch") writes it.')
+        raise ValueError(f'basis={basis!r} is not in adata.obsm. Call integrate(adata, "batch") to write it.')
     kept = np.flatnonzero(np.isfinite(adata.obsm[basis]).all(axis=1))
     part = AnnData(obs=pd.DataFrame(index=adata.obs_names[kept]), obsm={basis: np.asarray(adata.obsm[basis])[kept]})
     key = f"neighbors_{suffix}"
@@ -82,10 +82,10 @@ def add_umap(adata: AnnData, basis: str, key: str, seed: int) -> None:
     import scanpy as sc
 
     sc.pp.neighbors(adata, n_neighbors=min(15, adata.n_obs), use_rep=basis, key_added=key, random_state=seed)
-    # UMAP's own start needs more cells than dimensions.
+    # UMAP's spectral initialisation needs more cells than dimensions.
     sc.tl.umap(adata, neighbors_key=key, random_state=seed, init_pos="spectral" if adata.n_obs > 10 else "random")
 
 
 def _spread(graph: sparse.coo_matrix, kept: np.ndarray, n: int) -> sparse.csr_matrix:
-    """Return a graph over some cells as one over all n."""
+    """Return a graph over some cells as a graph over all n cells."""
     return sparse.csr_matrix((graph.data, (kept[graph.row], kept[graph.col])), shape=(n, n))

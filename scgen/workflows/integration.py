@@ -1,4 +1,4 @@
-"""Integration in one call, shaped like scanpy's own, and the clustering that follows it."""
+"""Integrate batches in one call, with an interface like scanpy's, and cluster the cells."""
 
 import inspect
 import warnings
@@ -62,31 +62,31 @@ def integrate(
     seed: int = 0,
     progress: bool = True,
 ) -> SCVI:
-    """Train `SCVI` on ``adata`` and write its embedding, free of the batches' effect, to ``obsm[adjusted_basis]``.
+    """Train `SCVI` on ``adata`` and write an embedding without batch effects to ``obsm[adjusted_basis]``.
 
     Parameters
     ----------
     adata
         Cells x genes, with counts.
     key
-        Column of ``adata.obs`` with the batches, or several: the first is the batch, the others are covariates.
+        Column of ``adata.obs`` with the batch, or a list: the first is the batch, the others are covariates.
     layer
-        Layer of the counts; None reads ``adata.X``.
+        Layer with the counts; None uses ``adata.X``.
     n_top_genes
-        Model only so many highly variable genes, chosen within batches; None models all.
+        Number of highly variable genes to model, chosen within batches; None models all genes.
     adjusted_basis
-        Key of the embedding. An earlier result of `integrate` is replaced, but nothing else that has this key.
+        Key of the embedding. Only an earlier result of `integrate` is overwritten.
     labels_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys, counts
         As in `setup_anndata`.
     tune
-        True lets `scgen.tune` choose the settings of `SCVI`, among all presets; names of presets, or settings by name,
-        let it choose among these.
+        Whether `scgen.tune` chooses the settings of `SCVI`. True uses all presets. A list of names of presets, or a
+        mapping of names to settings, uses only these.
     n_latent, n_hidden, n_layers, dropout_rate, gene_likelihood, dispersion, use_observed_lib_size, encode_covariates, \
 library_residual, posterior, n_flows, prior, n_components
-        As in `SCVI`; None stands for its default.
+        As in `SCVI`; None uses its default.
     max_epochs, batch_size, train_size, early_stopping, patience, learning_rate, kl_start, n_importance_samples, \
 accelerator, devices, precision
-        As in `SCVI.train`; None stands for its default.
+        As in `SCVI.train`; None uses its default.
     seed
         Seed of the initial weights and of training.
     progress
@@ -94,17 +94,17 @@ accelerator, devices, precision
 
     Returns
     -------
-    The model. Its own ``adata`` holds the cells and genes it was trained on, and ``indices=`` are rows of that. Columns
-    of ``obs``, such as groups to compare, are looked up in the ``adata`` that is given here, when they are asked for.
-    ``adata`` itself gets ``obsm[adjusted_basis]``, NaN for cells without any count in the modelled genes (a warning
-    names them), and the parameters in ``uns["scgen"]["integrate"]``.
+    The model. ``model.adata`` holds the cells and genes that it was trained on, and ``indices=`` are rows of it.
+    Columns of ``obs``, such as groups to compare, are looked up in the ``adata`` passed here, at the time of the call.
+    ``adata`` gets the embedding in ``obsm[adjusted_basis]`` and the parameters in ``uns["scgen"]["integrate"]``. Cells
+    without counts in the modelled genes have NaN in the embedding; a warning names them.
 
     Raises
     ------
     TypeError, ValueError
-        As `setup_anndata`, `SCVI` and `tune`; also if ``n_top_genes`` is below 1 or no gene varies, no cell is left,
-        ``obsm[adjusted_basis]`` holds something else, or ``tune`` is combined with what it chooses. ``adata`` is
-        unchanged.
+        As `setup_anndata`, `SCVI` and `tune`; also if ``n_top_genes`` is below 1, no gene varies, no cell is left,
+        `integrate` did not write the present ``obsm[adjusted_basis]``, or ``tune`` is combined with settings that it
+        chooses. ``adata`` is then unchanged.
 
     Examples
     --------
@@ -114,14 +114,14 @@ accelerator, devices, precision
     >>> adata.obsm["X_scgen"].shape
     (100, 10)
 
-    Columns that are added later can be asked about:
+    Columns that are added later can be used:
 
     >>> adata.obs["cluster"] = ["a", "b"] * 50
     >>> len(model.differential_expression("cluster", "a", "b"))
     20
 
-    The model's values are of its own cells and genes. Joined by their names they are a layer of ``adata``, NaN where
-    nothing was modelled:
+    The model returns values for its own cells and genes. To make them a layer of ``adata``, match the names; cells and
+    genes that were not modelled are NaN:
 
     >>> values = model.get_normalized_expression(batch="average")
     >>> values.shape
@@ -130,17 +130,17 @@ accelerator, devices, precision
     >>> adata.layers["scgen"].shape
     (100, 30)
     """
-    # None stands for the default of what is called, so that every default is written in one place.
+    # None means the default of the function that is called, so that each default is written only once.
     given = {name: value for name, value in locals().items() if value is not None}
     keys = [key] if isinstance(key, str) else check_names("key", key)
     if not keys:
-        raise ValueError('key is empty; name the column of the batches: integrate(adata, "batch").')
+        raise ValueError('key is empty. Name the column with the batches: integrate(adata, "batch").')
     adjusted_basis = check_key("adjusted_basis", adjusted_basis, "X_scgen")
     check_flag("counts", counts)
     if n_top_genes is not None:
         n_top_genes = check_whole("n_top_genes", n_top_genes, 1)
     if n_top_genes is not None and not counts:
-        raise ValueError("n_top_genes chooses genes by their counts: with counts=False, select the genes before.")
+        raise ValueError("n_top_genes needs counts. With counts=False, select the genes before calling integrate.")
     columns = _settings(setup_anndata, given) | {"batch_key": keys[0]}
     for name in ("categorical_covariate_keys", "continuous_covariate_keys"):
         columns[name] = check_names(name, given.get(name, []))
@@ -181,52 +181,53 @@ accelerator, devices, precision
 
 
 def _settings(function: Callable, given: Mapping) -> dict:
-    """Return what was given for a function's parameters, but for those that `integrate` has a say in."""
+    """Return the given values of a function's parameters, except those that `integrate` passes itself."""
     taken = inspect.signature(function).parameters.keys() - {"adata", "seed", "progress"}
     return {name: value for name, value in given.items() if name in taken}
 
 
 def _defaults(function: Callable) -> dict:
-    """Return a function's arguments that have a default, with it."""
+    """Return the default values of a function's parameters, by name."""
     parameters = inspect.signature(function).parameters
     return {name: of.default for name, of in parameters.items() if of.default is not of.empty}
 
 
 def _written(adata: AnnData) -> list[str]:
-    """Return the keys of obsm that `integrate` has written; ValueError where its record is something else."""
+    """Return the keys of obsm that `integrate` has written; ValueError if its record is not from `integrate`."""
     record = adata.uns.get("scgen", {}).get("integrate", {})
     if not isinstance(record, Mapping) or not isinstance(record.get("written", []), list | np.ndarray):
         raise ValueError(
-            f'adata.uns["scgen"]["integrate"] holds {shown(record)}, not what integrate writes: '
+            f'adata.uns["scgen"]["integrate"] holds {shown(record)}, which is not from integrate: '
             'del adata.uns["scgen"]["integrate"] first.'
         )
     return list(record.get("written", []))
 
 
 def _check_basis(adata: AnnData, adjusted_basis: str) -> None:
-    """Raise where the embedding would take the place of something that `integrate` did not write."""
+    """Raise ValueError if the embedding would overwrite something that `integrate` did not write."""
     if adjusted_basis in adata.obsm and adjusted_basis not in _written(adata):
         raise ValueError(
-            f'adata.obsm["{adjusted_basis}"] is there, and integrate did not write it. Name another key: '
+            f'adata.obsm["{adjusted_basis}"] exists, but integrate did not write it. Choose another key: '
             f'integrate(adata, ..., adjusted_basis="X_scgen_2"), or del adata.obsm["{adjusted_basis}"] first.'
         )
 
 
 def _check_tuned(chosen: Mapping, training: Mapping) -> None:
-    """Raise where settings are given that `tune` chooses or does not take."""
+    """Raise ValueError if settings are given that `tune` chooses or does not take."""
     wrong = [*chosen, *(training.keys() - inspect.signature(tuning.tune).parameters.keys())]
     if wrong:
         raise ValueError(
-            f"tune chooses the model's settings and trains with the defaults: leave {', '.join(sorted(wrong))} out, or "
-            'give settings to choose among: tune={"a": {"n_latent": 10}, "b": {"n_latent": 20}}.'
+            f"tune chooses the model's settings and trains with the defaults. Leave out {', '.join(sorted(wrong))}, or "
+            'give settings to choose from: tune={"a": {"n_latent": 10}, "b": {"n_latent": 20}}.'
         )
 
 
 def modelled_part(adata: AnnData, setup: Setup, n_top_genes: int | None) -> tuple[AnnData, np.ndarray]:
-    """Return the cells and genes that are modelled, as an AnnData of their own, and the rows of these cells.
+    """Return a new AnnData with the cells and genes to model, and the rows of these cells in ``adata``.
 
-    Left out are genes not among the ``n_top_genes``, and then cells without counts, which a warning names. Counts are
-    in the layer that they are in, and obs and var have what a model reads, so that it can be asked about ``adata``.
+    It has only the ``n_top_genes``, and only cells with counts in them; a warning names the other cells. The counts
+    are in the same layer as in ``adata``, and obs and var have the columns that the model reads. The model can
+    therefore be used with ``adata``, too.
     """
     matrix = matrix_of(adata, setup.layer)
     if not (sparse.issparse(matrix) or isinstance(matrix, np.ndarray)):
@@ -263,12 +264,12 @@ def modelled_part(adata: AnnData, setup: Setup, n_top_genes: int | None) -> tupl
 
 
 def _counted(matrix, setup: Setup) -> np.ndarray:
-    """Return the rows that have counts; all of them, where values are no counts."""
+    """Return the rows that have counts; all rows if the values are not counts."""
     return np.flatnonzero(totals(open_store(matrix)) > 0) if setup.counts else np.arange(matrix.shape[0])
 
 
 def highly_variable(matrix, batch: np.ndarray, n_top_genes: int) -> np.ndarray:
-    """Return the columns of the genes that vary most within batches, by scanpy's "seurat" flavour, in order.
+    """Return the sorted columns of the genes that vary most within batches, by scanpy's "seurat" flavour.
 
     Raises
     ------
@@ -279,18 +280,18 @@ def highly_variable(matrix, batch: np.ndarray, n_top_genes: int) -> np.ndarray:
 
     obs = pd.DataFrame({"batch": pd.Categorical(names_of(batch))}, index=np.arange(len(batch)).astype(str))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they would be about this copy, which the user does not see
+        warnings.simplefilter("ignore")  # warnings about this copy, which the user does not see
         copy = AnnData(matrix.astype(np.float32), obs=obs)
         sizes = copy.obs["batch"].value_counts()
         sc.pp.normalize_total(copy, target_sum=1e4)
         sc.pp.log1p(copy)
-        # A batch of a few cells, or of cells that are alike, says nothing about variability, and scanpy fails on it.
+        # scanpy fails on a batch with few cells, or with equal cells. Such a batch has no information on variability.
         rows = obs.groupby("batch", observed=True).indices
         batches = [name for name in sizes.index[sizes >= min(10, sizes.max())] if _varies(copy.X[rows[name]])]
         if not batches:
             raise ValueError(
-                f"n_top_genes={n_top_genes}: no gene varies within any batch of at least {min(10, sizes.max())} cells, "
-                "so that none can be chosen. Leave n_top_genes out to model all genes."
+                f"n_top_genes={n_top_genes}: no gene varies within any batch of at least {min(10, sizes.max())} "
+                "cells. Leave out n_top_genes to model all genes."
             )
         copy = copy[copy.obs["batch"].isin(batches)].copy()
         sc.pp.highly_variable_genes(
@@ -300,7 +301,7 @@ def highly_variable(matrix, batch: np.ndarray, n_top_genes: int) -> np.ndarray:
 
 
 def _varies(values) -> bool:
-    """Whether any gene differs between cells by more than what float32 rounds off."""
+    """Tell whether any gene differs between cells by more than the rounding of float32."""
     most, least = values.max(axis=0), values.min(axis=0)
     if sparse.issparse(values):
         most, least = most.toarray(), least.toarray()

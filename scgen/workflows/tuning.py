@@ -1,4 +1,4 @@
-"""Settings chosen by successive halving: many trained shortly, few longer, one in full."""
+"""Choose settings by successive halving: train many candidates shortly, few longer, and one in full."""
 
 import inspect
 import math
@@ -21,33 +21,32 @@ from scgen.training.options import choose_device, default_batch_size, default_ep
 
 #: Named arguments of `SCVI`, for ``SCVI(adata, **PRESETS["nb"])``.
 PRESETS: dict[str, dict] = {
-    # The default. Zeros beyond the negative binomial's, as of genes that are off in a part of a state's cells.
+    # The default. For more zeros than the negative binomial has, such as genes that are off in some cells of a state.
     "zinb": {},
-    # Counts of molecules (UMI), most of all few of them: these seldom have more zeros than the negative binomial's.
+    # For counts of molecules (UMI), which seldom have more zeros than the negative binomial, above all low counts.
     "nb": {"gene_likelihood": "nb"},
-    # Ten thousand cells and more of many types: a state with more dimensions, and networks that bend more.
+    # For ten thousand cells or more, of many types: more latent dimensions and deeper networks.
     "nb-deep": {"gene_likelihood": "nb", "n_layers": 2, "n_latent": 30},
-    # Many genes, and fine differences between states.
+    # For many genes and fine differences between states.
     "nb-wide": {"gene_likelihood": "nb", "n_hidden": 256},
-    # Batches of different noise, as of several protocols. Of no use with one batch, and then left out by `tune`.
+    # For batches with different noise, such as several protocols. `tune` leaves it out if there is only one batch.
     "nb-batch": {"gene_likelihood": "nb", "dispersion": "gene-batch"},
-    # Totals that are sequencing depth and nothing else: l is the cell's total, as in scvi-tools by default. With size
-    # factors, which are observed in any case, it is "nb", and then left out by `tune`.
+    # For totals that reflect only the sequencing depth: l is the cell's total count, as in scvi-tools by default. With
+    # size factors, which are observed in any case, it equals "nb", and `tune` leaves it out.
     "nb-observed": {"gene_likelihood": "nb", "use_observed_lib_size": True},
 }
 
-
-#: A short training has so many steps, in minibatches of so many cells, or more: few passes, and still many steps.
+#: A short training has at least this many steps, of minibatches of at least this many cells, in few passes.
 LEAST_STEPS, LEAST_BATCH = 150, 32
-#: At most so many validation cells are scored, with so many draws of the latents: more change no standard error.
+#: Largest number of validation cells to score, and draws of the latents. More would not reduce the standard error.
 MAX_SCORED_CELLS, N_SAMPLES = 500, 5
-#: Neighbours are looked for among so many cells at most.
+#: Largest number of cells among which neighbours are searched.
 MAX_MIXED_CELLS = 5000
-#: With fewer cells, there would be fewer than 30 to compare candidates on, and the choice would follow the seed.
+#: With fewer cells, fewer than 30 would compare the candidates, and the seed would determine the choice.
 LEAST_CELLS = 300
-#: What is the end of a candidate, and not that of the others.
+#: Errors that end one candidate; the other candidates go on.
 FAILURES = FloatingPointError, torch.cuda.OutOfMemoryError
-#: The table's.
+#: Columns of the table.
 COLUMNS = [
     *("candidate", "rung", "epochs", "batch_size", "log_likelihood", "difference", "difference_se", "n_scored"),
     *("mixing", "seconds", "kept", "reason"),
@@ -56,7 +55,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Rung:
-    """A round of trainings: their passes, None for the default; their minibatches; at most so many candidates go on."""
+    """A round of trainings: their epochs (None is the default), their batch size and how many candidates to keep."""
 
     epochs: int | None
     batch_size: int
@@ -65,20 +64,21 @@ class Rung:
 
 @dataclass(frozen=True, repr=False)
 class Tuning:
-    """What `tune` chose, and on which grounds.
+    """The result of `tune`: the chosen model, and the table that led to the choice.
 
     Attributes
     ----------
     model
         The chosen candidate, trained in full.
     best
-        Its name.
+        The name of the chosen candidate.
     table
-        A row per candidate and rung, the better first: "candidate"; "rung", from 1; "epochs" trained and
-        "batch_size"; "log_likelihood", of the held-out counts, nats per cell; "difference" to the best of the rung, and
-        its standard error "difference_se", over the cells, of which there were "n_scored"; "mixing" of the batches, 1
-        where neighbours are as of chance, NaN of one batch; "seconds", of the training and its scores; whether it was
-        "kept", and the "reason". The last row is that of ``model``.
+        One row per candidate and rung, the best first. "candidate" is its name, "rung" the round, from 1. "epochs" and
+        "batch_size" describe the training. "log_likelihood" is that of the held-out counts, in nats per cell.
+        "difference" is the difference to the best of the rung, and "difference_se" its standard error over the
+        "n_scored" cells. "mixing" of the batches is 1 if neighbours are random, and NaN with one batch. "seconds" is
+        the time of training and scoring. "kept" says whether the candidate was kept, and "reason" why. The last row
+        is that of ``model``.
     """
 
     model: SCVI
@@ -102,68 +102,74 @@ def tune(
     seed: int = 0,
     progress: bool = True,
 ) -> Tuning:
-    """Choose the settings of `SCVI` for these cells by successive halving, and train the chosen ones in full.
+    """Choose the settings of `SCVI` for these cells by successive halving, and train the best model in full.
 
-    All candidates are trained shortly; where likelihood does not tell the best from others by one standard error, the
-    first two of these anew, with twice as many passes over the cells; and the best one in full. A short training is a
-    whole one, its learning rate risen and fallen: k passes, in minibatches so small that they make 150 steps and more.
-    k is 1 from 5,400 cells on; of fewer cells it is more, up to an eighth of the full training's epochs, and the steps
-    may be less. So n candidates take k n epochs, or k (n + 4), and a full training. They are compared on the cells that
-    validate, a tenth of each batch, the same for all.
+    First, all candidates are trained shortly. If the likelihoods of the best and others are within one standard error,
+    the first two of these are trained again, with twice as many epochs. The best candidate is then trained in full.
+    Candidates are compared on the same validation cells, a tenth of each batch.
+
+    A short training has the whole learning-rate schedule in k epochs, with minibatches small enough for at least 150
+    steps. k is 1 from 5,400 cells on. With fewer cells it is larger, up to an eighth of the epochs of the full
+    training, and there may be fewer steps. In total, n candidates take k n or k (n + 4) epochs and one full training.
 
     Parameters
     ----------
     adata
         Cells x genes, with counts, set up by `setup_anndata`. Nothing is written to it.
     presets
-        Names out of ``scgen.PRESETS``, or candidates of your own: a mapping of names to arguments of `SCVI`. None
-        stands for all presets: "zinb", the default, allows for zeros beyond the negative binomial's; "nb", good for
-        counts of molecules, does not; "nb-deep", for many cells of many types, has two layers and 30 latents; "nb-wide"
-        256 hidden units, for many genes; "nb-batch" a dispersion for each batch, for several protocols, and is left out
-        where there is one batch; "nb-observed" takes the cell's total for the library, as scvi-tools does, and is left
-        out where there are size factors.
+        Names in ``scgen.PRESETS``, or your own candidates: a mapping of names to arguments of `SCVI`. None uses all
+        presets:
+
+        - "zinb", the default, allows for more zeros than the negative binomial;
+        - "nb" does not, and suits counts of molecules;
+        - "nb-deep" has two layers and 30 latents, for many cells of many types;
+        - "nb-wide" has 256 hidden units, for many genes;
+        - "nb-batch" has a dispersion for each batch, for several protocols; it is left out if there is one batch;
+        - "nb-observed" uses the cell's total count as library size, as scvi-tools does; it is left out if there are
+          size factors.
     max_epochs
-        Of the full training; None stands for the default of `SCVI.train`.
+        Number of epochs of the full training; None uses the default of `SCVI.train`.
     accelerator
         As in `SCVI.train`.
     seed
         Seed of the initial weights, the held-out cells and all noise.
     progress
-        Whether to show what is being tried, and then the progress of the full training.
+        Whether to show the candidate that is being trained, and then the progress of the full training.
 
     Returns
     -------
-    A `Tuning`: the model, the name of its settings and a table of all that was tried. The model is what
-    ``SCVI(adata, seed=seed, **settings)`` and ``train(max_epochs, accelerator=accelerator, seed=seed)`` give.
+    A `Tuning` with the model, the name of its settings and a table of all trainings. The model is equal to that of
+    ``SCVI(adata, seed=seed, **settings)`` after ``train(max_epochs, accelerator=accelerator, seed=seed)``.
 
     Raises
     ------
     TypeError
-        If an argument is of the wrong kind.
+        If an argument is of the wrong type.
     ValueError
-        If ``adata`` was not set up, or with ``counts=False``, has fewer than 300 cells, an argument is out of its
-        range, or a candidate is unknown or no setting of `SCVI` for counts.
+        If ``adata`` was not set up, was set up with ``counts=False`` or has fewer than 300 cells, if an argument is out
+        of its range, or if a candidate is unknown or not a setting of `SCVI` for counts.
     FloatingPointError
-        If no candidate is left: of each the loss, or the likelihood of the held-out counts, became NaN or infinite, or
-        the GPU's memory was too small for it.
+        If every candidate failed: its loss or the likelihood of the held-out counts became NaN or infinite, or it did
+        not fit into the GPU's memory.
     KeyboardInterrupt
-        Ctrl-C ends all of it, the full training too.
+        After Ctrl-C, which ends all trainings, including the full one.
 
     Notes
     -----
-    Scores are log-likelihoods of a tenth of each cell's counts, given the others, as `SCVI.get_thinned_ll` estimates
-    them with 5 draws on 500 of the validation cells at most: they compare across likelihoods and treatments of the
-    library, while bounds and marginal likelihoods compare only within one treatment of it. "mixing" is the share of
-    other batches among a cell's 15 nearest neighbours, divided by what chance would give. Batches that differ in
-    composition cannot, and should not, reach 1; so mixing decides only among candidates whose likelihood is within one
-    standard error, of the paired differences by cell, of the best one's.
+    Scores are log-likelihoods of a tenth of each cell's counts, given the others. `SCVI.get_thinned_ll` estimates them
+    with 5 draws on at most 500 of the validation cells. Unlike bounds and marginal likelihoods, they can also be
+    compared between models that treat the library size differently. "mixing" is the share of other batches among a
+    cell's 15 nearest neighbours, divided by the share expected by chance. Batches that differ in composition cannot and
+    should not reach 1. Mixing therefore decides only among candidates whose likelihood is within one standard error of
+    the best one's; the standard error is that of the differences by cell.
 
-    The weights kept of a training are those of the best epoch for the validation cells, which makes their scores a
-    little too good, those of all candidates alike. For the quality of ``model`` itself, hold out cells of your own.
-    Short trainings favour what learns fast: a candidate that needs many steps can lose to one that it would overtake,
-    and those that would end within a nat or so of each other are not told apart (``benchmarks/NOTES.md``).
-    A candidate whose loss or likelihood is not finite, or that a GPU's memory is too small for, is out, and the table
-    says so; if that happens to the chosen one in full, the next of the last round takes its place.
+    A training keeps the weights of the best epoch for the validation cells. Scores on these cells are therefore a
+    little too good, for all candidates alike. To measure the quality of ``model``, hold out other cells. Short
+    trainings favour models that learn fast. A candidate that needs many steps can lose although it would win after a
+    full training, and candidates that would end within about a nat of each other cannot be distinguished
+    (``benchmarks/NOTES.md``). A candidate whose loss or likelihood is not finite, or that does not fit into the GPU's
+    memory, is dropped, and the table says so. If this happens in the full training, the next candidate of the last
+    round is trained instead.
 
     References
     ----------
@@ -188,7 +194,7 @@ def tune(
     check_presets("presets", presets)
     candidates = _candidates(adata, presets)
     *short, full = _rungs(adata.n_obs, device, max_epochs)
-    # All are made before any is trained, so that a wrong setting is told at once.
+    # All models are made before the first is trained, so that a wrong setting fails at once.
     models = {name: _model(adata, name, arguments, seed) for name, arguments in candidates.items()}
 
     def made(name: str) -> SCVI:
@@ -220,7 +226,7 @@ def tune(
 
 @dataclass(frozen=True)
 class Trial:
-    """One training of a candidate, and its score: by held-out cell, (n,); None, and the error, if there is none."""
+    """One training of a candidate, and its log-likelihood by held-out cell, (n,), or None and the error."""
 
     candidate: str
     epochs: int
@@ -232,27 +238,27 @@ class Trial:
 
     @property
     def value(self) -> float:
-        """The mean log-likelihood, in nats per cell."""
+        """Mean log-likelihood, in nats per cell."""
         return math.nan if self.log_likelihood is None else float(self.log_likelihood.mean())
 
     @property
     def failure(self) -> str:
-        """Why there is nothing to compare; empty where there is."""
+        """Reason why the training has no score; empty if it has one."""
         return self.error or ("" if math.isfinite(self.value) else "its likelihood is not finite")
 
 
 def _candidates(adata: AnnData, presets: Sequence[str] | Mapping[str, Mapping] | None) -> dict[str, dict]:
-    """Return the arguments of each candidate by its name; raise where cells or candidates cannot be compared."""
+    """Return the arguments of each candidate, by name; raise ValueError if the cells cannot be used for tuning."""
     registry = Registry.of(adata, labels=False)
     if not registry.setup.counts:
         raise ValueError(
-            "the data were set up with counts=False, but candidates are compared by held-out counts. Set counts up, "
+            "the data were set up with counts=False, but candidates are compared on held-out counts. Set up counts, "
             'setup_anndata(adata, layer="counts"), or train SCVI(adata, gene_likelihood="normal") without tune.'
         )
     if adata.n_obs < LEAST_CELLS:
         raise ValueError(
-            f"adata has {adata.n_obs} cells: a tenth of them would be too few to compare candidates on; tune needs "
-            f"{LEAST_CELLS}. Train SCVI(adata) with its defaults."
+            f"adata has {adata.n_obs} cells, but tune needs {LEAST_CELLS}: it compares candidates on a tenth of them. "
+            "Train SCVI(adata) with its defaults."
         )
     if presets is None:
         is_nb = {"nb-batch": len(registry.batches) < 2, "nb-observed": registry.setup.size_factor_key is not None}
@@ -263,7 +269,7 @@ def _candidates(adata: AnnData, presets: Sequence[str] | Mapping[str, Mapping] |
 
 
 def check_presets(what: str, presets: Sequence[str] | Mapping[str, Mapping] | None) -> None:
-    """Raise where a candidate is unknown, or no setting of `SCVI` for counts; ``what`` is the argument's name."""
+    """Raise an error if a candidate is unknown or not a setting of `SCVI` for counts; ``what`` names the argument."""
     if presets is None:
         return
     listed = isinstance(presets, Sequence) and not isinstance(presets, str)
@@ -272,7 +278,7 @@ def check_presets(what: str, presets: Sequence[str] | Mapping[str, Mapping] | No
             f"{what}={shown(presets)}; it takes a list of names, or a mapping of names to arguments of SCVI."
         )
     if not presets:
-        raise ValueError(f"{what} is empty; choose among {', '.join(PRESETS)}, or None for all.")
+        raise ValueError(f"{what} is empty; choose from {', '.join(PRESETS)}, or None for all.")
     if isinstance(presets, Mapping):
         for name, arguments in presets.items():
             _check_arguments(what, name, arguments)
@@ -280,11 +286,11 @@ def check_presets(what: str, presets: Sequence[str] | Mapping[str, Mapping] | No
     for name in presets:
         if name not in PRESETS:
             hint = did_you_mean(name, list(PRESETS))
-            raise ValueError(f"{what}: {name!r} is unknown; there are {', '.join(PRESETS)}.{hint}")
+            raise ValueError(f"{what}: {name!r} is unknown; choose from {', '.join(PRESETS)}.{hint}")
 
 
 def _check_arguments(what: str, name: str, arguments: Mapping) -> None:
-    """Raise where a candidate has other arguments than those of `SCVI` for counts."""
+    """Raise an error if a candidate has arguments that `SCVI` does not take for counts."""
     if not isinstance(name, str) or not isinstance(arguments, Mapping):
         raise TypeError(f'{what}: {shown(name)}: {shown(arguments)}; write it {{"name": {{"n_latent": 20}}}}.')
     defaults = {key: of.default for key, of in inspect.signature(SCVI).parameters.items() if key != "adata"}
@@ -292,20 +298,21 @@ def _check_arguments(what: str, name: str, arguments: Mapping) -> None:
     for key in arguments:
         if key not in known:
             hint = did_you_mean(str(key), known)
-            raise ValueError(f'{what}["{name}"]: {key!r} is no setting of SCVI; these are {", ".join(known)}.{hint}')
+            text = f'{what}["{name}"]: {key!r} is not a setting of SCVI; choose from {", ".join(known)}.{hint}'
+            raise ValueError(text)
     try:
         checked = SCVI.Arguments(**defaults | arguments)
     except (TypeError, ValueError) as error:
         raise type(error)(f'{what}: candidate "{name}": {error}') from error
     if checked.gene_likelihood == "normal":
         raise ValueError(
-            f'{what}["{name}"]: gene_likelihood="normal" is not one of counts, and cannot be compared with those that '
-            "are. Leave it out."
+            f'{what}["{name}"]: gene_likelihood="normal" is not a likelihood of counts and cannot be compared with '
+            "those of counts. Leave it out."
         )
 
 
 def _model(adata: AnnData, name: str, arguments: Mapping, seed: int) -> SCVI:
-    """Return an untrained candidate; an error says which one it is of."""
+    """Make a candidate's model, untrained; an error names the candidate."""
     try:
         return SCVI(adata, seed=seed, **arguments)
     except ValueError as error:
@@ -313,7 +320,7 @@ def _model(adata: AnnData, name: str, arguments: Mapping, seed: int) -> SCVI:
 
 
 def _rungs(n_cells: int, device: torch.device, max_epochs: int | None) -> list[Rung]:
-    """Return the rounds: as many passes as `LEAST_STEPS` take, then twice as many, then the full training."""
+    """Return the rounds: the epochs that `LEAST_STEPS` take, then twice as many, then the full training."""
     n_training = round(0.9 * n_cells)
     full = default_batch_size(n_training, device)
     most = max_epochs or default_epochs(math.ceil(n_training / full))
@@ -327,13 +334,13 @@ def _rungs(n_cells: int, device: torch.device, max_epochs: int | None) -> list[R
 
 
 def _trial(model: SCVI, name: str, rung: Rung, options: Mapping) -> Trial:
-    """Train a candidate for a rung, and score it; raise if the training was interrupted."""
+    """Train a candidate for a rung and score it; raise KeyboardInterrupt if the training was interrupted."""
     started = time.perf_counter()
     values, mixed, error = None, math.nan, ""
     try:
         model.train(rung.epochs, batch_size=rung.batch_size, **options)
         if not model.trainings[-1]["finished"]:
-            raise KeyboardInterrupt  # which `train` takes as the wish for an early end
+            raise KeyboardInterrupt  # `train` catches it and ends early
         values, mixed = _scored(model, options["seed"])
     except FAILURES as failure:
         error = str(failure)
@@ -341,7 +348,7 @@ def _trial(model: SCVI, name: str, rung: Rung, options: Mapping) -> Trial:
 
 
 def _scored(model: SCVI, seed: int) -> tuple[np.ndarray, float]:
-    """Return how likely held-out counts are, by cell, and how well batches mix."""
+    """Return the log-likelihood of held-out counts, by cell, and the mixing of the batches."""
     held_out = _some(model.validation_indices, MAX_SCORED_CELLS, seed)
     values = model.get_thinned_ll(indices=held_out, n_samples=N_SAMPLES, return_mean=False, seed=seed)
     if len(model.registry.batches) < 2:
@@ -352,15 +359,15 @@ def _scored(model: SCVI, seed: int) -> tuple[np.ndarray, float]:
 
 
 def _some(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """Return the rows, or so many of them at random, the same for the same seed."""
+    """Return all rows, or a random sample of ``most`` of them, which depends only on the seed."""
     return np.sort(np.random.default_rng(seed).permutation(rows)[:most])
 
 
 def _ranking(trials: Sequence[Trial], keep: int) -> pd.DataFrame:
-    """Return a row for each trial, the better first, and whether it is one of those that are kept.
+    """Return a row for each trial, the best first, and whether it is kept.
 
-    Those within one standard error of the best likelihood come first, by their mixing; then the others by likelihood.
-    Only the former are kept.
+    Candidates within one standard error of the best likelihood come first, sorted by mixing; only these can be kept.
+    The others follow, sorted by likelihood.
     """
     sound = sorted((trial for trial in trials if not trial.failure), key=lambda trial: -trial.value)
     if not sound:
@@ -368,17 +375,17 @@ def _ranking(trials: Sequence[Trial], keep: int) -> pd.DataFrame:
     failed = [trial for trial in trials if trial.failure]
     rows = pd.DataFrame([_row(trial, sound[0]) for trial in [*sound, *failed]])
     level = rows["difference"] >= -rows["difference_se"]
-    order = np.lexsort([-rows["mixing"].fillna(0) * level, ~level])  # stable: else by likelihood, and the failed last
+    order = np.lexsort([-rows["mixing"].fillna(0) * level, ~level])  # stable: ties keep their order
     return rows.iloc[order].assign(kept=np.arange(len(rows)) < min(keep, level.sum()))
 
 
 def _sound(table: pd.DataFrame) -> list[str]:
-    """Return the candidates that did not fail, the better first."""
+    """Return the candidates that did not fail, the best first."""
     return table.loc[table["difference"].notna(), "candidate"].tolist()
 
 
 def _in_full(trials: Sequence[Trial]) -> pd.DataFrame:
-    """Return a row for each full training that was tried, of which the last one went well."""
+    """Return a row for each full training; only the last one succeeded."""
     if trials[-1].log_likelihood is None:
         raise _none_left(trials)
     *failed, last = trials
@@ -394,7 +401,7 @@ def _none_left(trials: Sequence[Trial]) -> FloatingPointError:
 
 
 def _row(trial: Trial, best: Trial) -> dict:
-    """Return a trial's row of the table, compared with the best of its rung cell by cell."""
+    """Return a trial's row of the table. The trial is compared with the best of its rung, cell by cell."""
     row = {name: getattr(trial, name) for name in ("candidate", "epochs", "batch_size", "mixing", "seconds")}
     n_scored = 0 if trial.log_likelihood is None else len(trial.log_likelihood)
     row |= {"log_likelihood": trial.value, "difference": math.nan, "difference_se": math.nan, "n_scored": n_scored}
@@ -408,5 +415,5 @@ def _row(trial: Trial, best: Trial) -> dict:
         by = "likelihood" if math.isnan(trial.mixing) else "mixing"
         reason = f"within one standard error of {best.candidate}: {by} decides"
     else:
-        reason = f"{-difference:.2f} nats a cell, {-difference / error:.1f} standard errors, below {best.candidate}"
+        reason = f"{-difference:.2f} nats per cell ({-difference / error:.1f} standard errors) below {best.candidate}"
     return row | {"difference": difference, "difference_se": error, "reason": reason}

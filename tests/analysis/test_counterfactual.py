@@ -181,7 +181,7 @@ def test_a_known_effect_of_a_covariate_is_recovered():
         ({"covariates": "donor"}, TypeError, r"covariates='donor'.*\{\"donor\": \"average\"\}"),
         ({"covariates": {"doner": "a"}}, ValueError, r"doner.*donor, stage, age, depth.*Did you mean \"donor\""),
         ({"covariates": {"batch": "batch_1"}}, ValueError, "use batch="),
-        ({"covariates": {"cell_type": "type_1"}}, ValueError, "names no covariate"),
+        ({"covariates": {"cell_type": "type_1"}}, ValueError, "is not a covariate"),
         ({"covariates": {"donor": "d"}}, ValueError, r"donor.*'d' is unknown.*a, b, c"),
         ({"covariates": {"stage": ["late", "earl"]}}, ValueError, r"'earl'.*Did you mean \"early\""),
         ({"covariates": {"donor": []}}, ValueError, "empty list"),
@@ -195,7 +195,7 @@ def test_a_known_effect_of_a_covariate_is_recovered():
         ({"gene_list": "gene_1"}, TypeError, r"gene_list=\['gene_1'\]"),
         ({"gene_list": 5}, TypeError, "gene_list=5; it takes a list"),
         ({"batch": "batch1"}, ValueError, r"batch: 'batch1'.*batch_1, batch_2.*Did you mean \"batch_1\""),
-        ({"batch": "average", "transform_batch": "batch_1"}, ValueError, "same thing"),
+        ({"batch": "average", "transform_batch": "batch_1"}, ValueError, "mean the same"),
         (
             {"batch": "average", "covariates": {"donor": "average", "age": list(range(200))}},
             ValueError,

@@ -138,5 +138,5 @@ def test_other_batches_and_covariates():
     for wrong in ({"n_samples": 0}, {"n_samples": 1.5}, {"gene_list": ["x"]}, {"covariates": {"donor": "z"}}):
         with pytest.raises(ValueError, match=r"n_samples|genes|donor"):
             model.get_likelihood_parameters(**wrong)
-    with pytest.raises(TypeError, match="list belongs"):
+    with pytest.raises(TypeError, match="it takes a list"):
         model.get_likelihood_parameters(gene_list="gene_1")

@@ -114,7 +114,7 @@ def test_covariates_of_a_sample_are_those_asked_for():
     assert log_p_by_hand(model, sample).mean() > log_p_by_hand(model, others).mean()
     with pytest.raises(ValueError, match="one value of each covariate"):
         model.sample_prior(10, covariates={"donor": "average"})
-    with pytest.raises(ValueError, match="names no covariate"):
+    with pytest.raises(ValueError, match="is not a covariate"):
         model.sample_prior(10, covariates={"cell_type": "type_1"})
 
 

@@ -165,7 +165,7 @@ def test_columns_of_the_users_adata_are_found(cells):
     np.testing.assert_allclose(table["raw_mean1"][rows], mean.mean(axis=0)[rows], rtol=1e-5)
     assert "names" in cells.uns["rank_genes_groups"]
     assert sc.get.rank_genes_groups_df(cells, "0").shape[0] == 20
-    with pytest.raises(ValueError, match=r"no column of adata.obs \(it has: .*leiden"):
+    with pytest.raises(ValueError, match=r"not a column of adata.obs \(it has: .*leiden"):
         model.differential_expression("ledien")
     reference = model.query(by_hand)
     assert set(reference.transfer_labels("leiden")["label"]) <= {"0", "1", "2", "unknown"}
@@ -188,7 +188,7 @@ def test_it_says_where_the_users_cells_have_changed(cells, change):
 
 def test_nothing_else_is_taken_for_an_earlier_embedding(cells):
     cells.obsm["X_scgen"] = mine = np.ones((150, 2))
-    with pytest.raises(ValueError, match=r'obsm\["X_scgen"\] is there.*adjusted_basis='):
+    with pytest.raises(ValueError, match=r'obsm\["X_scgen"\] exists.*adjusted_basis='):
         quick(cells)
     assert cells.obsm["X_scgen"] is mine
     assert "scgen" not in cells.uns
@@ -240,7 +240,7 @@ def test_tune_chooses():
     told = cells.uns["scgen"]["integrate"]
     assert cells.obsm["X_scgen"].shape == (300, {"small": 3, "large": 12}[told["tuned"]])
     assert model.arguments.n_latent == told["n_latent"]
-    with pytest.raises(ValueError, match="leave batch_size, n_latent out"):
+    with pytest.raises(ValueError, match="Leave out batch_size, n_latent"):
         quick(cells, tune=True, n_latent=3, batch_size=20)
 
 
@@ -285,7 +285,7 @@ def test_views_and_backed_files(cells, tmp_path):
         ({"key": "sample"}, ValueError, "not a column of adata.obs"),
         ({"key": []}, ValueError, "key is empty"),
         ({"key": 3}, TypeError, "key"),
-        ({"layer": "nope"}, ValueError, "no layer"),
+        ({"layer": "nope"}, ValueError, "not a layer"),
         ({"n_top_genes": 0}, ValueError, "n_top_genes=0"),
     ],
 )

@@ -249,7 +249,7 @@ def test_likelihood_ranks_and_mixing_only_among_what_it_does_not_tell_apart():
     # What likelihood tells from the best does not go on, however many may.
     assert tuning._ranking(trials, 5)["kept"].tolist() == [True, True, True, False, False]
     assert table["reason"].tolist()[0] == "within one standard error of best: mixing decides"
-    assert table["reason"].tolist()[3].endswith("1.1 standard errors, below best")
+    assert table["reason"].tolist()[3].endswith("(1.1 standard errors) below best")
     assert table["reason"].tolist()[4] == "failed: NaN"
     # The standard error is of the paired differences: of the values themselves it would be twenty times as much.
     assert stats.sem(best) > 10 * error
@@ -406,7 +406,7 @@ def test_an_interrupt_ends_it(few, monkeypatch, when):
 @pytest.mark.parametrize(
     ("presets", "error", "words"),
     [
-        (["nb", "nb-depe"], ValueError, r'"?nb-depe.*there are zinb.*Did you mean "nb-deep"'),
+        (["nb", "nb-depe"], ValueError, r'"?nb-depe.*choose from zinb.*Did you mean "nb-deep"'),
         ("nb", TypeError, "a list of names"),
         ([["nb"]], TypeError, "a list of names"),
         ([None], TypeError, "a list of names"),
@@ -415,9 +415,9 @@ def test_an_interrupt_ends_it(few, monkeypatch, when):
         ([], ValueError, "presets is empty"),
         ({"a": ["nb"]}, TypeError, "n_latent"),
         ({"a": {"n_latnt": 3}}, ValueError, r'presets\["a"\].*Did you mean "n_latent"'),
-        ({"a": {"seed": 3}}, ValueError, "'seed' is no setting"),
+        ({"a": {"seed": 3}}, ValueError, "'seed' is not a setting"),
         ({"a": {"n_latent": 0}, "b": {}}, ValueError, 'candidate "a": n_latent=0'),
-        ({"a": {"gene_likelihood": "normal"}}, ValueError, "not one of counts"),
+        ({"a": {"gene_likelihood": "normal"}}, ValueError, "not a likelihood of counts"),
     ],
 )
 def test_bad_candidates(few, monkeypatch, presets, error, words):
