@@ -1,4 +1,4 @@
-"""Distributions in torch's protocol, without parameters of their own."""
+"""Distributions with the interface of torch's, without learned parameters."""
 
 from scgen.distributions.counts import CellCounts, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from scgen.distributions.flow import FlowDistribution

@@ -1,4 +1,4 @@
-"""Distributions of counts, parametrised by logarithms: Poisson, negative binomial and its zero-inflated form."""
+"""Distributions of counts, parametrised by logarithms: Poisson, negative binomial, zero-inflated negative binomial."""
 
 import math
 
@@ -14,7 +14,7 @@ _MAX_RATE = 1e8
 
 
 class _Counts(Distribution):
-    """What the count distributions share: a mean before zero inflation, ``mu``, and Poisson noise."""
+    """Base class of the count distributions: a mean before zero inflation, ``mu``, and Poisson noise."""
 
     arg_constraints = {}
     support = constraints.nonnegative_integer
@@ -67,7 +67,7 @@ class Poisson(_Counts):
 class NegativeBinomial(_Counts):
     r"""Negative binomial with mean mu and inverse dispersion theta: variance mu + mu^2 / theta.
 
-    It is a Poisson whose rate is Gamma(shape theta, mean mu); theta to infinity gives the Poisson.
+    It is a Poisson whose rate is Gamma(shape theta, mean mu). As theta goes to infinity, it becomes the Poisson.
 
     Parameters
     ----------
@@ -101,13 +101,13 @@ class NegativeBinomial(_Counts):
 
     @torch.no_grad()
     def sample_rate(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        """Return draws of the Gamma rate that the counts, before any zero inflation, are Poisson draws of.
+        """Draw the Gamma rate of the Poisson, without zero inflation.
 
-        What is below the smallest normal number is 0.
+        Values below the smallest normal number are 0.
         """
         theta = self.theta.expand(self._extended_shape(sample_shape))
         gamma = torch._standard_gamma(theta, generator=generator(theta.device))
-        # torch raises smaller draws to that number: multiplied by mu / theta, they would rank by it.
+        # torch raises smaller draws to that number. Multiplied by mu / theta, their ranks would be those of mu / theta.
         gamma = gamma.masked_fill(gamma <= torch.finfo(gamma.dtype).tiny, 0)
         return gamma * (self.log_mu - self.log_theta).exp()
 
@@ -117,7 +117,7 @@ class NegativeBinomial(_Counts):
 
 
 class ZeroInflatedNegativeBinomial(NegativeBinomial):
-    """A negative binomial of which a share pi = sigmoid(zi_logits) is replaced by zeros.
+    """Negative binomial in which a share pi = sigmoid(zi_logits) is replaced by zeros.
 
     Mean (1 - pi) mu, variance (1 - pi) mu (1 + mu / theta + pi mu). ``mu`` is the mean before the replacement.
 
@@ -126,7 +126,7 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
     log_mu, log_theta
         As in `NegativeBinomial`.
     zi_logits
-        Log-odds of an extra zero, (..., G).
+        Log odds of an additional zero, (..., G).
 
     Examples
     --------
@@ -162,9 +162,9 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
 
 
 class CellCounts(Distribution):
-    """The counts of all genes of a cell, independent given their means mu = l softmax(logits + bias).
+    """Counts of all genes of a cell, independent given their means mu = l softmax(logits + bias).
 
-    One draw is a whole cell: `log_prob` sums over the genes, and writes no array of the parameters on its way.
+    One draw is a whole cell. `log_prob` sums over the genes without arrays of the parameters in memory.
 
     Parameters
     ----------
@@ -175,9 +175,9 @@ class CellCounts(Distribution):
     log_theta
         As in `NegativeBinomial`; None makes the counts Poisson.
     zi_logits, zi_bias
-        (..., n, G) and (G,), of `ZeroInflatedNegativeBinomial` in sum; None for no zero inflation.
+        (..., n, G) and (G,); their sum is that of `ZeroInflatedNegativeBinomial`. None means no zero inflation.
     normalised
-        False takes logits + bias for log(mu / l) as they are.
+        Whether to apply the softmax. False uses logits + bias as log(mu / l).
 
     Examples
     --------
@@ -204,17 +204,17 @@ class CellCounts(Distribution):
         super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=False)
 
     def scaled(self, factor: float) -> "CellCounts":
-        """Return the counts of the same cells at ``factor`` times their library.
+        """Return the distribution for the same cells at ``factor`` times their library size.
 
-        Below 1, that is what is left of these counts if each is kept with probability ``factor``: theta and the zero
-        inflation stay as they are.
+        A factor below 1 describes the counts that remain if each count is kept with probability ``factor``. Theta and
+        the zero inflation do not change.
         """
         logits, bias, log_library, *others = self.parameters
         return CellCounts(logits, bias, log_library + math.log(factor), *others)
 
     @property
     def base_dist(self) -> Poisson | NegativeBinomial | ZeroInflatedNegativeBinomial:
-        """Each gene's own distribution, over (..., n, G)."""
+        """The distribution of each gene, over (..., n, G)."""
         logits, bias, log_library, log_theta, zi_logits, zi_bias, normalised = self.parameters
         log_mu = reference.log_mean(logits, bias, log_library, normalised)
         if log_theta is None:

@@ -1,4 +1,4 @@
-"""A Gaussian that a flow has bent."""
+"""A Gaussian transformed by a flow."""
 
 from typing import Protocol
 
@@ -8,12 +8,12 @@ from torch.distributions import Distribution, constraints
 
 from scgen.distributions.gaussian import DiagonalNormal
 
-#: Draws that mean and variance are taken over, in antithetic pairs, and how many of them at once.
+#: Number of draws for mean and variance, in antithetic pairs, and number of them at a time.
 N_DRAWS, AT_ONCE = 100, 20
 
 
 class Flow(Protocol):
-    """An invertible map of (..., n, d) that a context (n, C) bends; the logarithms of determinants are (..., n)."""
+    """An invertible map of (..., n, d) with a context (n, C). The logarithms of determinants are (..., n)."""
 
     def __call__(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -23,15 +23,15 @@ class Flow(Protocol):
 class FlowDistribution(Distribution):
     """z = f(e) with e from a Gaussian: log q(z) = log q(e) - log |det df/de|.
 
-    Mean and variance have no closed form. They are taken over the same 100 standard normal draws, in pairs of opposite
-    sign, for every cell: so they do not change from call to call, nor with the cells beside.
+    Mean and variance have no closed form. They are computed from 100 standard normal draws, in pairs of opposite sign.
+    All cells and calls use the same draws, so results do not depend on the call or on the other cells.
 
     Parameters
     ----------
     base
         The Gaussian of e.
     flow, context
-        f, and what bends it, (n, C).
+        f and its context, (n, C).
 
     Examples
     --------
@@ -55,7 +55,7 @@ class FlowDistribution(Distribution):
         return self.rsample_and_log_prob(sample_shape)[0]
 
     def from_noise(self, noise: Tensor) -> Tensor:
-        """Return the draws that standard normal noise (..., n, d) makes."""
+        """Transform standard normal noise (..., n, d) into draws."""
         return self.flow(self.base.from_noise(noise), self.context)[0]
 
     def rsample_and_log_prob(self, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ class FlowDistribution(Distribution):
         noise = torch.cat([noise, -noise]).to(mean)[(slice(None), *[None] * len(self.batch_shape))]
         total = squares = 0.0
         for some in noise.split(AT_ONCE):
-            from_base = self.from_noise(some) - mean  # squares of what may be far from 0 would lose digits
+            from_base = self.from_noise(some) - mean  # without subtracting the mean, squares would lose digits
             total, squares = total + from_base.sum(0), squares + from_base.square().sum(0)
         shift = total / N_DRAWS
         return mean + shift, (squares / N_DRAWS - shift.square()).clamp(min=0)

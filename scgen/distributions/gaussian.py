@@ -1,4 +1,4 @@
-"""The distributions of latents: a Gaussian with independent components, a mixture of these, and an observed value."""
+"""Distributions of latents: a Gaussian with independent components, a mixture of these, and an observed value."""
 
 import math
 
@@ -47,7 +47,7 @@ class DiagonalNormal(Distribution):
         return self.from_noise(self._noise(sample_shape))
 
     def from_noise(self, noise: Tensor) -> Tensor:
-        """Return the draws that standard normal noise (..., d) makes."""
+        """Transform standard normal noise (..., d) into draws."""
         return torch.addcmul(self._mean, self._variance.sqrt(), noise)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class DiagonalNormal(Distribution):
         return torch.randn(shape, dtype=mean.dtype, device=mean.device, generator=generator(mean.device))
 
     def _log_density(self, squares: Tensor) -> Tensor:
-        """Return the log-density at so many squared standard deviations from the mean."""
+        """Return the log-density at a squared distance from the mean, in standard deviations."""
         return -0.5 * (squares + self._variance.log() + math.log(2 * math.pi)).sum(-1)
 
 
@@ -107,7 +107,7 @@ class GaussianMixture(MixtureSameFamily):
 
 
 class SeededNormal(Normal):
-    """torch's normal distribution, whose samples follow from scgen's seed.
+    """torch's normal distribution, with samples from scgen's random generator.
 
     Examples
     --------
@@ -123,7 +123,7 @@ class SeededNormal(Normal):
 
 
 class PointMass(Distribution):
-    """A latent that is observed: every draw is ``value``, (..., d), and its KL divergence to any prior counts as 0.
+    """An observed latent. Every draw is ``value``, (..., d), and the KL divergence to any prior is defined as 0.
 
     Examples
     --------

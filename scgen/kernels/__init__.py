@@ -1,1 +1,1 @@
-"""What is computed differently on each device: the count log-likelihoods, and sparse rows made dense."""
+"""Code with a version for each device: log-likelihoods of counts, and dense rows of sparse matrices."""

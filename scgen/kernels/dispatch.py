@@ -1,8 +1,8 @@
-"""Picks a kernel: fused for CPUs and for CUDA GPUs, or plain torch and scipy, which run everywhere.
+"""Choose a kernel: a fused one for CPUs or CUDA GPUs, or plain torch and scipy, which run everywhere.
 
-Those for CUDA need Triton, which torch's own CUDA builds bring along. ``SCGEN_KERNELS=reference`` in the environment
-takes the plain ones for everything, and neither numba nor Triton is then imported. So does a process that was forked
-from one that had used its threads, and ``NUMBA_DISABLE_JIT=1``.
+The kernels for CUDA need Triton, which torch's CUDA builds install. With ``SCGEN_KERNELS=reference`` in the
+environment, the plain ones are used for everything, and neither numba nor Triton is imported. The same holds with
+``NUMBA_DISABLE_JIT=1``, and in a process that was forked from one that had used its threads.
 """
 
 import importlib
@@ -19,12 +19,12 @@ from torch.autograd.function import once_differentiable
 from scgen import threads
 from scgen.kernels import reference
 
-#: Fewer entries than this are done before a compiled kernel is loaded.
+#: For fewer entries than this, plain code finishes before a compiled kernel is loaded.
 SMALLEST = 2**14
 
-# glibc hands arrays of some MB back to the system as soon as they are freed, so that a loop that makes them anew waits
-# for their pages each time: up to a quarter of a question. Having seen one of just under 32 MB freed, the most that it
-# learns from, it keeps up to 64 MB; that one is never written, and takes no memory.
+# glibc returns arrays of some MB to the system as soon as they are freed. A loop that allocates them again then waits
+# for their pages each time, for up to a quarter of the time of a question. After an array of just under 32 MB is freed,
+# the largest size that glibc adapts to, it keeps up to 64 MB. This array is never written and takes no memory.
 np.empty(2**25 - 2**16, np.uint8)
 
 
@@ -47,7 +47,7 @@ def gather_rows(indptr: Tensor, indices: Tensor, values: Tensor, rows: Tensor, n
 
 
 def entries_of_rows(indptr: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many entries each of some rows of a CSR matrix has, (n,), and where they all are, row after row."""
+    """Return the number of entries of each of the rows of a CSR matrix, (n,), and the places of all these entries."""
     first = indptr[rows]
     n_entries = indptr[rows + 1] - first
     before = n_entries.cumsum(0) - n_entries
@@ -67,7 +67,7 @@ def row_sums(matrix: np.ndarray | sparse.csr_matrix | sparse.csr_array) -> np.nd
     """Return the sums of each row's values and of their squares, (2, n) float64, added in float64."""
     if sparse.issparse(matrix) and _known(matrix) and (rows := _compiled("rows", matrix.nnz)):
         return rows.row_sums(matrix)
-    # Products, since scipy's sum would add float32 values in float32, whatever dtype is asked for.
+    # Matrix products, because scipy's sum adds float32 values in float32 even if another dtype is requested.
     ones, wide = np.ones(matrix.shape[1]), matrix.astype(np.float64, copy=False)
     squares = wide.power(2) @ ones if sparse.issparse(wide) else np.einsum("ij,ij->i", wide, wide)
     return np.stack([matrix @ ones, squares])
@@ -83,9 +83,9 @@ def cells_log_prob(
     zi_bias: Tensor | None = None,
     normalised: bool = True,
 ) -> Tensor:
-    """Return log p(counts) of each cell, (..., n): what the function of this name in `reference` returns.
+    """Return log p(counts) of each cell, (..., n), like the function of the same name in `reference`.
 
-    The counts may also be a CSR tensor, of which the fused kernel for CPUs needs no dense form.
+    The counts may also be a CSR tensor, which the fused kernel for CPUs does not make dense.
     """
     parameters = logits, bias, log_library, log_theta, zi_logits, zi_bias
     one_cell_a_row = counts.dim() == 2 and logits.shape[-2:] == counts.shape
@@ -109,12 +109,12 @@ def cells_log_prob(
 
 
 class _CellsLogProb(torch.autograd.Function):
-    """A fused kernel's values, (R,), of counts (n, G) and parameters (R, ...), where R is a multiple of n."""
+    """Values of a fused kernel, (R,), for counts (n, G) and parameters (R, ...), where R is a multiple of n."""
 
     @staticmethod
     def forward(ctx, kernel: ModuleType, normalised: bool, gradient: bool, *inputs: Tensor | None) -> Tensor:
-        # The slopes cost little beside the value, but are needed weighted by what only `backward` knows. In training
-        # that is -1/n for every cell: they are computed for it, and again if it was something else.
+        # The slopes cost little in addition to the value, but only `backward` knows their weights. In training every
+        # weight is -1/n. The slopes are computed for this value, and again if the weights turn out to differ.
         weights = torch.full_like(inputs[3], -1 / len(inputs[3])) if gradient else None
         value, slopes = kernel.cells_log_prob(*inputs, normalised, weights)
         ctx.kernel, ctx.normalised, ctx.n_inputs = kernel, normalised, len(inputs)
@@ -131,7 +131,7 @@ class _CellsLogProb(torch.autograd.Function):
 
 
 class _CellsLogProbOnCuda(torch.autograd.Function):
-    """The same, but the slopes wait for `backward`: to compare weights would hold the host up until all is computed."""
+    """The same, but the slopes are computed in `backward`: comparing weights would make the host wait for the GPU."""
 
     @staticmethod
     def forward(ctx, kernel: ModuleType, normalised: bool, *inputs: Tensor | None) -> Tensor:
@@ -146,7 +146,7 @@ class _CellsLogProbOnCuda(torch.autograd.Function):
 
 
 def _fused(*tensors: Tensor | None) -> ModuleType | None:
-    """Return the module with the fused kernel for counts and parameters, in their order, if there is one."""
+    """Return the module with the fused kernel for these counts and parameters, or None."""
     products = {1, 5}  # logits and zi_logits, which may be bfloat16
     if any(
         tensor is not None and tensor.dtype != torch.float32 and not (i in products and tensor.dtype == torch.bfloat16)
@@ -161,21 +161,21 @@ def _fused(*tensors: Tensor | None) -> ModuleType | None:
 
 
 def _cuda(name: str) -> ModuleType | None:
-    """Return a module of kernels for CUDA, if Triton is there; small things too, since the plain ones wait for it."""
+    """Return a module of kernels for CUDA if Triton is installed. It is used for small arrays, too: plain ones wait."""
     if _plain() or importlib.util.find_spec("triton") is None:
         return None
     return importlib.import_module(f"scgen.kernels.cuda.{name}")
 
 
 def _compiled(name: str, n_entries: int) -> ModuleType | None:
-    """Return a module of kernels for CPUs, if so many entries are worth them."""
+    """Return a module of kernels for CPUs, if there are enough entries to be worth it."""
     if n_entries < SMALLEST or _plain():
         return None
     return importlib.import_module(f"scgen.kernels.cpu.{name}")
 
 
 def _plain() -> bool:
-    """Say whether the user wants no compiled kernels, or they cannot run here."""
+    """Tell whether the user has turned compiled kernels off, or they cannot run here."""
     wanted = os.environ.get("SCGEN_KERNELS", "")
     if wanted not in ("", "reference"):
         raise ValueError(
@@ -186,5 +186,5 @@ def _plain() -> bool:
 
 
 def _known(matrix: sparse.csr_matrix | sparse.csr_array) -> bool:
-    """Say whether numba knows the dtype of the values."""
+    """Tell whether numba supports the dtype of the values."""
     return matrix.dtype.isnative and matrix.dtype.itemsize <= 8

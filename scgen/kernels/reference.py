@@ -1,11 +1,11 @@
 """The count log-likelihoods in plain torch: their definition, against which every faster kernel is tested.
 
-All work from logarithms and without added epsilons, and treat zeros, nine tenths of the entries, apart: a zero needs no
-log-gamma function. Non-zero entries are computed in float64, because ``x log(mu)`` and ``lgamma(x + 1)`` cancel: at
-``x = 1e6`` each is near 1e7 and their difference near 10, less than float32 resolves.
+All functions use logarithms, without added epsilons. Zeros, nine tenths of the entries, are treated separately, because
+they need no log-gamma function. Non-zero entries are computed in float64, because ``x log(mu)`` and ``lgamma(x + 1)``
+cancel: at ``x = 1e6`` each is near 1e7 and their difference near 10, which float32 cannot resolve.
 
 Shapes: all arguments broadcast to (..., n, G); ``log_theta`` is usually (G,).
-Finite in value and gradient for counts to 1e6, ``log_mu`` in [-1e5, 18.5], ``log_theta`` in [-18.5, 18.5] and any
+Values and gradients are finite for counts up to 1e6, ``log_mu`` in [-1e5, 18.5], ``log_theta`` in [-18.5, 18.5] and any
 finite ``zi_logits``.
 """
 
@@ -31,13 +31,13 @@ def cells_log_prob(
     counts
         (n, G).
     logits, bias
-        (..., n, G) and (G,); where not ``normalised``, their sum is log(mu / l) as it is.
+        (..., n, G) and (G,); without ``normalised``, their sum is log(mu / l).
     log_library
         (..., n, 1): log l.
     log_theta
         None for Poisson counts.
     zi_logits, zi_bias
-        (..., n, G) and (G,), whose sum are the log-odds of an extra zero; None for none.
+        (..., n, G) and (G,); their sum is the log odds of an additional zero. None means no zero inflation.
     """
     log_mu = log_mean(logits, bias, log_library, normalised)
     if log_theta is None:
@@ -71,7 +71,7 @@ def negative_binomial_log_prob(counts: Tensor, log_mu: Tensor, log_theta: Tensor
 def zero_inflated_negative_binomial_log_prob(
     counts: Tensor, log_mu: Tensor, log_theta: Tensor, zi_logits: Tensor
 ) -> Tensor:
-    """Return log of pi [x = 0] + (1 - pi) NB(x; mu, theta), where pi = sigmoid(zi_logits) is the extra zeros' share."""
+    """Return log of pi [x = 0] + (1 - pi) NB(x; mu, theta), where pi = sigmoid(zi_logits)."""
     log_mu = log_mu.expand(torch.broadcast_shapes(counts.shape, log_mu.shape, log_theta.shape, zi_logits.shape))
     where, x = _non_zeros(counts, log_mu.shape)
     minus_log_pi = softplus(-zi_logits)
@@ -89,7 +89,7 @@ def _at_non_zeros(where: Tensor, x: Tensor, log_mu: Tensor, log_theta: Tensor) -
     """Return log NB(x) at the entries ``where``, in float64."""
     log_m, log_t = _take(log_mu, where, log_mu.shape), _take(log_theta, where, log_mu.shape)
     theta = log_t.exp()
-    # lgamma(theta) once a gene, not once an entry, where theta is a gene's.
+    # If theta is per gene, lgamma(theta) is computed per gene, not per entry.
     lgamma_theta = _take(torch.lgamma(log_theta.double().exp()), where, log_mu.shape)
     rising = torch.lgamma(x + theta) - lgamma_theta - x * log_t
     return rising - torch.lgamma(x + 1) + x * log_m - (x + theta) * softplus(log_m - log_t)

@@ -1,4 +1,4 @@
-"""Decoders p(x | z, l, s): from draws of the latents to a distribution over the cells' values."""
+"""Decoders p(x | z, l, s): turn draws of the latents into a distribution over the cells' values."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,12 @@ from scgen.distributions import CellCounts, SeededNormal
 from scgen.modules.networks import MLP, WideLinear
 from scgen.seeding import generator
 
-#: Libraries are kept within exp(0) = 1 and exp(18.4) = 1e8 counts, theta within exp(+-18.4).
+#: Library sizes are limited to exp(0) = 1 to exp(18.4) = 1e8 counts, theta to exp(+-18.4).
 MAX_LOG = 18.4
 
 
 class Dispersion(nn.Module):
-    """log theta: a gene's own, or one for each of its batches, labels or cells.
+    """log theta of each gene, or of each gene in each batch, label or cell.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class Dispersion(nn.Module):
         elif self.kind == "gene":
             log_theta = self.log_theta
         else:
-            # Gradients of an index are added up in any order, and differ from run to run; those of rows are not.
+            # Gradients of indexing are summed in any order and differ between runs. Those of an embedding do not.
             log_theta = embedding(cells.batch if self.kind == "gene-batch" else cells.labels, self.log_theta)
         return log_theta.clamp(-MAX_LOG, MAX_LOG)
 
@@ -71,9 +71,10 @@ class CountDecoder(nn.Module):
     n_latent, n_hidden, n_layers, n_genes, n_categories, n_continuous
         Sizes, as in `MLP`.
     normalised
-        False makes rho = softplus(f(z, s)) instead, for size factors, whose unit is arbitrary.
+        Whether rho sums to 1. False uses rho = softplus(f(z, s)), for size factors, whose unit is arbitrary.
     n_missing
-        The last so many genes were not measured: the decoder is of the others, and l the sum over these.
+        Number of genes that were not measured, which are the last. The distribution is over the other genes, and l is
+        the sum over them.
     """
 
     def __init__(
@@ -102,27 +103,27 @@ class CountDecoder(nn.Module):
         return {f"{head}.{name}": 0 for head in heads for name in ("weight", "bias")}
 
     def target(self, cells: Cells) -> Tensor:
-        """Return what the likelihood explains: the counts, (n, G)."""
+        """Return the counts, (n, G), which the likelihood explains."""
         return cells.counts
 
     def start_at(self, mean: Tensor, variance: Tensor) -> None:
-        """Start rho at the mean of the cells' rates, (G,); their variance is not used.
+        """Set the initial rho to the mean of the cells' rates, (G,). Their variance is not used.
 
-        theta is left at random about 1: started where the variance puts it, the model explains fine detail first, and
-        finds cell types apart less well (benchmarks/NOTES.md).
+        theta starts at random around 1. If it starts at the value from the variance, the model learns fine detail first
+        and separates cell types less well (benchmarks/NOTES.md).
         """
         mean = mean + 1e-3 * mean.mean()  # a gene that no training cell expresses
         with torch.no_grad():
             self.scale.bias.copy_(mean.log() if self.normalised else mean + torch.log(-torch.expm1(-mean)))
 
     def expression(self, latents: dict[str, Tensor], cells: Cells, missing: bool = False) -> Tensor:
-        """Return rho (..., n, G), the mean of the counts for each unit of the library; (..., n, G + M) if so asked."""
+        """Return rho (..., n, G), the mean count per unit of library size; with ``missing``, (..., n, G + M)."""
         logits = self.scale(self.mlp(latents["z"], cells))
         logits = logits if missing else logits[..., self.measured]
         return softmax(logits, -1) if self.normalised else softplus(logits)
 
     def expected_missing(self, latents: dict[str, Tensor], cells: Cells) -> Tensor:
-        """Return the means of genes that were not measured, (n, M), given those that were; without zero inflation."""
+        """Return the mean counts of genes that were not measured, (n, M), without zero inflation."""
         rho = self.expression(latents, cells, missing=True)
         unit = rho[..., self.measured].sum(-1, keepdim=True) if self.normalised else 1
         return rho[..., self.measured.stop :] * cells.library.exp() / unit
@@ -138,7 +139,7 @@ class CountDecoder(nn.Module):
             measured = (None if part is None else part[..., self.measured].contiguous() for part in measured)
             logits, bias, zi_logits, zi_bias, log_theta = measured
         if not self.normalised:
-            # softplus(x) is exp(x) to float32's precision below -15, where its own logarithm loses digits.
+            # Below -15, softplus(x) equals exp(x) in float32, and the logarithm of softplus would lose digits.
             f = logits + bias
             logits, bias = torch.where(f < -15, f, softplus(f.clamp(min=-15)).log()), torch.zeros_like(bias)
         return CellCounts(
@@ -157,12 +158,12 @@ class CountDecoder(nn.Module):
         return len(self.scale.bias) - self.measured.stop
 
     def log_library(self, latents: dict[str, Tensor]) -> Tensor:
-        """Return log l (..., n, 1), kept in its range."""
+        """Return log l (..., n, 1), limited to its range."""
         return latents["library"].clamp(0 if self.normalised else -MAX_LOG, MAX_LOG)
 
 
 class GaussianDecoder(nn.Module):
-    """Normalised values x_g ~ N(f_g(z, s), sigma_g^2): no library, no softmax, a learned sigma for each gene.
+    """Normalised values x_g ~ N(f_g(z, s), sigma_g^2), with a learned sigma for each gene and no library size.
 
     Parameters
     ----------
@@ -189,11 +190,11 @@ class GaussianDecoder(nn.Module):
         return {"mean.weight": 0, "mean.bias": 0, "log_scale": 0}
 
     def target(self, cells: Cells) -> Tensor:
-        """Return what the likelihood explains: the values, (n, G), in the field ``counts``."""
+        """Return the values, (n, G), which the likelihood explains; they are in the field ``counts``."""
         return cells.counts
 
     def start_at(self, mean: Tensor, variance: Tensor) -> None:
-        """Start f at the genes' means and sigma at their standard deviations, from (G,) each."""
+        """Set the initial f to the genes' means and sigma to their standard deviations, (G,) each."""
         with torch.no_grad():
             self.mean.bias.copy_(mean)
             self.log_scale.copy_(variance.sqrt().clamp(min=1e-3).log())

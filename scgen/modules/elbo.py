@@ -1,4 +1,4 @@
-"""The evidence lower bound, per cell, in its parts."""
+"""The parts of the evidence lower bound (ELBO), per cell."""
 
 import math
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ class Elbo:
     log_likelihood
         (..., n): log p(x | latents) at the draws.
     kl
-        By latent, (n,) or (..., n): KL(q || p), in closed form or at the draws.
+        KL(q || p) of each latent, by name, (n,) or (..., n), in closed form or at the draws.
     weighted
-        Whether the draws along the first axis are importance samples: the bound is then the logarithm of their mean
-        weight, exp(log_likelihood - sum of kl), with ``kl`` at the draws.
+        Whether the draws along the first axis are importance samples. If so, ``kl`` is at the draws, and the bound is
+        the logarithm of the mean weight exp(log_likelihood - sum of kl).
     """
 
     log_likelihood: Tensor
@@ -32,11 +32,11 @@ class Elbo:
 
     @cached_property
     def value(self) -> Tensor:
-        """The bound itself, (..., n)."""
+        """The bound, (..., n)."""
         return self._bound(1.0)
 
     def loss(self, kl_weight: float = 1.0) -> Tensor:
-        """Return the mean negative bound, a scalar, with the KL of all latents but the library weighted."""
+        """Return the mean negative bound, a scalar. The KL of each latent but the library is weighted."""
         return -(self.value if kl_weight == 1 else self._bound(kl_weight)).mean()
 
     def _bound(self, kl_weight: float) -> Tensor:
@@ -48,9 +48,9 @@ class Elbo:
 def draw_and_kl(
     q: Distribution, p: Distribution, shape: tuple[int, ...], closed_form: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Return draws of q, (*shape, n, d), and KL(q || p): in closed form where torch knows one, else at the draws.
+    """Return draws of q, (*shape, n, d), and KL(q || p), in closed form if torch knows one, otherwise at the draws.
 
-    Without ``closed_form`` it is at the draws in any case, but for an observed latent, whose KL counts as 0.
+    Without ``closed_form``, the KL is always at the draws, except that of an observed latent, which is 0.
     """
     if closed_form or isinstance(q, PointMass):
         try:

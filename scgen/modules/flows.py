@@ -16,8 +16,8 @@ INVERSE_SOFTPLUS_OF_1 = math.log(math.expm1(1))
 class PlanarFlow(nn.Module):
     r"""Steps z' = z + u tanh(w^T z + b), with u, w and b linear in a context.
 
-    u is given a component along w with w^T u > -1, without which a step could not be inverted: where the head says a
-    for w^T u, it is -1 + softplus(a + log(e - 1)). So u = 0 stays 0: the flow starts as the identity.
+    A step is invertible only if w^T u > -1. The component of u along w is therefore changed: if the network gives a for
+    w^T u, it becomes -1 + softplus(a + log(e - 1)). u = 0 stays 0, so the flow starts as the identity.
 
     Parameters
     ----------
@@ -60,8 +60,8 @@ class PlanarFlow(nn.Module):
     def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Return z of a given z', and the logarithm of the inverse's determinant.
 
-        Along w a step is t + (w^T u) tanh(t), t = w^T z + b, which rises: its root is found by bisection, and a step of
-        Newton's from there, which hardly moves it, carries the gradient.
+        Along w, a step is t + (w^T u) tanh(t) with t = w^T z + b, an increasing function. Its root is found by
+        bisection. A Newton step from there hardly changes it, but carries the gradient.
         """
         log_det = 0.0
         for w, b, u, slope in reversed(self._steps(context)):
@@ -83,7 +83,7 @@ class PlanarFlow(nn.Module):
         shape = (len(context), self.n_steps, self.n_latent)
         context = context / max(context.shape[-1], 1) ** 0.5
         w, u, b = self.directions(context).view(shape), self.bends(context).view(shape), self.offsets(context)
-        # Bounded, for float32 has w^T u only to some digits: 1 + w^T u is at least 0.0016.
+        # The limit makes 1 + w^T u at least 0.0016, because float32 holds w^T u only to a few digits.
         asked = (w * u).sum(-1).clamp(min=-7)
         slope = softplus(asked + INVERSE_SOFTPLUS_OF_1)
         u = u + ((slope - 1 - (w * u).sum(-1)) / w.square().sum(-1).clamp(min=1e-12))[..., None] * w
@@ -97,19 +97,19 @@ class PlanarFlow(nn.Module):
 
 
 class MADE(nn.Module):
-    """Masked network of z and a context: its i-th outputs see only the components of z before the i-th (Germain 2015).
+    """Masked network of z and a context. Its i-th outputs depend only on earlier components of z (Germain 2015).
 
     Parameters
     ----------
     n_latent, n_context, n_hidden
         Widths of z, of the context and of the hidden layer.
     gate_bias
-        Where the second output starts; the first starts at 0, whatever the inputs.
+        Initial value of the second output. The first starts at 0.
     """
 
     def __init__(self, n_latent: int, n_context: int, n_hidden: int, gate_bias: float):
         super().__init__()
-        # A hidden unit of degree k sees the first k components, and is seen by the outputs after the k-th.
+        # A hidden unit of degree k reads the first k components; only the outputs after the k-th read it.
         degrees, of_z = torch.arange(n_hidden) % n_latent, torch.arange(n_latent)
         self.register_buffer("sees", (degrees[:, None] > of_z).float())
         self.register_buffer("seen_by", (of_z[:, None] >= degrees).float().repeat(2, 1))
@@ -126,16 +126,16 @@ class MADE(nn.Module):
 
 
 class InverseAutoregressiveFlow(nn.Module):
-    r"""Steps z' = g z + (1 - g) m with a gate g = sigmoid(s), m and s autoregressive in z, and bent by a context.
+    r"""Steps z' = g z + (1 - g) m with a gate g = sigmoid(s). m and s are autoregressive in z and depend on a context.
 
-    As the gate is below 1, no step can explode. The order of the components is reversed between steps.
+    The gate is below 1, so no step can explode. The order of the components is reversed between steps.
 
     Parameters
     ----------
     n_latent, n_context
         Widths of z and of the context.
     n_steps, n_hidden
-        Number of steps; width of their networks' hidden layer, which is no narrower than z.
+        Number of steps; width of their networks' hidden layer, at least that of z.
 
     References
     ----------
@@ -150,7 +150,7 @@ class InverseAutoregressiveFlow(nn.Module):
     (True, True)
     """
 
-    #: Where the gate's argument starts: nearly open, so that the flow is near the identity.
+    #: Initial argument of the gate. The gate is then nearly open, and the flow near the identity.
     gate_bias = 2.0
 
     def __init__(self, n_latent: int, n_context: int, n_steps: int = 4, n_hidden: int = 64):
@@ -170,7 +170,7 @@ class InverseAutoregressiveFlow(nn.Module):
         return z, log_det
 
     def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z of a given z', and the logarithm of the inverse's determinant: component by component."""
+        """Return z of a given z', component by component, and the logarithm of the inverse's determinant."""
         log_det = 0.0
         for i, step in reversed(list(enumerate(self.steps))):
             found = torch.zeros_like(z)
@@ -189,10 +189,10 @@ class InverseAutoregressiveFlow(nn.Module):
 
 
 class MaskedAutoregressiveFlow(InverseAutoregressiveFlow):
-    """The other way round: from noise to z component by component, and from z to noise, for its density, at once.
+    """The inverse of `InverseAutoregressiveFlow`. Densities are computed at once, draws component by component.
 
-    Steps are e = g (z - m) with log g = tanh(s): no step scales by more than e. g starts at 1 and m at 0, so that the
-    flow starts as the identity. Parameters are those of `InverseAutoregressiveFlow`.
+    Steps are noise = g (z - m) with log g = tanh(s), so no step scales by more than a factor of e. g starts at 1 and m
+    at 0, so the flow starts as the identity. Parameters are those of `InverseAutoregressiveFlow`.
 
     References
     ----------
@@ -214,9 +214,9 @@ class MaskedAutoregressiveFlow(InverseAutoregressiveFlow):
 
 
 def head(n_in: int, n_out: int, std: float | None) -> Linear:
-    """Return a linear layer, of a context that may be empty, with weights of the given spread and zero bias.
+    """Return a linear layer for a context that may be empty, with zero bias and weights of standard deviation ``std``.
 
-    None leaves torch's initial values.
+    With None, the weights have torch's initial values.
     """
     layer = Linear(n_in, n_out)
     if std is not None:

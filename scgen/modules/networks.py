@@ -1,4 +1,4 @@
-"""Multi-layer perceptrons that covariates join."""
+"""Multi-layer perceptrons with covariates as additional inputs."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from scgen.seeding import generator
 
 
 class Linear(nn.Linear):
-    """torch's linear layer in float32, whose initial weights follow from scgen's seed."""
+    """torch's linear layer in float32, with initial weights from scgen's random generator."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool = True):
         super().__init__(n_in, n_out, bias, dtype=torch.float32)
 
     def reset_parameters(self) -> None:
-        """Draw weights and bias as torch does: evenly, within 1 / sqrt(n_in) of 0."""
+        """Draw weights and bias like torch, uniformly within 1 / sqrt(n_in) of 0."""
         own = generator(self.weight.device)
         bound = self.in_features**-0.5 if self.in_features else 0.0
         for parameter in self.parameters():
@@ -25,12 +25,12 @@ class Linear(nn.Linear):
 
 
 class WideLinear(Linear):
-    """A linear layer that may be from or to all genes, where nearly all of the arithmetic is.
+    """A linear layer that may be from or to all genes, which takes nearly all of the computation.
 
     Attributes
     ----------
     reduced
-        Whether its products are taken in bfloat16. Weights, bias and result are float32 in any case, but for `product`.
+        Whether its products use bfloat16. Weights, bias and result are float32 in any case, except that of `product`.
     """
 
     reduced = False
@@ -39,12 +39,12 @@ class WideLinear(Linear):
         return super().forward(x) if not self.reduced else self.product(x).float().add_(self.bias)
 
     def product(self, x: Tensor) -> Tensor:
-        """Return the result without the bias, for who adds it; in bfloat16 where ``reduced``."""
+        """Return the result without the bias, in bfloat16 if ``reduced``."""
         return linear(x.bfloat16(), self.weight.bfloat16()) if self.reduced else linear(x, self.weight)
 
 
 class Dropout(nn.Dropout):
-    """Dropout from four random 16-bit numbers a draw: torch's own, one draw a unit, costs more than a hidden layer."""
+    """Dropout with four 16-bit numbers per draw. torch draws once per unit, which costs more than a hidden layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
@@ -59,8 +59,8 @@ class Dropout(nn.Dropout):
 class CovariateLinear(nn.Module):
     """A linear layer of [x, one-hots, continuous covariates].
 
-    A one-hot times a matrix is one of its rows, so that the rows are looked up and added: the same layer, without the
-    concatenation. A category with one value adds nothing and is left out.
+    A one-hot vector times a matrix is a row of the matrix. The rows are therefore looked up and added, without a
+    concatenation. A category with one value is left out.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ class CovariateLinear(nn.Module):
         return self._with_covariates(self.linear(x), cells, None)
 
     def scaled(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weight and bias for which `scaled_forward` is scale * forward(x, cells) + shift."""
+        """Return the weight and bias with which the layer computes scale * forward(x, cells) + shift."""
         return (self.linear.weight.T * scale).contiguous(), self.linear.bias * scale + shift
 
     def scaled_forward(self, x: Tensor, cells: Cells, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class CovariateLinear(nn.Module):
 
 
 class SliceBatchNorm(nn.BatchNorm1d):
-    """Batch normalisation that, in training, treats each draw of x (S, n, H) as a minibatch of its own."""
+    """Batch normalisation that normalises each draw of x (S, n, H) separately in training."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 2:
@@ -120,13 +120,13 @@ class SliceBatchNorm(nn.BatchNorm1d):
         return super().forward(x.flatten(0, -2)).reshape(x.shape)
 
     def as_affine(self) -> tuple[Tensor, Tensor]:
-        """Return scale and shift, (H,) each, that this layer amounts to outside training."""
+        """Return the scale and shift, (H,) each, that this layer applies outside training."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
 
 
 class MLP(nn.Module):
-    """Layers of Linear, batch normalisation, ReLU and dropout; the covariates enter every layer.
+    """Layers of Linear, batch normalisation, ReLU and dropout. Covariates are inputs of every layer.
 
     Parameters
     ----------
@@ -150,7 +150,7 @@ class MLP(nn.Module):
         super().__init__()
         widths = [n_in] + [n_hidden] * (n_layers - 1)
         self.layers = nn.ModuleList(CovariateLinear(n, n_hidden, n_categories, n_continuous) for n in widths)
-        # Momentum and epsilon of the paper's code, in torch's convention.
+        # Momentum and epsilon are those of the paper's code, in torch's convention.
         self.norms = nn.ModuleList(
             SliceBatchNorm(n_hidden, momentum=0.01, eps=1e-3, dtype=torch.float32) for _ in widths
         )
@@ -159,11 +159,11 @@ class MLP(nn.Module):
 
     @property
     def reduced(self) -> bool:
-        """Whether the first layer's products are taken in bfloat16."""
+        """Whether the first layer's products use bfloat16."""
         return self.layers[0].linear.reduced
 
     def train(self, mode: bool = True) -> "MLP":
-        """Start or end training, and forget the folded first layer: ``eval``, with which a question begins, is this."""
+        """Start or end training, and drop the cached first layer. A question begins with ``eval``, which calls this."""
         self._folded = None
         return super().train(mode)
 
@@ -177,7 +177,7 @@ class MLP(nn.Module):
         return x
 
     def _first_layer(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the first layer with its batch normalisation folded into it: in a question, once for all cells."""
+        """Return the first layer with its batch normalisation folded into it; in a question, computed only once."""
         folded, kept = self._folded, torch.is_inference_mode_enabled()
         if folded is None or not kept:
             scale, shift = self.norms[0].as_affine()

@@ -8,19 +8,19 @@ from scgen.data.cells import Cells
 from scgen.distributions import DiagonalNormal, FlowDistribution, PointMass
 from scgen.modules.networks import MLP, CovariateLinear, Linear
 
-#: The largest mean of log l, and logarithm of its variance: the mean of l, exp(m + v / 2), is then finite in float32. A
-#: network that has to find the total itself goes beyond them early in training, or for a cell of far more counts than
-#: those it was trained on.
+#: The largest mean of log l, and the largest logarithm of its variance. The mean of l, exp(m + v / 2), is then finite
+#: in float32. A network that must find the total itself exceeds them early in training, or for a cell with far more
+#: counts than the training cells.
 MOST_LOG_LIBRARY, MOST_LOG_VARIANCE = 60.0, 3.0
 
 
 def positive_variance(a: Tensor) -> Tensor:
-    """Return exp(a) + 1e-4, with a kept within +-15, so that no output of a network overflows."""
+    """Return exp(a) + 1e-4, with a limited to +-15 so that it cannot overflow."""
     return a.clamp(-15, 15).exp() + 1e-4
 
 
 def clamp_straight_through(values: Tensor, most: float) -> Tensor:
-    """Return the values, those above ``most`` replaced by it. The gradient stays 1, so that training can lower them.
+    """Limit the values to ``most``. The gradient stays 1, so that training can lower them.
 
     Examples
     --------
@@ -43,7 +43,7 @@ class GaussianPosterior(nn.Module):
     n_hidden, n_layers, dropout_rate, n_categories, n_continuous
         As in `MLP`.
     log_input
-        Whether x are counts, of which the network sees log(1 + x).
+        Whether x are counts; the network then reads log(1 + x).
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class GaussianPosterior(nn.Module):
         return DiagonalNormal(self.mean(h), positive_variance(self.log_variance(h)))
 
     def gaussian_at(self, inputs: Tensor, cells: Cells) -> DiagonalNormal:
-        """Return N(m, diag v) for what the network reads, (n, G), in place of the cells' own values."""
+        """Return N(m, diag v) for given network inputs, (n, G), instead of the cells' own values."""
         return self.gaussian(self.mlp(inputs, cells))
 
     def hidden(self, cells: Cells) -> Tensor:
@@ -87,21 +87,21 @@ class GaussianPosterior(nn.Module):
         return self.mlp(cells.dense_log_counts if self.training else cells.log_counts, cells)
 
     def means(self, cells: Cells) -> Tensor:
-        """Return the means m(x, s), (n, d), alone: an embedding of many cells waits for the variances, too."""
+        """Return only the means m(x, s), (n, d). This makes the embedding of many cells faster."""
         return self.mean(self.hidden(cells))
 
 
 class FlowPosterior(nn.Module):
-    """q(z | x, s): a Gaussian that a flow bends, both made from the last hidden layer, and the flow from s once more.
+    """q(z | x, s): a Gaussian transformed by a flow. Both depend on the last hidden layer, the flow also on s.
 
     Parameters
     ----------
     base
-        Whose Gaussian and hidden layer these are.
+        Posterior that gives the Gaussian and the hidden layer.
     flow
         A module ``(z, context) -> (z', log_det)`` of `scgen.modules.flows`.
     context
-        The layer of hidden units and covariates that makes its context.
+        Layer that computes the flow's context from hidden units and covariates.
     """
 
     def __init__(self, base: GaussianPosterior, flow: nn.Module, context: CovariateLinear):
@@ -117,20 +117,20 @@ class FlowPosterior(nn.Module):
         return self(cells).mean
 
     def gaussian_at(self, inputs: Tensor, cells: Cells) -> DiagonalNormal:
-        """Return that of the base."""
+        """Return the Gaussian of the base."""
         return self.base.gaussian_at(inputs, cells)
 
 
 class LibraryPosterior(GaussianPosterior):
-    """q(log l | x, s) = N(log total + r(x, s), v(x, s)): the observed total, corrected by a learned residual.
+    """q(log l | x, s) = N(log total + r(x, s), v(x, s)): the observed total with a learned correction r.
 
-    A network that has to find the total itself stays some per cent off it, which alone costs tens of nats a cell. The
-    residual starts at 0 and v near exp(-4).
+    A network that must find the total itself misses it by some per cent, which costs tens of nats per cell. r starts at
+    0 and v near exp(-4).
 
     Parameters
     ----------
     residual
-        False leaves the observed total out, as in the paper's network; the other parameters are those of
+        Whether to use the observed total; the network of the paper does not. Other parameters are those of
         `GaussianPosterior`.
     """
 
@@ -163,14 +163,14 @@ class LibraryPosterior(GaussianPosterior):
         return clamp_straight_through(self.mean(h) + self.offset(cells), MOST_LOG_LIBRARY)
 
     def offset(self, cells: Cells) -> Tensor | float:
-        """Return what the network's output is added to: without the residual, what makes l that of measured genes."""
+        """Return log total, or without residual what limits l to the measured genes, to add to the network's output."""
         if self.residual:
             return cells.library
         return 0.0 if cells.imputed_counts is None else cells.library - cells.imputed_counts.sum(-1, keepdim=True).log()
 
 
 class ObservedLibrary(nn.Module):
-    """log l is the observed total, or the size factor, of the cell."""
+    """log l is observed: the logarithm of the cell's total count or size factor."""
 
     def forward(self, cells: Cells) -> PointMass:
         return PointMass(cells.library)

@@ -1,4 +1,4 @@
-"""Priors p(z) and p(log l | s): modules of the cells and, for those that are made of it, the posterior."""
+"""Priors p(z) and p(log l | s): modules that take the cells and the posterior, which some of them use."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from scgen.distributions import DiagonalNormal, FlowDistribution, GaussianMixtur
 from scgen.modules.flows import MaskedAutoregressiveFlow
 from scgen.seeding import generator
 
-#: Number of cells that the pooled library weighs in a batch's prior: small batches lean on it.
+#: Weight of the pooled library sizes in a batch's prior, in cells. Small batches are shrunk towards the pool.
 SHRINKAGE = 10.0
 
 
@@ -26,12 +26,12 @@ class StandardNormalPrior(nn.Module):
 
 
 class MixturePrior(nn.Module):
-    """p(z) = sum_k w_k N(z; m_k, diag v_k), all of it learned.
+    """p(z) = sum_k w_k N(z; m_k, diag v_k), with learned weights, means and variances.
 
     Parameters
     ----------
     n_latent, n_components
-        d and the number of Gaussians K, which start narrow, and alike but for small differences of their means.
+        d and the number of Gaussians K. At the start they are narrow and differ only slightly, in their means.
     """
 
     def __init__(self, n_latent: int, n_components: int):
@@ -47,17 +47,17 @@ class MixturePrior(nn.Module):
 
 
 class VampPrior(nn.Module):
-    """p(z) = sum_k w_k q(z | u_k, s_k): the posterior's Gaussians of K cells that are learned (Tomczak & Welling 2018).
+    """p(z) = sum_k w_k q(z | u_k, s_k), the Gaussian posteriors of K learned pseudo-cells (Tomczak & Welling 2018).
 
-    They are those with independent components, before any flow.
-    The encoder is lent by each call, as in a question: without dropout, and its running statistics stay as they are.
+    The Gaussians have independent components, without any flow. The encoder is passed to each call. It runs in
+    evaluation mode, without dropout and without updates of its running statistics.
 
     Parameters
     ----------
     n_genes, n_components
         G and K.
     n_categories, n_continuous
-        Number of categorical covariates, with the batch, and of continuous ones.
+        Number of categorical covariates, including the batch, and of continuous covariates.
     log_input
         Whether the encoder reads log(1 + x); u_k is then positive.
     """
@@ -65,7 +65,7 @@ class VampPrior(nn.Module):
     def __init__(self, n_genes: int, n_components: int, n_categories: int, n_continuous: int, log_input: bool):
         super().__init__()
         self.log_input, self.n_components = log_input, n_components
-        # log u; or u itself. softplus(log u) = log(1 + u).
+        # log u, or u itself. softplus(log u) = log(1 + u).
         self.pseudo_inputs = nn.Parameter(torch.zeros(n_components, n_genes, dtype=torch.float32))
         self.logits = nn.Parameter(torch.zeros(n_components, dtype=torch.float32))
         self.register_buffer("categories", torch.zeros(n_components, n_categories, dtype=torch.int64))
@@ -81,21 +81,21 @@ class VampPrior(nn.Module):
         return self.categories
 
     def start_at(self, cells: Cells) -> None:
-        """Start the pseudo-inputs at K cells, whose covariates they keep."""
+        """Set the pseudo-inputs to K cells. They keep the covariates of these cells."""
         x = cells.counts.to_dense()
         with torch.no_grad():
-            # Not nearer to 0, where a pseudo-input would hardly feel its gradient.
+            # A pseudo-input nearer to 0 would hardly have a gradient.
             self.pseudo_inputs.copy_((x + 0.01).log() if self.log_input else x)
             self.categories.copy_(torch.cat([cells.batch[:, None], cells.categorical], 1))
             self.continuous.copy_(cells.continuous)
 
     def train(self, mode: bool = True) -> "VampPrior":
-        """Start or end training, and forget the mixture that was kept: ``eval`` begins a question."""
+        """Start or end training, and drop the cached mixture. A question begins with ``eval``."""
         self._kept = None
         return super().train(mode)
 
     def forward(self, cells: Cells, posterior: nn.Module) -> GaussianMixture:
-        kept = torch.is_inference_mode_enabled()  # in a question, once for all cells
+        kept = torch.is_inference_mode_enabled()  # in a question, compute it once for all cells
         if kept and self._kept is not None:
             return self._kept
         inputs = softplus(self.pseudo_inputs) if self.log_input else self.pseudo_inputs
@@ -118,12 +118,12 @@ class VampPrior(nn.Module):
 
 
 class FlowPrior(StandardNormalPrior):
-    """p(z): a standard normal that a masked autoregressive flow, learned, has bent; at first it has not.
+    """p(z): a standard normal transformed by a learned masked autoregressive flow, which starts as the identity.
 
     Parameters
     ----------
     n_latent, n_flows
-        d and the number of the flow's steps.
+        d and the number of steps of the flow.
     """
 
     def __init__(self, n_latent: int, n_flows: int = 4):
@@ -149,7 +149,7 @@ class LibraryPrior(nn.Module):
         self.register_buffer("variance", torch.ones(n_batches, dtype=torch.float32))
 
     def fit(self, library: Tensor, batch: Tensor) -> None:
-        """Set mean and variance, each (n m_b + 10 m) / (n + 10): shrunk towards the pool of all cells.
+        """Fit mean and variance of each batch, shrunk towards those of all cells: (n m_b + 10 m) / (n + 10).
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""The variational auto-encoder: cells to evidence lower bound in one forward."""
+"""The variational auto-encoder. Its forward pass turns cells into the evidence lower bound."""
 
 import functools
 import inspect
@@ -18,29 +18,29 @@ from scgen.distributions import PointMass
 from scgen.modules.elbo import Elbo, draw_and_kl
 from scgen.modules.networks import WideLinear
 
-#: A thread that waits for its turn looks so often, in seconds, whether the module is being trained meanwhile.
+#: Seconds between two checks of a waiting thread whether the module is being trained.
 SECONDS_A_TURN = 0.05
 
 
 class Turns:
-    """Whose turn it is to use a module: one thread's at a time, of one process."""
+    """The lock of a module in one process, and whether it is being trained. One thread at a time uses the module."""
 
     def __init__(self):
         self.lock, self.training = threading.RLock(), False
 
 
 class VAE(nn.Module):
-    """Latents with a posterior and a prior each, and one decoder that joins them.
+    """Latents, each with a posterior and a prior, and one decoder that reads all of them.
 
     Parameters
     ----------
     posteriors
-        By latent, such as "z" and "library": a module ``cells -> q``.
+        A module ``cells -> q`` for each latent, such as "z" and "library".
     priors
-        By latent: a module ``(cells, posterior) -> p``, which may be made of the latent's posterior.
+        A module ``(cells, posterior) -> p`` for each latent, which may use the latent's posterior.
     decoder
         A module ``(latents, cells) -> likelihood`` of whole cells; ``latents`` maps names to draws (..., n, d). Its
-        method ``target(cells)`` returns the part of the cells, (n, ...), that the likelihood is asked about.
+        method ``target(cells)`` returns the values of the cells, (n, ...), that the likelihood describes.
     latent
         The latent that is the embedding of the cells.
     """
@@ -57,7 +57,7 @@ class VAE(nn.Module):
         self._turns = {os.getpid(): Turns()}
 
     def __getstate__(self) -> dict:
-        """Leave the lock out of copies and pickles: each process and each copy has its own."""
+        """Leave the lock out of copies and pickles. Each process and each copy has its own."""
         return {name: value for name, value in self.__dict__.items() if name != "_turns"}
 
     def __setstate__(self, state: dict) -> None:
@@ -66,24 +66,24 @@ class VAE(nn.Module):
 
     @contextmanager
     def occupied(self, training: bool = False) -> Iterator[None]:
-        """Within the block, no other thread trains this module or asks it.
+        """Context manager: within the block, no other thread uses or trains this module.
 
-        Waits while another thread asks the module. RuntimeError if another thread trains it, or trained it when this
-        process was forked.
+        It waits while another thread uses the module. It raises RuntimeError if another thread trains the module, or
+        trained it when this process was forked.
         """
-        # A process that was forked has none of the threads of the one before, which would never release their lock.
+        # A forked process lacks the threads of its parent, which would never release their lock.
         process = os.getpid()
         if process not in self._turns and any(turns.training for turns in self._turns.values()):
             raise RuntimeError(
-                "this process was forked while the model was being trained, and has weights of an unfinished step. "
-                "Fork when the training is done, or load a saved model in this process."
+                "this process was forked during a training of the model, so its weights are from an unfinished step. "
+                "Fork after the training, or load a saved model in this process."
             )
         turns = self._turns.setdefault(process, Turns())
         while not turns.lock.acquire(timeout=SECONDS_A_TURN):
             if turns.training:
                 raise RuntimeError(
-                    "the model is being trained in another thread: its weights change. Ask it, train it or save it "
-                    "when that training is done."
+                    "the model is being trained in another thread, so its weights change. Wait until the training is "
+                    "done before you use, train or save the model."
                 )
         before = turns.training
         turns.training = before or training
@@ -96,12 +96,12 @@ class VAE(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property
     def has_library(self) -> bool:
-        """Whether there is a library size, inferred or observed: in models of counts, but not of normalised values."""
+        """Whether there is a library size, inferred or observed. Models of normalised values have none."""
         return "library" in self.posteriors
 
     def gene_axes(self) -> dict[str, int]:
@@ -135,12 +135,12 @@ class VAE(nn.Module):
         return (cells.to(device) for cells in loader)
 
     def reads_sparse(self, device: torch.device) -> bool:
-        """Say whether minibatches are to come as CSR: for counts on a CPU, and where MKL multiplies them."""
+        """Tell whether minibatches should be CSR: for counts on a CPU, if MKL is available to multiply them."""
         return self.has_library and device.type == "cpu" and torch.backends.mkl.is_available()
 
     @contextmanager
     def reduced_products(self, reduced: bool) -> Iterator[None]:
-        """Within the block, take the products of the layers from or to 512 units and more in bfloat16."""
+        """Context manager: use bfloat16 for the products of layers from or to 512 units or more."""
         wide = [part for part in self.modules() if isinstance(part, WideLinear) and max(part.weight.shape) >= 512]
         try:
             for layer in wide:
@@ -152,10 +152,10 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def impute(self, cells: Cells) -> Cells:
-        """Return the cells with the counts that are expected of genes that were not measured, for the encoders.
+        """Add the expected counts of genes that were not measured to the cells, for the encoders.
 
-        z is inferred with zeros in their place, and decoded: one step, on the means, of the chain that imputes missing
-        values under a trained model (Rezende et al. 2014, section 5). Further steps drift from what was measured
+        z is inferred with zeros for these genes, and decoded. This is one step, on the means, of the chain that imputes
+        missing values with a trained model (Rezende et al. 2014, section 5). Further steps drift from the measured data
         (benchmarks/NOTES.md).
         """
         cells = cells.to(self.device)
@@ -166,12 +166,12 @@ class VAE(nn.Module):
 
     @contextmanager
     def learning_rows(self, known: dict[str, int]) -> Iterator[None]:
-        """Within the block, let training change nothing but what belongs to categories added to the ``known`` ones.
+        """Context manager: train only the weights of categories that were added to the ``known`` ones.
 
         Parameters
         ----------
         known
-            By the name of its parameter: the number of rows that stay as they are. If empty, all is learned.
+            Number of rows that do not change, by the name of the parameter. If empty, all weights are trained.
         """
         if not known:
             yield
@@ -199,7 +199,7 @@ class VAE(nn.Module):
                     weight.requires_grad_(True)
 
     def train(self, mode: bool = True) -> "VAE":
-        """Start or end training; where only rows are learned, dropout and batch normalisation stay as in questions."""
+        """Start or end training. If only rows are trained, dropout and batch normalisation stay in evaluation mode."""
         return super().train(mode and not self.frozen)
 
     def infer(self, cells: Cells) -> dict[str, Distribution]:
@@ -213,7 +213,7 @@ class VAE(nn.Module):
     def forward(self, cells: Cells, shape: tuple[int, ...] = (), n_importance_samples: int = 1) -> Elbo:
         """Return the bound per cell at draws of the given sample shape, (*shape, n).
 
-        With several importance samples it is the bound of Burda et al. (2016), over as many draws, (*shape, n) too.
+        With several importance samples, it is the bound of Burda et al. (2016) over these draws, also (*shape, n).
         """
         weighted = n_importance_samples > 1
         shape = (n_importance_samples, *shape) if weighted else shape
@@ -223,16 +223,16 @@ class VAE(nn.Module):
         return Elbo(self.decoder(latents, cells).log_prob(self.decoder.target(cells)), kl, weighted)
 
     def log_weights(self, cells: Cells, q: dict[str, Distribution], shape: tuple[int, ...]) -> Tensor:
-        """Return log p(x, latents) - log q(latents | x) at draws from q, which `infer` gave, (*shape, n).
+        """Return log p(x, latents) - log q(latents | x) at draws from q, the result of `infer`, (*shape, n).
 
-        Their log-mean-exp over the draws estimates log p(x) from below, the closer the more draws.
+        The log-mean-exp over the draws is a lower estimate of log p(x), which improves with the number of draws.
         """
         return self.log_weights_at(cells, q, {name: q[name].rsample_and_log_prob(shape) for name in q})
 
     def log_weights_at(
         self, cells: Cells, q: dict[str, Distribution], draws: dict[str, tuple[Tensor, Tensor]]
     ) -> Tensor:
-        """Return the same at draws (*shape, n, d) that are given, each latent's with its log q (*shape, n)."""
+        """Return the same for given draws (*shape, n, d) of each latent and their log q (*shape, n)."""
         likelihood = self.decoder({name: draw for name, (draw, _) in draws.items()}, cells)
         log_w = likelihood.log_prob(self.decoder.target(cells))
         for name, (draw, log_q) in draws.items():
@@ -242,9 +242,9 @@ class VAE(nn.Module):
 
 
 def question(ask: Callable) -> Callable:
-    """Decorate a function of a `VAE`, its first argument, that asks it something.
+    """Decorate a function that computes a result from a `VAE`, its first argument.
 
-    The module answers as it does outside of training, without gradients, and one thread at a time.
+    The function runs in evaluation mode, without gradients, and in one thread at a time.
     """
     if inspect.isgeneratorfunction(ask):
 

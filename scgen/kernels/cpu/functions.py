@@ -1,4 +1,4 @@
-"""The functions of one number of which the compiled kernels are made, for numba to build in."""
+"""Functions of one number for the compiled kernels. numba inlines them."""
 
 import math
 
@@ -10,14 +10,14 @@ from scgen.kernels.cpu.rows import COMPILED
 
 float32, int32, uint16, uint32 = np.float32, np.int32, np.uint16, np.uint32
 
-#: Up to here, ratios of gamma functions are products.
+#: For counts up to this, ratios of gamma functions are computed as products.
 SMALL = 16.0
 LOG_FACTORIAL = np.array([math.lgamma(k + 1) for k in range(int(SMALL) + 1)])
 
 
 @njit(inline="always", **COMPILED)
 def exp(x):
-    """Return exp(x) to float32's precision, without a branch, for x within +-87 (outside, of +-87)."""
+    """Return exp(x) to float32's precision, without a branch; x is limited to +-87."""
     x = max(min(x, float32(87)), float32(-87))
     n = np.floor(x * float32(1.4426950408889634) + float32(0.5))
     r = x - n * float32(0.693359375) + n * float32(2.12194440e-4)  # ln 2 in two parts
@@ -51,8 +51,8 @@ def twice_artanh(s):
 def log1p(x):
     """Return log(1 + x) to float32's relative precision, without a branch, for x from 0 to 1e38.
 
-    With 1 + x = 2^n m and m within a third of 1, m - 1 = x / 2^n + (1 / 2^n - 1), of which the first is x itself up
-    to a third.
+    With 1 + x = 2^n m and m within a third of 1, m - 1 = x / 2^n + (1 / 2^n - 1). For x up to a third, the first term
+    is x itself.
     """
     n = int32(int32(float32(float32(1) + x).view(int32) - int32(0x3F2AAAAB)) >> int32(23))
     scale = int32(int32(int32(127) - n) << int32(23)).view(float32)
@@ -116,12 +116,12 @@ def log_powers(x, log_mu, log_theta, theta, log1p_m):
     d = log_mu - log_theta
     if x > SMALL:
         theta, log1p_m = math.exp(log_theta), math.log1p(math.exp(-abs(d)))
-    # Without a difference of large terms.
+    # This form avoids a difference of large terms.
     return -x * (max(-d, 0.0) + log1p_m) - theta * (max(d, 0.0) + log1p_m)
 
 
 def read(value):
-    """Return a float32, which the upper half of its bits may stand for."""
+    """Return a float32, which may be stored as the upper half of its bits (bfloat16)."""
 
 
 @overload(read, inline="always")
@@ -132,7 +132,7 @@ def _(value):
 
 
 def write(array, g, value):
-    """Write a float32, rounded to the nearest even upper half of its bits where those are what the array has."""
+    """Write a float32; if the array holds bfloat16 bits, round it to the nearest, ties to even."""
 
 
 @overload(write, inline="always")

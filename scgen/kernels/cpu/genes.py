@@ -1,8 +1,8 @@
-"""The likelihood of some genes of one cell, in loops that the compiler vectorises: what `likelihood` is made of.
+"""The likelihood of some genes of one cell, in loops that the compiler vectorises. `likelihood` calls them.
 
-All entries, nine tenths of them zeros, run through loops for zeros, without branches. What is not zero is put right
-after that, from a list: one by one in float64 (slopes but for their log-gamma part in float32), with products instead
-of log-gamma functions for small counts; where theta is a gene's own, what these contribute beside mu is looked up.
+Nine tenths of the entries are zeros. All entries first go through loops for zeros, without branches. The non-zero
+entries are then corrected one by one, from a list, in float64 (slopes in float32, except their log-gamma part). For
+small counts, products replace log-gamma functions. If theta is per gene, the terms without mu are looked up in a table.
 
 With d = log mu - log theta and u = -theta softplus(d) - zi, a zero has log NB = -theta softplus(d) and log ZINB =
 softplus(u) - softplus(-zi); every softplus and sigmoid is made of m = exp(-|x|) and log(1 + m).
@@ -36,8 +36,8 @@ def negative_binomial(
 ):
     """Write log NB or ZINB, and its slopes by log mu, log theta and zi, of the genes from ``start`` on of one cell.
 
-    All are taken for zeros first, of which ``own`` is the share that is the negative binomial's own. The loops are many
-    because a compiler that cannot tell which arrays overlap gives up on more than some in one.
+    All entries are first treated as zeros; ``own`` is the probability that a zero is from the negative binomial. There
+    are many loops because the compiler cannot vectorise a loop with many arrays that might overlap.
     """
     n_genes = len(lm)
     d, m, log1p_m, larger = room[0][:n_genes], room[1][:n_genes], room[2][:n_genes], room[3][:n_genes]
@@ -65,7 +65,7 @@ def negative_binomial(
                 a = ONE + m_zero[g]
                 dz[g] = (m_zi[g] if zi[g] > ZERO else ONE) * (a * (a + ONE + m_zi[g]) * inverse[g])
         for g in range(n_genes):
-            # max(u, 0) - max(-zi, 0), which would lose digits to a large zi
+            # max(u, 0) - max(-zi, 0), which would lose digits for a large zi
             larger_term = v[g] if v[g] > zi[g] else min(zi[g], ZERO)
             s = (m_zero[g] - m_zi[g]) * ((ONE + m_zero[g]) * (ONE + m_zi[g]) * inverse[g])
             v[g] = larger_term + twice_artanh(s)
@@ -73,7 +73,7 @@ def negative_binomial(
         own[:] = ONE
     if gradient:
         for i in range(len(x)):
-            if x[i] != ZERO:  # a zero may be stored, too
+            if x[i] != ZERO:  # stored entries may be zero
                 own[where[i] - start] = ONE
         for g in range(n_genes):
             dm[g] = -own[g] * t[g] * (larger[g] if d[g] > ZERO else m[g] * larger[g])

@@ -1,7 +1,7 @@
 """log p(counts) of whole cells and its gradient on a CPU, in float32.
 
-A row of genes goes through small loops over blocks that stay in the innermost cache; nothing of the size of the
-minibatch is written but the gradients themselves. What is done to a block is in `genes`.
+A row of genes goes through small loops over blocks that stay in the innermost cache. Apart from the gradients, no array
+of the minibatch's size is written. `genes` has the loops over a block.
 """
 
 import math
@@ -20,10 +20,10 @@ float32, float64, int64 = np.float32, np.float64, np.int64
 ZERO = float32(0)
 POISSON, NEGATIVE_BINOMIAL, ZERO_INFLATED = range(3)
 
-#: Genes at a time: what the loops keep of so many fits into the innermost cache.
+#: Number of genes in a block. The loops' arrays for a block fit into the innermost cache.
 BLOCK = 512
 
-#: Counts up to here are tabulated, if theta is a gene's own: a few per cent of what is not zero is more.
+#: Counts up to this are tabulated if theta is per gene. A few per cent of the non-zero counts are larger.
 TABULATED = 8
 
 
@@ -43,9 +43,9 @@ def cells_log_prob(
     Parameters
     ----------
     counts, logits, bias, log_library, log_theta, zi_logits, zi_bias, normalised
-        As there, contiguous; the logits float32 or bfloat16, all else float32. The counts may also be a CSR tensor.
+        As there, contiguous. Logits are float32 or bfloat16, all others float32. Counts may also be a CSR tensor.
     weights
-        (R,) weights of the values in that sum; None leaves the gradient out.
+        (R,) weights of the values in that sum; None computes no gradient.
     """
     gradient, n_rows, n_genes = weights is not None, *logits.shape
     kind = POISSON if log_theta is None else NEGATIVE_BINOMIAL if zi_logits is None else ZERO_INFLATED
@@ -53,7 +53,7 @@ def cells_log_prob(
     nothing, nothing_of_logits = bias.new_empty(1, n_genes), logits[:1]
     value, d_library = bias.new_empty(n_rows), bias.new_empty(n_rows)
     with threads() as n_parts:
-        # Sums over cells are taken by each thread for itself.
+        # Each thread sums over its own cells.
         sums = bias.new_zeros(3, n_parts, n_genes) if gradient else nothing.expand(3, 1, n_genes).contiguous()
         d_bias, d_zi_bias, d_theta = sums
         d_logits = torch.empty_like(logits) if gradient else nothing_of_logits
@@ -129,8 +129,8 @@ def _cells(
 ):
     (n_rows, n_genes), inflated = logits.shape, kind == ZERO_INFLATED
     for index in prange(n_parts):
-        part = int64(index)  # it is unsigned, and with signed numbers would become a float
-        # One by one: the parts of an unpacked array count as not contiguous, and their loops do not become vectors.
+        part = int64(index)  # unsigned and signed integers together would become floats
+        # One by one: numba treats the parts of an unpacked array as not contiguous and does not vectorise their loops.
         log_mu, share, d_mu = np.empty(n_genes, float32), np.zeros(n_genes, float32), np.empty(n_genes, float32)
         v, d_lt = np.empty(BLOCK, float32), np.empty(BLOCK, float32)
         zi, dz = np.empty(BLOCK, float32), np.empty(BLOCK, float32)
@@ -182,7 +182,7 @@ def _cells(
 
 @njit(**COMPILED)
 def _add(product, bias, result):
-    """Write product + bias, where the product may be the bits of bfloat16 numbers."""
+    """Write product + bias; the product may be bits of bfloat16 numbers."""
     for g in range(len(result)):
         result[g] = read(product[g]) + bias[g]
 
@@ -207,7 +207,7 @@ def _subtract(values, share, scale):
 
 @njit(**COMPILED)
 def _store(weight, slopes, result, sums):
-    """Write weighted slopes, as bfloat16 bits where the result is of those, and add them to their sums."""
+    """Write weighted slopes, as bfloat16 bits if the result holds these, and add them to their sums."""
     for g in range(len(slopes)):
         weighted = weight * slopes[g]
         sums[g] += weighted
@@ -222,7 +222,7 @@ def _accumulate(weight, slopes, sums):
 
 @njit(**COMPILED)
 def _largest(values):
-    """Return the maximum, by way of 16 maxima side by side, which become vectors."""
+    """Return the maximum, computed as 16 parallel maxima, which can be vectorised."""
     largest, n = np.full(16, values[0]), len(values) // 16 * 16
     for start in range(0, n, 16):
         for k in range(16):

@@ -1,4 +1,4 @@
-"""Counts as the compiled kernels read them: what is not zero, and the dense log(1 + counts) of the encoders."""
+"""Counts in the form of the compiled kernels: lists of non-zero entries, and dense log(1 + counts) for encoders."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from scgen.kernels.cpu.rows import COMPILED, threads
 
 
 def non_zeros(counts: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return what is not zero as the three arrays of a canonical CSR matrix: ends of rows, columns, values."""
+    """Return the non-zero entries as the three arrays of a canonical CSR matrix: ends of rows, columns, values."""
     if counts.layout == torch.sparse_csr:
         ends = counts.crow_indices().numpy().astype(np.int64, copy=False)
         genes = counts.col_indices().numpy().astype(np.int32, copy=False)
@@ -28,7 +28,7 @@ def non_zeros(counts: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def log1p(counts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return log(1 + counts), dense, as float32 or bfloat16; of counts as `cells_log_prob` takes them."""
+    """Return log(1 + counts), dense, as float32 or bfloat16. Counts are as in `cells_log_prob`."""
     result = torch.empty(counts.shape, dtype=dtype)
     with threads():
         _log1p(*non_zeros(counts), as_array(result))
@@ -36,7 +36,7 @@ def log1p(counts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
-    """Return the tensor's own memory; numpy has no bfloat16, which therefore comes as its bits."""
+    """Return the tensor's memory as an array. numpy has no bfloat16, so its bits are returned."""
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
 
 
@@ -51,7 +51,7 @@ def _log1p(ends, genes, values, result):
 
 @njit(parallel=True, **COMPILED)
 def _ascend(ends, genes):
-    """Say whether the columns of each row do: the kernels would write where they must not."""
+    """Tell whether the columns of each row ascend within range. Otherwise kernels would write outside their arrays."""
     wrong = 0
     for r in prange(len(ends) - 1):
         row, n = genes[ends[r] : ends[r + 1]], 0
@@ -63,7 +63,7 @@ def _ascend(ends, genes):
 
 @njit(parallel=True, **COMPILED)
 def _count(counts, n_found):
-    """Write how many of each row are not zero."""
+    """Write the number of non-zero entries of each row."""
     for r in prange(len(counts)):
         n = 0
         for g in range(counts.shape[1]):
@@ -73,7 +73,7 @@ def _count(counts, n_found):
 
 @njit(parallel=True, **COMPILED)
 def _list(counts, ends, genes, values):
-    """Write what is not zero, and where: without a branch, which the processor could not foresee."""
+    """Write the non-zero values and their columns, without a branch, which the processor could not predict."""
     for r in prange(len(counts)):
         found = np.empty(counts.shape[1] + 1, np.int32)
         n = 0

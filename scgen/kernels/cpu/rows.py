@@ -1,4 +1,4 @@
-"""How numba compiles here and on how many threads it runs; and, first of its uses, rows of sparse matrices."""
+"""Settings of numba (compilation, number of threads), and the kernel for rows of sparse matrices."""
 
 import threading
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from scgen.threads import mark_used
 
 
 def _can_cache() -> bool:
-    """Say whether numba finds a folder that it may write compiled code to."""
+    """Tell whether numba finds a folder to which it can write compiled code."""
     try:
         njit(cache=True)(_can_cache)
     except RuntimeError:
@@ -22,20 +22,20 @@ def _can_cache() -> bool:
     return True
 
 
-# "numpy": division without a check for zero, which would keep loops from being vectorised.
+# "numpy": division without a check for zero, which would prevent vectorised loops.
 COMPILED = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}, "nogil": True, "cache": _can_cache()}
 
 
-#: For sums, which may be taken in any order, and thereby several at a time.
+#: For sums. Their terms may be added in any order, and so several at a time.
 ADDING = COMPILED | {"fastmath": {"reassoc", "nsz", "contract"}}
 
 
-#: Held by the thread that runs a kernel where numba's threads can serve only one at a time.
+#: The thread that runs a kernel holds this lock if numba's threads can serve only one thread at a time.
 _one_at_a_time = threading.RLock()
 
 
 def _serves_several() -> bool:
-    """Say whether several threads may run kernels at once: not in numba's own pool, and not while it picks one."""
+    """Tell whether several threads may run kernels at once. They may not in numba's own pool."""
     try:
         return threading_layer() != "workqueue"
     except ValueError:  # none was needed yet
@@ -44,16 +44,16 @@ def _serves_several() -> bool:
 
 @contextmanager
 def threads() -> Iterator[int]:
-    """Within the block, let numba use as many threads as torch does; neither's setting is changed by it.
+    """Context manager: numba uses as many threads as torch, without a change of either setting.
 
-    Where numba's threads can serve only one thread at a time, others wait: the process would be killed.
+    If numba's threads can serve only one thread at a time, others wait. Otherwise the process would be killed.
     """
     mark_used()
     with nullcontext() if _serves_several() else _one_at_a_time:
         n_torch, n_numba = torch.get_num_threads(), get_num_threads()
         n_threads = min(n_torch, config.NUMBA_NUM_THREADS)
         set_num_threads(n_threads)
-        if torch.get_num_threads() != n_torch:  # numba's first launch sets the number of the pool that they share
+        if torch.get_num_threads() != n_torch:  # numba's first launch sets the size of the shared pool
             torch.set_num_threads(n_torch)
         try:
             yield n_threads
@@ -70,7 +70,7 @@ def dense_rows(matrix: sparse.csr_matrix | sparse.csr_array, rows: np.ndarray) -
 
 
 def row_sums(matrix: sparse.csr_matrix | sparse.csr_array) -> np.ndarray:
-    """Return what the function of this name in `dispatch` returns."""
+    """Return the result of the function of the same name in `dispatch`."""
     sums = np.empty((2, matrix.shape[0]))
     with threads():
         _sum_rows(matrix.indptr, matrix.data, *sums)

@@ -1,4 +1,4 @@
-"""The functions of which the log-likelihoods for CUDA are made: of one count, for Triton to build in.
+"""Functions of one count for the log-likelihoods on CUDA. Triton inlines them.
 
 With n = x + theta, d = log mu - log theta, e = x sigmoid(-d) - theta sigmoid(d), h(t) = t - log(1 + t), and Stirling's
 formula made exact, lgamma(z) = (z - 1/2) log z - z + log(2 pi) / 2 + R(z),
@@ -9,8 +9,8 @@ formula made exact, lgamma(z) = (z - 1/2) log z - z + log(2 pi) / 2 + R(z),
 
     theta (S(n) - S(theta)) - theta h(e / theta),  S(z) = digamma(z) - log z.
 
-No term is larger than the result but for logarithms, so that counts of a million keep their digits in float32. A zero
-is put as in `scgen.kernels.cpu.genes`.
+Apart from logarithms, no term is larger than the result, so counts of a million keep their digits in float32. The form
+for zeros is that of `scgen.kernels.cpu.genes`.
 """
 
 import triton
@@ -31,8 +31,8 @@ def negative_binomial(x, log_mu, log_theta):
 
 @triton.jit
 def log_non_zero(x, t, d, softplus_d, slope):
-    """Return log NB(x) for x > 0; as the top of this file has it."""
-    x = tl.where(x < 1e-12, 1e-12, x)  # smaller ones would underflow; and no NaN where x is 0
+    """Return log NB(x) for x > 0, by the formula at the top of this file."""
+    x = tl.where(x < 1e-12, 1e-12, x)  # smaller ones would underflow; also avoids NaN if x is 0
     ratio = x / t
     near = stirling_rest(x + t) - stirling_rest(x) - stirling_rest(t) - 0.5 * (tl.log(x * (1.0 + ratio)) + LOG_2_PI)
     of_x = excess(-slope / x, tl.log(1.0 + t / x) - (softplus_d - d))
@@ -49,16 +49,16 @@ def log_poisson(x, log_mu):
 
 @triton.jit
 def log_inflated_zero(zero, zi):
-    """Return softplus(zero - zi) - softplus(-zi), which is log ZINB(0) where ``zero`` is log NB(0)."""
+    """Return log ZINB(0) = softplus(zero - zi) - softplus(-zi), where ``zero`` is log NB(0)."""
     m_zero, m_zi = tl.exp(-tl.abs(zero - zi)), tl.exp(-tl.abs(zi))
-    # max(zero - zi, 0) - max(-zi, 0), which would lose digits to a large zi
+    # max(zero - zi, 0) - max(-zi, 0), which would lose digits for a large zi
     larger = tl.where(zero > zi, zero, tl.minimum(zi, 0.0))
     return larger + twice_artanh((m_zero - m_zi) / (2.0 + m_zero + m_zi))
 
 
 @triton.jit
 def shares(x, zero, zi):
-    """Return the share of an entry that is the negative binomial's own, and the slope of log ZINB(x) by zi."""
+    """Return the probability that an entry is from the negative binomial, and the slope of log ZINB(x) by zi."""
     m_zero, m_zi = tl.exp(-tl.abs(zero - zi)), tl.exp(-tl.abs(zi))
     own = tl.where(x == 0.0, tl.where(zero > zi, 1.0, m_zero) / (1.0 + m_zero), 1.0)
     return own, tl.where(zi > 0.0, m_zi, 1.0) / (1.0 + m_zi) - own
@@ -86,7 +86,7 @@ def twice_artanh(s):
 
 @triton.jit
 def excess(t, log1p_t):
-    """Return h(t) = t - log(1 + t); near 0, by a series in s = t / (2 + t) that does without the difference."""
+    """Return h(t) = t - log(1 + t); near 0, by a series in s = t / (2 + t) without the difference."""
     s = t / (2.0 + t)
     q = s * s
     series = 1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15))))))

@@ -1,8 +1,8 @@
 """log p(counts) of whole cells and its gradient on a GPU.
 
-All is float32, since many GPUs compute float64 at a sixty-fourth of the speed: `functions` says how large counts
-keep their digits. Nothing of the size of the minibatch is written but the gradients themselves. Sums over cells go over
-fixed parts of them and are then added by torch: no atomic operations, so results repeat.
+All computation is in float32, because many GPUs compute float64 at a sixty-fourth of the speed. `functions` says how
+large counts keep their digits. Apart from the gradients, no array of the minibatch's size is written. Sums over cells
+are computed for fixed parts, which torch then adds. There are no atomic operations, so results are reproducible.
 """
 
 import torch
@@ -23,7 +23,7 @@ from scgen.kernels.cuda.functions import (
 
 POISSON, NEGATIVE_BINOMIAL, ZERO_INFLATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-#: Genes at a time of a program that has one cell, and of one that has several.
+#: Number of genes at a time in a program for one cell, and in a program for several cells.
 ROW_BLOCK, COLUMN_BLOCK = 1024, 256
 
 
@@ -62,7 +62,7 @@ def slopes(
     inputs = counts, logits, bias, log_library, log_theta, zi_logits, zi_bias
     slope, log_total = _over_genes(*inputs, normalised, slope=True)
     (n_rows, n_genes), kind = logits.shape, _kind(log_theta, zi_logits)
-    n_together = 16 if n_rows <= 4096 else 64  # rows of a program: few sums to add, yet programs for the whole device
+    n_together = 16 if n_rows <= 4096 else 64  # rows per program: few sums to add, but programs for the whole device
     n_parts = triton.cdiv(n_rows, n_together)
     sums = torch.empty(3, n_parts, n_genes, device=logits.device)
     d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -127,13 +127,13 @@ def _kind(log_theta: Tensor | None, zi_logits: Tensor | None) -> int:
 
 
 def _pointers(counts, logits, bias, log_library, log_theta, zi_logits, zi_bias) -> tuple[Tensor, ...]:
-    """Return something to point to for each argument, rows one after the other; what a kind lacks is never read."""
+    """Return a contiguous tensor for each argument; one that the kind lacks is a placeholder and never read."""
     some = counts, logits, bias, log_library, log_theta, zi_logits, zi_bias
     return tuple((bias if tensor is None else tensor).contiguous() for tensor in some)
 
 
 def _by_theta(d_theta: Tensor, n_thetas: int) -> Tensor:
-    """Return the slopes by each row of log theta, (K, G), which rows r, r + K, ... share."""
+    """Return the slopes by each row of log theta, (K, G); rows r, r + K, ... share a row."""
     return d_theta if len(d_theta) == n_thetas else d_theta.view(-1, n_thetas, d_theta.shape[1]).sum(0)
 
 
@@ -156,7 +156,7 @@ def _sum_over_genes(
     SLOPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row; see `_over_genes`."""
+    """One program per row; see `_over_genes`."""
     row = tl.program_id(0).to(tl.int64)
     log_total = _log_sum_exp(logits + row * n_genes, bias, n_genes, BLOCK) if NORMALISED else 0.0
     shift = tl.load(log_library + row) - log_total
@@ -212,7 +212,7 @@ def _slopes(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program for some rows and a block of genes; ``slopes`` are the rows' sums of those by log mu."""
+    """One program for some rows and a block of genes; ``slopes`` are the rows' sums of the slopes by log mu."""
     part = tl.program_id(0).to(tl.int64)
     n_parts = tl.num_programs(0)
     gene = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

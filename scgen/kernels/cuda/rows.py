@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Entries at a time of a sparse row.
+#: Number of entries of a sparse row at a time.
 ENTRY_BLOCK = 256
 
 
@@ -20,7 +20,7 @@ def dense_rows(indptr: Tensor, indices: Tensor, values: Tensor, rows: Tensor, n_
 
 @triton.jit
 def _fill_rows(indptr, indices, values, rows, dense, n_genes, BLOCK: tl.constexpr):
-    """One program a row, which is zero before."""
+    """One program per row. The output must be zero before."""
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + i)
     last = tl.load(indptr + row + 1)
