@@ -5,9 +5,11 @@ import contextlib
 import functools
 import inspect
 import logging
+import math
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +17,8 @@ from pathlib import Path
 from scgen.command import flags, h5ad, readers, streams
 from scgen.command.parser import parser
 
+#: Errors that are shown as one line, without a traceback.
+EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)
 #: What a shell sees: 0 done; 1 the data, a file or a value are at fault; 2 an argument is unknown or missing, or not
 #: one of its choices; 129, 130 and 143 ended by SIGHUP, Ctrl-C and SIGTERM; 141 nobody reads on.
 OK, FAILED, UNREAD = 0, 1, 141
@@ -24,12 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; errors of the user's are one line on stderr, without a traceback."""
     streams.open_closed()
     args = parser(COMMANDS).parse_args(argv)
-    args.written = []  # what the command says that it has written, should it be interrupted
+    args.written = []  # named if the command is interrupted or fails
+    args.ending = ending = Ending()
     # What the process ignores, as nohup makes it, stays ignored.
     before = {number: signal.getsignal(number) for number in h5ad.ENDING}
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     for number in before:
-        signal.signal(number, _end)
+        signal.signal(number, ending)
     try:
         # What `integrate` is for are its files; of the others, somebody is to read the answer.
         stdout = streams.Lasting(sys.stdout) if args.run is _integrate else sys.stdout
@@ -42,14 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = args.run(args)
         sys.stdout.flush()
         return code
-    except SystemExit:
-        _report_error(f"interrupted; {', '.join(map(str, args.written)) or 'nothing'} was written", "")
-        raise
     except BrokenPipeError:
         streams.silence(sys.stdout)
         return UNREAD
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError) as error:
-        _report_error(flags.in_flags(str(error), args.command) or type(error).__name__)
+    except (Exception, SystemExit) as error:
+        written = ", ".join(map(str, args.written))
+        if ending.number is not None:  # an error may be what the signal led to
+            _report_error(f"interrupted; {written or 'nothing'} was written", "")
+            raise SystemExit(128 + ending.number) from None
+        if not isinstance(error, EXPECTED):
+            raise
+        message = flags.in_flags(str(error), args.command) or type(error).__name__
+        _report_error(message + (f" ({written} was written)" if written else ""))
         return FAILED
     finally:
         for number, handler in before.items():
@@ -67,14 +76,32 @@ def _report_error(message: str, kind: str = "error: ") -> None:
             streams.silence(stream)
 
 
-def _end(number: int, frame) -> None:
-    """End the command on a signal, so that what is half done is cleared away.
+class Ending:
+    """Handler of the signals that end the command, so that half-written files are deleted.
 
-    Unlike Ctrl-C in a notebook, it ends training, too: there is nobody to look at half of one.
+    Unlike Ctrl-C in a notebook, it also ends training, because nobody can look at an unfinished one.
+
+    Attributes
+    ----------
+    number
+        The signal that came; None before.
     """
-    for other in h5ad.ENDING:
-        signal.signal(other, signal.SIG_IGN)  # a second one would interrupt the clearing
-    sys.exit(128 + number)
+
+    def __init__(self):
+        self.number: int | None = None
+        self._raised = -math.inf
+
+    def __call__(self, number: int, frame) -> None:
+        """Raise SystemExit. Further signals do so again after a second; earlier ones would interrupt the deletion."""
+        self.number = number
+        if time.monotonic() - self._raised > 1:
+            self._raised = time.monotonic()
+            sys.exit(128 + number)
+
+    def check(self) -> None:
+        """Raise SystemExit if a signal came. Callbacks of compiled libraries swallow what a handler raises."""
+        if self.number is not None:
+            sys.exit(128 + self.number)
 
 
 def _integrate(args: argparse.Namespace) -> int:
@@ -105,6 +132,7 @@ def _integrate(args: argparse.Namespace) -> int:
     _say(f"trained {len(model.history)} epochs on {model.adata.n_vars:,} genes in {seconds:.0f} s")
     _say("computing neighbours, UMAP and Leiden clusters of the embedding ...")
     clustering.cluster(adata, f"X_{args.suffix}", suffix=args.suffix, resolution=args.resolution, seed=args.seed)
+    args.ending.check()
     h5ad.write(adata, args.output, args.overwrite)
     args.written.append(args.output)
     leiden = f"leiden_{args.suffix}"
@@ -118,14 +146,18 @@ def _check_outputs(args: argparse.Namespace, report: Path) -> None:
     """Refuse, before any work, outputs that could not be written at its end."""
     from scgen.reporting import report as reporting
 
+    for source in args.input:
+        if args.output.exists() and source.exists() and args.output.samefile(source):
+            raise ValueError(f"{args.output} is the input, which is never overwritten; name another output.")
+        for path in (args.output.resolve(), report.resolve()):
+            if readers.is_zarr(source) and source.resolve() in (path, *path.parents):
+                raise ValueError(f"{path} is inside the input {source}, which is never changed; name another place.")
     h5ad.check_output(args.output, args.overwrite)
     existing = next(folder for folder in (report, *report.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"the folder {report} cannot be written: {existing} is a file, or not yours to write to.")
     if args.output.absolute() in (report.absolute(), *(path.absolute() for path in report.parents)):
         raise ValueError(f"{args.output} would be both the output and the folder of the report; name another --report.")
-    if args.output.exists() and any(path.exists() and args.output.samefile(path) for path in args.input):
-        raise ValueError(f"{args.output} is the input, which is never overwritten; name another output.")
     names = ("model/model.json", *reporting.SCORES, *reporting.PICTURES)
     there = [name for name in names if (report / name).exists()]
     if there and not args.overwrite:
@@ -145,11 +177,13 @@ def _report(args: argparse.Namespace, adata, model, report: Path) -> None:
     args.written.append(report / "model")
     for name in reporting.SCORES:
         (report / name).unlink(missing_ok=True)  # of an earlier run
+    args.ending.check()
     _say("drawing the cells without the integration (PCA, UMAP) beside those with it ...")
     before = reporting.uncorrected(model)
     colours = [key for key in (args.batch_key, args.labels_key, f"leiden_{args.suffix}") if key is not None]
     drawn = reporting.draw(model, adata, before, report, colours, suffix=args.suffix)
     args.written += drawn
+    args.ending.check()
     _say(f"wrote {report / 'model'}, {', '.join(map(str, drawn))}")
     if args.labels_key is None:
         _say("no scores: they compare with known labels; name their column with --labels-key")

@@ -92,7 +92,7 @@ def test_integrate(source, tmp_path):
         (["integrate", "{source}", "-o", "{source}", "--batch-key", "batch", "--overwrite"], 1, "never overwritten"),
         (["integrate", "{source}", "-o", "no/such/folder/out.h5ad", "--batch-key", "batch"], 1, "does not exist"),
         (["integrate", "{source}", "-o", "out.h5ad"], 2, "--batch-key"),
-        (["integrate", "{source}", "-o", "out.h5ad", "--batch-key", "batch", "--layer", "counts"], 1, "no layer"),
+        (["integrate", "{source}", "-o", "out.h5ad", "--batch-key", "batch", "--layer", "counts"], 1, "not a layer"),
         (
             ["integrate", "{source}", "-o", "out.h5ad", "--batch-key", "batch", "--report", "out.h5ad/r"],
             1,
@@ -195,7 +195,7 @@ def test_defaults_in_the_help_are_those_of_the_functions(function, texts):
         ('Say so: setup_anndata(adata, layer="counts").', "Say so: --layer counts."),
         ('batch_key="bach" is no column; Did you mean setup_anndata(adata, batch_key="batch")?',
          "--batch-key bach is no column; Did you mean --batch-key batch?"),
-        ('pass continuous_covariate_keys=["a b"].', "pass --continuous-covariate a b."),
+        ('pass continuous_covariate_keys=["a b"].', "pass --continuous-covariate 'a b'."),
         ('setup_anndata(adata, categorical_covariate_keys=["a"])', "--covariate a"),
         ("train_size=1.5; it takes a share", "--train-size 1.5; it takes a share"),
         ("learning_rate=-1e-05.", "--learning-rate -1e-05."),
@@ -205,11 +205,60 @@ def test_defaults_in_the_help_are_those_of_the_functions(function, texts):
         ("n_top_genes chooses genes", "--n-top-genes chooses genes"),
         ('adata.obs["n_latent"] and the layer are left', 'adata.obs["n_latent"] and the layer are left'),
         ("batch_keys, my_batch_key and n_obs=5", "batch_keys, my_batch_key and n_obs=5"),
+        ('batch_key="my batch" is no column', "--batch-key 'my batch' is no column"),
+        ("runs/n_latent=20/a.h5ad is not there", "runs/n_latent=20/a.h5ad is not there"),
+        ("runs/batch_key/a.h5ad is not there", "runs/batch_key/a.h5ad is not there"),
+        ("there is no such column (it has: batch_key, layer)", "there is no such column (it has: batch_key, layer)"),
+        ("Leave layer out to read adata.X.", "Leave --layer out to read adata.X."),
     ],
 )  # fmt: skip
 def test_messages_name_flags(message, wanted):
     (commands,) = (action for action in parser(cli.COMMANDS)._actions if isinstance(action, argparse._SubParsersAction))
     assert flags.in_flags(message, commands.choices["integrate"]) == wanted
+
+
+def test_a_signal_that_was_swallowed_ends_the_command_all_the_same(tmp_path, monkeypatch, capfd):
+    """As where it comes while a compiled library calls Python: what a handler raises is then printed and forgotten."""
+    adata = scgen.simulate_cells(n_cells=60, n_genes=20, n_batches=2, seed=0)
+    adata.write_h5ad(tmp_path / "in.h5ad")
+
+    class Swallowing:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    from scgen.workflows import clustering
+
+    original = clustering.cluster
+
+    def interrupted(*args, **options):
+        original(*args, **options)
+        thing = Swallowing()
+        del thing
+
+    monkeypatch.setattr(clustering, "cluster", interrupted)
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["integrate", str(tmp_path / "in.h5ad"), "-o", str(tmp_path / "out.h5ad"), "--batch-key", "batch",
+                  "--max-epochs", "1", "--quiet"])  # fmt: skip
+    assert ended.value.code == 130
+    assert "scgen: interrupted; nothing was written" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.h5ad"]
+
+
+def test_outputs_within_a_zarr_input(tmp_path):
+    scgen.simulate_cells(n_cells=60, n_genes=20, n_batches=2, seed=0).write_zarr(tmp_path / "in.zarr")
+    for places in (["-o", "in.zarr/out.h5ad"], ["-o", "out.h5ad", "--report", "in.zarr/report"]):
+        done = run("integrate", "in.zarr", *places, "--batch-key", "batch", cwd=tmp_path)
+        assert done.returncode == 1
+        assert "is inside the input in.zarr, which is never changed" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in.zarr"]
+
+
+def test_one_gene_is_reported(source, tmp_path):
+    done = run("integrate", source, "-o", tmp_path / "out.h5ad", "--batch-key", "batch", "--n-top-genes", 1,
+               "--max-epochs", 1)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out_report" / "umap.png").exists()
 
 
 def test_one_batch_and_another_ending(source, tmp_path):

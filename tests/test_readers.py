@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import anndata
 import h5py
@@ -159,7 +160,7 @@ def test_what_cannot_be_read_is_told_how_to(tmp_path, name, words):
         readers.read(tmp_path / name)
 
 
-@pytest.mark.filterwarnings("ignore:.*gene names occur more than once")
+@pytest.mark.filterwarnings("ignore:.*gene names occur more than once", "ignore:no file has the column")
 def test_files_are_joined_and_are_the_batches(tmp_path):
     paths = []
     for sample in ("day1", "day2"):  # as Cell Ranger writes them
@@ -170,6 +171,41 @@ def test_files_are_joined_and_are_the_batches(tmp_path):
     assert joined.obs_names.tolist() == [f"{cell}-{day}" for day in ("day1", "day2") for cell in CELLS]
     assert joined.var["gene_ids"].tolist() == IDS
     np.testing.assert_array_equal(joined.X.toarray(), np.vstack([COUNTS, COUNTS]))
+
+
+def test_a_misspelt_column_is_told_where_several_files_are_read(tmp_path):
+    paths = [write_h5ad(tmp_path / f"{name}.h5ad", ["a", "b"], sample=name) for name in ("one", "two")]
+    with pytest.warns(UserWarning, match='no file has the column "smaple": the 2 files are the batches.*sample'):
+        readers.read_all(paths, "smaple")
+
+
+def test_text_and_numbers_are_joined_as_text(tmp_path):
+    paths = [
+        write_h5ad(tmp_path / "one.h5ad", ["a", "b"], batch="x"),
+        write_h5ad(tmp_path / "two.h5ad", ["a", "b"], batch=2),
+    ]
+    joined = readers.read_all(paths, "batch")
+    assert joined.obs["batch"].tolist() == ["x"] * 30 + ["2"] * 30
+    joined.write_h5ad(tmp_path / "joined.h5ad")
+
+
+@pytest.mark.parametrize("other", ["../cells/one.h5ad", "link.h5ad"])
+def test_a_file_by_two_names_is_named_twice(tmp_path, monkeypatch, other):
+    (tmp_path / "cells").mkdir()
+    monkeypatch.chdir(tmp_path / "cells")
+    write_h5ad(Path("one.h5ad"), ["a", "b"])
+    Path("link.h5ad").symlink_to("one.h5ad")
+    with pytest.raises(ValueError, match=r"a file is named twice: one\.h5ad, "):
+        readers.read_all([Path("one.h5ad"), Path(other)], "sample")
+
+
+def test_an_x_that_only_some_files_have(tmp_path):
+    one = write_h5ad(tmp_path / "one.h5ad", ["a", "b"])
+    empty = anndata.read_h5ad(one)
+    empty.X = None
+    empty.write_h5ad(tmp_path / "two.h5ad")
+    with pytest.raises(ValueError, match=r"X is empty in some of the files.*one and two differ"):
+        readers.read_all([one, tmp_path / "two.h5ad"], "sample")
 
 
 def write_h5ad(path, genes, **obs):

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,18 +164,25 @@ def in_flags(message: str, command: argparse.ArgumentParser) -> str:
         if value in ("True", "False"):
             switch = [one for one in options[argument] if one.startswith("--no-") == (value == "False")]
             return switch[0] if switch else found[0]
-        return f"{options[argument][-1]} {value}".strip()
+        return f"{options[argument][-1]} {shlex.quote(value) if ' ' in value else value}".strip()
 
     value = r"""\["[^"\]]*"\]|"[^"]*"|'[^']*'|\.{3}|[-+\w.]*[-+\w]"""
-    argument = rf"\b(?P<argument>[a-z_]+)=(?P<value>{value})"
+    # Not within a path or a name that a user chose.
+    argument = rf"(?<![\w/.-])(?P<argument>[a-z_]+)=(?P<value>{value})(?![/\w])"
     # A call whose arguments are all named stands for them.
     call = rf"(?:[\w.]+\.)?(?:setup_anndata|integrate|SCVI|train)\((?:adata|\.\.\.|, )*(?P<named>{argument})\)"
     message = re.sub(call, lambda found: found["named"], message)
     message = re.sub(argument, flag, message)
-    # Elsewhere, a name with an underscore can only be an argument.
-    names = "|".join(name for name in options if "_" in name)
-    bare = rf"(?<![\w.\"'\[-])(?P<argument>{names})(?P<value>)(?![\w=(\"'\]])"
-    return re.sub(bare, flag, message) if names else message
+    # Elsewhere, a word that is also an argument may be anything: the name of a column, or part of a path.
+    names = "|".join(options)
+    message = re.sub(rf"\b(?P<start>[Ll]eave )(?P<argument>{names})(?P<value>) out\b", _with(flag, " out"), message)
+    names = "|".join(name for name in options if "_" in name) or "-"
+    return re.sub(rf"^(?P<start>(?:\w+: )?)(?P<argument>{names})(?P<value>)(?=[: ])", _with(flag), message)
+
+
+def _with(flag: Callable[[re.Match], str], end: str = "") -> Callable[[re.Match], str]:
+    """Return what puts a flag between the start of a match and an end."""
+    return lambda found: found["start"] + flag(found).removesuffix(end) + end
 
 
 def path(text: str) -> Path:
@@ -206,12 +214,12 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def resolution(text: str) -> float:
-    """Return a number from 0."""
+    """Return a number from 0, within float32."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
+    if not 0 <= value < 3e38:
         raise argparse.ArgumentTypeError(f"{text!r}; it takes a number from 0")
     return value
 

@@ -5,6 +5,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from scgen.arguments import did_you_mean
+
 #: What to do about formats that are not read here, by the end of the file's name.
 ELSEWHERE = {
     ".csv": "a text table does not say whether its rows are cells or genes. Read it with scanpy.read_csv(path), "
@@ -63,8 +65,11 @@ def read_all(paths: Sequence[Path], batch_key: str | None):
     Raises
     ------
     ValueError
-        If a file cannot be read, two have the same name, only some have the column, or they share no gene.
+        If a file cannot be read or is named twice, only some have the column or an X, or they share no gene.
     """
+    places = [path.resolve() for path in paths]
+    if twice := [str(path) for path, place in zip(paths, places, strict=True) if places.count(place) > 1]:
+        raise ValueError(f"a file is named twice: {', '.join(twice)}.")
     cells = [read(path) for path in paths]
     if len(cells) == 1:
         return cells[0]
@@ -73,8 +78,6 @@ def read_all(paths: Sequence[Path], batch_key: str | None):
     names = [_name_of(path) for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
-    if len(set(names)) < len(names):
-        raise ValueError(f"a file is named twice: {', '.join(names)}.")
     with_column = [name for name, adata in zip(names, cells, strict=True) if batch_key in adata.obs]
     if 0 < len(with_column) < len(cells):
         raise ValueError(
@@ -84,8 +87,19 @@ def read_all(paths: Sequence[Path], batch_key: str | None):
     for name, adata in zip(names, cells, strict=True):
         if not adata.var_names.is_unique:
             raise ValueError(f"{name} has gene names more than once, so that it cannot be joined with the others.")
+        if (adata.X is None) != (cells[0].X is None):
+            raise ValueError(f"X is empty in some of the files, but not in all: {names[0]} and {name} differ.")
     label = None if with_column else batch_key
+    if label is not None:
+        there = list(set.intersection(*(set(map(str, adata.obs)) for adata in cells)))
+        warnings.warn(
+            f'no file has the column "{batch_key}": the {len(cells)} files are the batches.'
+            f"{did_you_mean(batch_key, there)}",
+            stacklevel=2,
+        )
     joined = anndata.concat(dict(zip(names, cells, strict=True)), label=label, index_unique="-", merge="same")
+    if with_column and joined.obs[batch_key].dtype == object:  # text in one file, numbers in another
+        joined.obs[batch_key] = joined.obs[batch_key].astype(str)
     if not joined.n_vars:
         genes = "; ".join(f"{name}: {adata.var_names[0]}, ..." for name, adata in zip(names, cells, strict=True))
         raise ValueError(f"the files have no gene in common. Their genes are named {genes}.")
@@ -105,8 +119,13 @@ def _name_of(path: Path) -> str:
     return absolute.parent.name if plain in of_10x and absolute.parent.name else plain
 
 
+def is_zarr(path: Path) -> bool:
+    """Say whether a path is a folder that zarr wrote."""
+    return any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zattrs"))
+
+
 def _kind_of_folder(path: Path) -> str:
-    if any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zattrs")):
+    if is_zarr(path):
         return "zarr"
     if _matrices(path):
         return "10x mtx"
@@ -162,7 +181,10 @@ def _read_zarr(path: Path):
 def _read_10x_h5(path: Path):
     import scanpy as sc
 
-    return sc.read_10x_h5(path)
+    adata = sc.read_10x_h5(path)
+    if not adata.n_vars:
+        raise ValueError("it holds no gene expression (antibodies or peaks alone are not read)")
+    return adata
 
 
 def _read_10x_mtx(folder: Path):

@@ -111,7 +111,8 @@ def _numbers(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
     if not is_real or pd.api.types.is_bool_dtype(column):
         text = f"{argument}: {where} is not numeric (dtype {column.dtype})"
         convert = f"Convert it, {where} = {where}.astype(float)" if is_real else "Convert it"
-        yield Finding("error", where, text, len(column), f'{convert}, or pass categorical_covariate_keys=["{key}"].')
+        instead = "" if role == "size_factor_key" else f', or pass categorical_covariate_keys=["{key}"]'
+        yield Finding("error", where, text, len(column), f"{convert}{instead}.")
         return
     values = column.to_numpy(dtype=float, na_value=np.nan)
     bad = ~np.isfinite(values)

@@ -171,7 +171,8 @@ class Model(metaclass=Answering):
             *plan, n_importance_samples, accelerator, devices, precision, seed, progress, on_epoch
         )
         with trainings.recorded(self, options, batch_size, train_size) as (training, validation, rows):
-            self.trainings[-1] |= fit(self.vae, training, validation, options, rows, on_epoch)
+            told = trainings.told(self, rows, on_epoch)
+            self.trainings[-1] |= fit(self.vae, training, validation, options, rows, told)
 
     def get_latent_representation(
         self,

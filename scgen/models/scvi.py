@@ -300,7 +300,7 @@ class SCVI(ExpressionModel):
         if a.gene_likelihood != "normal" and not setup.counts:
             raise ValueError(
                 f'gene_likelihood="{a.gene_likelihood}" needs counts, but the data were set up with counts=False. Use '
-                'SCVI(adata, gene_likelihood="normal"), or setup_anndata on the counts.'
+                'SCVI(adata, gene_likelihood="normal"), or set the counts up.'
             )
         if a.gene_likelihood == "normal" and setup.size_factor_key is not None:
             raise ValueError('gene_likelihood="normal" has no library: set the data up without size_factor_key.')

@@ -56,6 +56,7 @@ def recorded(
     with model.vae.occupied(training=True), torch.inference_mode(False), torch.enable_grad():
         training, validation = loaders.of_training(model, options, batch_size, train_size)
         rows: list[dict] = model.history.to_dict(orient="records")
+        n_before = len(rows)
         started = {"device": str(options.device), "batch_size": training.batch_size, "finished": False}
         started |= {"first_epoch": len(rows) + 1}
         model.trainings.append(asdict(options) | started)
@@ -67,10 +68,25 @@ def recorded(
             message = error.names(model.adata.obs_names, model.registry.genes, options.learning_rate)
             raise FloatingPointError(message) from error
         finally:
-            if len(rows) == len(model.history):  # not one epoch: as if nothing had been asked
+            if len(rows) == n_before:  # not one epoch: as if nothing had been asked
                 model.trainings.pop()
                 if not rows:
                     model.train_indices = model.validation_indices = None
             else:
                 model.trainings[-1].setdefault("kept_epoch", len(rows))  # an error leaves the last good weights
-            model.history = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="epoch"))
+            model.history = history_of(rows)
+
+
+def history_of(rows: list[dict]) -> pd.DataFrame:
+    """Return the table of the epochs."""
+    return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="epoch"))
+
+
+def told(model, rows: list[dict], on_epoch: Callable | None) -> Callable | None:
+    """Return the function of an epoch that finds the model's history as it is then."""
+
+    def up_to_date(row: dict):
+        model.history = history_of(rows)
+        return on_epoch(row)
+
+    return None if on_epoch is None else up_to_date

@@ -86,6 +86,9 @@ class VAE(nn.Module):
                     "done before you use, train or save the model."
                 )
         before = turns.training
+        if training and before:
+            turns.lock.release()
+            raise RuntimeError("the model is being trained: it cannot be trained again meanwhile, as by on_epoch.")
         turns.training = before or training
         try:
             with threads.adapted():

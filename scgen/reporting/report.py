@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy import sparse
 
 from scgen import plots
 from scgen.data.counts import matrix_of
@@ -87,5 +88,7 @@ def uncorrected(model: Model, n_components: int = 30) -> np.ndarray:
     copy = AnnData(values.astype(np.float32))  # astype copies: the counts stay as they are
     sc.pp.normalize_total(copy, target_sum=1e4)
     sc.pp.log1p(copy)
+    if min(copy.shape) < 2:  # there is nothing to reduce
+        return np.asarray(copy.X.toarray() if sparse.issparse(copy.X) else copy.X)
     sc.pp.pca(copy, n_comps=min(n_components, min(copy.shape) - 1), random_state=0)
     return copy.obsm["X_pca"]

@@ -74,7 +74,8 @@ def fit(
                 state.load_state_dict(resume)
                 bar.update(state.epoch)
                 n_before -= state.epoch  # the rows of the epochs before are there
-            for epoch in range(state.epoch, max_epochs):
+            stopped = state.epoch and best.has_stopped(state.epoch - 1)
+            for epoch in range(max_epochs if stopped else state.epoch, max_epochs):
                 started, sums = time.perf_counter(), 0.0
                 vae.train()
                 with vae.reduced_products(reduced):

@@ -65,10 +65,12 @@ class Best:
     def stop_after(self, epoch: int, value: float) -> bool:
         """Take note of an epoch's validation value; say whether to stop."""
         self.last = copy.deepcopy(self.vae.state_dict())
-        if epoch < self.first_epoch:
-            return False
-        if value > self.value:
+        if epoch >= self.first_epoch and value > self.value:
             self.value, self.epoch, self.weights = value, epoch, self.last
+        return self.has_stopped(epoch)
+
+    def has_stopped(self, epoch: int) -> bool:
+        """Say whether the value has not risen for as many epochs as the patience."""
         return self.patience is not None and self.weights is not None and epoch - self.epoch >= self.patience
 
     def state_dict(self) -> dict:

@@ -715,3 +715,17 @@ def test_kill_during_training_leaves_files_alone(tmp_path, start):
 
     adata = anndata.read_h5ad(tmp_path / "in.h5ad")
     assert np.isfinite(scgen.SCVI.load(tmp_path / "model", adata).get_elbo())
+
+
+def test_a_training_within_a_training_is_refused(small):
+    model = model_of(small)
+    with pytest.raises(RuntimeError, match="cannot be trained again meanwhile"):
+        train(model, 3, on_epoch=lambda row: train(model, 1))
+    train(model, 2)  # the refusal has left nothing locked
+    assert [len(model.trainings), len(model.history)] == [2, 3]
+
+
+def test_a_model_that_is_saved_in_training_has_its_history(small, tmp_path):
+    model = model_of(small)
+    train(model, 4, on_epoch=lambda row: row["epoch"] == 3 and model.save(tmp_path / "model"))
+    assert len(scgen.SCVI.load(tmp_path / "model").history) == 3

@@ -236,6 +236,8 @@ class Answering(type):
 
     def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict):
         super().__init__(name, bases, namespace)
+        if not cls.__module__.startswith("scgen."):  # a user's class has its own methods and names
+            return
         for key, value in namespace.items():
             if isinstance(value, classmethod):
                 setattr(cls, key, classmethod(_Answered(value.__func__)(value.__func__)))

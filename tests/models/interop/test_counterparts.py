@@ -311,3 +311,17 @@ def test_functions_stay_what_they_were(model):
     assert scgen.SCVI.train.__doc__.startswith("Train the model")
     assert pickle.loads(pickle.dumps(scgen.SCVI.train)) is scgen.SCVI.train
     assert copy.copy(model).get_elbo(model.adata) == model.get_elbo()
+
+
+def test_subclasses_of_users_are_their_own():
+    class Theirs(scgen.SCVI):
+        def __getattr__(self, name):
+            return 5
+
+        def extra(self, x):
+            return x
+
+    model = Theirs.__new__(Theirs)
+    assert model.mine == 5
+    with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'y'"):
+        model.extra(y=1)
