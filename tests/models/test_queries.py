@@ -699,7 +699,7 @@ def test_identifiers_that_differ_by_a_version_are_matched_with_a_note(simulated,
         np.testing.assert_allclose(model.get_latent_representation(same), expected, rtol=1e-4, atol=1e-5)
     assert len(caught) == 1
     same.var_names = [name.partition(".")[0] for name in same.var_names]
-    with pytest.warns(UserWarning, match="without versions"):
+    with pytest.warns(UserWarning, match="without their versions"):
         np.testing.assert_allclose(model.get_latent_representation(same), expected, rtol=1e-4, atol=1e-5)
 
 
