@@ -281,7 +281,7 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-@pytest.mark.parametrize(("training", "expected"), [(False, "answered"), (True, "while the model was being trained")])
+@pytest.mark.parametrize(("training", "expected"), [(False, "answered"), (True, "during a training of the model")])
 def test_a_process_forked_while_another_thread_uses_the_model(training, expected):
     code = f"""
 import multiprocessing, threading

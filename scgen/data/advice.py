@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from scgen.data.categories import unhashable
 from scgen.data.checks import Finding, Setup
 
 #: With fewer genes than this, there is no advice to select genes.
@@ -35,6 +36,7 @@ def _genes(adata: AnnData, setup: Setup) -> list[Finding]:
 def confounding(obs: pd.DataFrame, setup: Setup, sound: bool = True) -> list[Finding]:
     """Return notes and warnings on columns whose effects cannot be separated."""
     once = [key for key in setup.categorical.values() if list(obs.columns).count(key) == 1]
+    once = [key for key in once if unhashable(obs[key]) is None]  # others are an error of their own
     # A column with nearly as many values as cells has a warning of its own.
     keys = [key for key in once if len(obs) and not obs[key].isna().any() and obs[key].nunique() <= len(obs) / 2]
     found = []

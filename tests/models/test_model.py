@@ -650,7 +650,7 @@ def test_counterfactual_batches(small):
     np.testing.assert_allclose(
         draws.mean(0), model.get_normalized_expression(n_samples=4, return_numpy=True), rtol=1e-4
     )
-    with pytest.raises(ValueError, match="from one batch"):
+    with pytest.raises(ValueError, match="has one batch"):
         model.posterior_predictive_sample(batch=["batch_1", "batch_2"])
     everything = model.get_normalized_expression()
     assert model.get_normalized_expression(gene_list=small.var_names[[3]]).equals(everything[["gene_4"]])

@@ -695,11 +695,11 @@ def test_identifiers_that_differ_by_a_version_are_matched_with_a_note(simulated,
     same = adata[:50].copy()
     expected = model.get_latent_representation(same)
     same.var_names = [name.replace(".12", ".13") for name in same.var_names]
-    with pytest.warns(UserWarning, match=r"120 of the model's 120 genes were found .* without versions") as caught:
+    with pytest.warns(UserWarning, match=r"120 of the model's 120 genes were matched .* without their") as caught:
         np.testing.assert_allclose(model.get_latent_representation(same), expected, rtol=1e-4, atol=1e-5)
     assert len(caught) == 1
     same.var_names = [name.partition(".")[0] for name in same.var_names]
-    with pytest.warns(UserWarning, match="without versions"):
+    with pytest.warns(UserWarning, match="without their versions"):
         np.testing.assert_allclose(model.get_latent_representation(same), expected, rtol=1e-4, atol=1e-5)
 
 

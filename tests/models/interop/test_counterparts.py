@@ -308,7 +308,7 @@ def test_arguments_by_position_are_told(model):
 def test_functions_stay_what_they_were(model):
     assert "early_stopping" in inspect.signature(model.train).parameters
     assert "VAR_KEYWORD" not in {of.kind.name for of in inspect.signature(model.train).parameters.values()}
-    assert scgen.SCVI.train.__doc__.startswith("Train the model")
+    assert scgen.SCVI.train.__doc__.startswith("Train the model by maximising")
     assert pickle.loads(pickle.dumps(scgen.SCVI.train)) is scgen.SCVI.train
     assert copy.copy(model).get_elbo(model.adata) == model.get_elbo()
 
