@@ -93,9 +93,9 @@ def numbers(name: str, table: pd.DataFrame) -> pd.DataFrame:
 
     Examples
     --------
-    >>> numbers("table", pd.DataFrame({"scgen": ["0.5"]}))
+    >>> numbers("table", pd.DataFrame({"scgen": [True]}))
     Traceback (most recent call last):
-    TypeError: table['scgen'] has dtype object; it takes numbers, such as table['scgen'].astype(float).
+    TypeError: table['scgen'] has dtype bool; it takes numbers, such as table['scgen'].astype(float).
     """
     for column, dtype in table.dtypes.items():
         if not pd.api.types.is_any_real_numeric_dtype(dtype):
