@@ -42,7 +42,7 @@ MOST_LABELS = 50
 
 
 def scatters(
-    maps: Mapping[str, np.ndarray],
+    maps: Mapping[str, np.ndarray | pd.DataFrame | Sequence],
     colours: Mapping[str, pd.Series],
     *,
     last_map_only: Sequence[str] = (),
@@ -59,7 +59,7 @@ def scatters(
     Parameters
     ----------
     maps
-        Positions of the cells, (n, 2) each, by title. Cells at NaN are left out.
+        Positions of the cells by title: an array, DataFrame or list of shape (n, 2) each. Cells at NaN are left out.
     colours
         A Series of n categories for each row of panels, by title.
     last_map_only
@@ -96,7 +96,7 @@ def scatters(
     canvas.check_data_first("scatters", "maps", maps)
     save = canvas.check_save(save)
     max_categories = check_whole("max_categories", max_categories, 0)
-    _check_maps(maps, colours)
+    maps = _check_maps(maps, colours)
     last_map_only = check_names("last_map_only", last_map_only)
     for name, titles in (("last_map_only", last_map_only), ("split_by", [] if split_by is None else [split_by])):
         for one in titles:
@@ -104,45 +104,37 @@ def scatters(
                 known = ", ".join(map(shown, colours))
                 raise ValueError(f"{name}={shown(one)}; it takes titles of colours, which are {known}.")
     columns = {name: canvas.Categories(values, max_categories) for name, values in colours.items()}
-    split = None if split_by is None else columns[split_by]
-    n_panels = len(maps) * len(columns) + (0 if split is None else len(split.labels))
+    parts = [] if split_by is None else columns[split_by].labels
+    if split_by is not None and not parts:
+        raise ValueError(f"split_by={shown(split_by)}; no cell has a category there: leave split_by out.")
+    n_panels = len(maps) * len(columns) + len(parts)
     canvas.check_ax(ax, n_panels)
     title, last = list(maps.items())[-1]
     order = np.random.default_rng(0).permutation(len(last))
-    legend = max(column.legend_width for column in columns.values())
-    if n_panels == 1:
-        ((name, column),) = columns.items()
-        ax = canvas.new_figure(4.8 + legend, 4.6, save).subplots() if ax is None else ax
-        column.draw(ax, last[order], order, canvas.plain(f"{title}, by {name}"))
-        column.add_legend(ax)
-        canvas.write(ax.figure.figure, save)
-        return ax
-    width, heights = 4.8 * len(maps) + legend, [4.6 * len(columns)]
-    if split is not None:
-        in_a_row = min(len(split.labels), 6)
-        n_rows = -(-len(split.labels) // in_a_row)
+    width = 4.8 * len(maps) + max(column.legend_width for column in columns.values())
+    heights = [4.6 * len(columns)]
+    if parts:
+        in_a_row = min(len(parts), 6)
+        n_rows = -(-len(parts) // in_a_row)
         heights.append(0.4 + min(width / in_a_row, 4.6) * n_rows)
-    figure = canvas.new_figure(width, sum(heights), save)
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).ravel()
-    for row, (name, column) in zip(
-        parts[0].subplots(len(columns), len(maps), squeeze=False), columns.items(), strict=True
-    ):
-        for axes, (of, xy) in zip(row, maps.items(), strict=True):
-            if name in last_map_only and axes is not row[-1]:
+    with canvas.drawing(ax, width, sum(heights), save) as figure:
+        upper, lower = figure.subfigures(2, 1, height_ratios=heights) if parts else (figure, None)
+        grid = upper.subplots(len(columns), len(maps), squeeze=False) if ax is None else np.array([[ax]])
+        for row, (name, column) in zip(grid, columns.items(), strict=True):
+            for axes, (of, xy) in zip(row, maps.items(), strict=True):
+                if name in last_map_only and axes is not row[-1]:
+                    axes.remove()
+                else:
+                    column.draw(axes, xy[order], order, canvas.plain(f"{of}, by {name}"))
+            column.add_legend(row[-1])
+        if parts:
+            lower.suptitle(canvas.plain(f"{title}, each {split_by} with all other cells in grey"), fontsize=11)
+            panels = lower.subplots(n_rows, in_a_row, squeeze=False).ravel()
+            for i, label in enumerate(parts):
+                columns[split_by].draw(panels[i], last[order], order, label, only=i)
+            for axes in panels[len(parts) :]:
                 axes.remove()
-            else:
-                column.draw(axes, xy[order], order, canvas.plain(f"{of}, by {name}"))
-        column.add_legend(row[-1])
-    if split is not None:
-        parts[1].suptitle(canvas.plain(f"{title}, each {split_by} with all other cells in grey"), fontsize=11)
-        panels = parts[1].subplots(n_rows, in_a_row, squeeze=False).ravel()
-        for i, axes in enumerate(panels):
-            if i < len(split.labels):
-                split.draw(axes, last[order], order, split.labels[i], only=i)
-            else:
-                axes.remove()
-    canvas.write(figure, save)
-    return figure
+    return grid[0, 0] if n_panels == 1 else figure
 
 
 def history(model, *, ax: Axes | None = None, save: str | Path | None = None) -> Axes:
@@ -167,9 +159,9 @@ def history(model, *, ax: Axes | None = None, save: str | Path | None = None) ->
     Raises
     ------
     TypeError
-        If ``model`` is neither a model nor such a table.
+        If ``model`` is neither a model nor such a table of numbers.
     ValueError
-        If the history has no epochs, or ``save`` cannot be written.
+        If the history has no epochs or no finite ELBO, ``ax`` is 3D or polar, or ``save`` cannot be written.
 
     Examples
     --------
@@ -191,20 +183,26 @@ def history(model, *, ax: Axes | None = None, save: str | Path | None = None) ->
         raise TypeError(f"model={shown(model)}; it takes a trained model, or its table model.history.")
     if not len(table) or "elbo_train" not in table:
         raise ValueError("the history has no epochs, or no column elbo_train: train the model first: model.train().")
-    ax = canvas.new_figure(6.4, 4, save).subplots() if ax is None else ax
-    marker = "." if len(table) < 20 else None
-    for column, label in (("elbo_train", "training cells, with dropout"), ("elbo_validation", "validation cells")):
-        if column in table and table[column].notna().any():
-            ax.plot(table.index, table[column], label=label, marker=marker)
+    table = canvas.numbers("history", table.filter(["elbo_train", "elbo_validation"]))
+    table = table.where(np.isfinite(table))
     # The first epochs are far below the rest and would flatten it.
-    last = table.filter(like="elbo").iloc[len(table) // 4 :]
-    span = float(np.nanmax(last) - np.nanmin(last)) or 1.0
-    ax.set_ylim(float(np.nanmin(last)) - 0.3 * span, float(np.nanmax(last)) + 0.1 * span)
-    _mark_trainings(ax, table, getattr(model, "trainings", []))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(xlabel="epoch", ylabel="ELBO (nats per cell)", title="Training")
-    ax.legend(frameon=False)
-    canvas.write(ax.figure.figure, save)
+    last = table.iloc[len(table) // 4 :]
+    last = last if last.notna().any(axis=None) else table
+    least, most = float(last.min().min()), float(last.max().max())
+    if np.isnan(least):
+        raise ValueError("the history has no finite ELBO: train the model again, with a lower learning_rate.")
+    span = most - least or 1.0
+    with canvas.drawing(ax, 6.4, 4, save) as figure:
+        ax = figure.subplots() if ax is None else ax
+        marker = "." if len(table) < 20 else None
+        for column, label in (("elbo_train", "training cells, with dropout"), ("elbo_validation", "validation cells")):
+            if column in table and table[column].notna().any():
+                ax.plot(table.index, table[column], label=label, marker=marker)
+        ax.set_ylim(least - 0.3 * span, most + 0.1 * span)
+        _mark_trainings(ax, table, getattr(model, "trainings", []))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set(xlabel="epoch", ylabel="ELBO (nats per cell)", title="Training")
+        ax.legend(frameon=False)
     return ax
 
 
@@ -215,7 +213,7 @@ def scores(table: pd.DataFrame, *, ax: Axes | None = None, save: str | Path | No
     ----------
     table
         A row for each score, a column for each embedding, as in the ``scores.csv`` of a report. The names of scores are
-        those of scib-metrics; others are drawn without their meaning.
+        those of scib-metrics; others are drawn without their meaning. Missing and infinite scores have no bar.
     ax
         Where to draw; None makes a figure.
     save
@@ -230,7 +228,7 @@ def scores(table: pd.DataFrame, *, ax: Axes | None = None, save: str | Path | No
     TypeError
         If ``table`` is no table of numbers.
     ValueError
-        If ``table`` is empty, or ``save`` cannot be written.
+        If ``table`` is empty, ``ax`` is 3D or polar, or ``save`` cannot be written.
 
     Examples
     --------
@@ -244,37 +242,34 @@ def scores(table: pd.DataFrame, *, ax: Axes | None = None, save: str | Path | No
     canvas.check_data_first("scores", "table", table)
     save = canvas.check_save(save)
     canvas.check_ax(ax)
-    if not isinstance(table, pd.DataFrame) or not all(pd.api.types.is_numeric_dtype(of) for of in table.dtypes):
+    if not isinstance(table, pd.DataFrame):
         raise TypeError(
             f"table={shown(table)}; it takes a table of numbers: a row for each score, a column for each embedding."
         )
     if not table.size:
         raise ValueError("table is empty; it takes a row for each score, and a column for each embedding.")
-    ax = canvas.new_figure(8.5, 0.9 + 0.42 * len(table), save).subplots() if ax is None else ax
+    table = canvas.numbers("table", table)
+    lengths = table.where(np.isfinite(table), 0)  # what is not finite has no bar
     height = 0.7 / table.shape[1]
     places = np.arange(len(table))
     shades = ["0.7", *canvas.distinct_colours(max(table.shape[1] - 1, 1))]
-    for i, (name, values) in enumerate(table.items()):
-        bars = ax.barh(
-            places + (i - (table.shape[1] - 1) / 2) * height, values.fillna(0), height, color=shades[i], label=name
-        )
-        ax.bar_label(bars, [" no value" if np.isnan(value) else f" {value:.2f}" for value in values], fontsize=7)
-    names = [f"{name}\n{MEANINGS[name]}" if name in MEANINGS else str(name) for name in table.index]
-    ax.set_yticks(places, names, fontsize=7)
-    ax.invert_yaxis()
-    ax.margins(y=0.02)
-    least, most = min(0.0, table.min().min()), max(1.0, table.max().max())
-    ax.set_xlim(least - 0.1 * (least < 0), most + 0.06)
-    ax.set_title("Scores: higher is better", fontsize=10)
-    ax.legend(
-        frameon=False,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.04 - 0.4 / len(table)),
-        ncols=table.shape[1],
-        fontsize=8,
-    )
-    ax.spines[["top", "right"]].set_visible(False)
-    canvas.write(ax.figure.figure, save)
+    with canvas.drawing(ax, 8.5, 0.9 + 0.42 * len(table), save) as figure:
+        ax = figure.subplots() if ax is None else ax
+        for i, name in enumerate(table):
+            where = places + (i - (table.shape[1] - 1) / 2) * height
+            bars = ax.barh(where, lengths.iloc[:, i], height, color=shades[i], label=name)
+            texts = [" no value" if np.isnan(value) else f" {value:.2f}" for value in table.iloc[:, i]]
+            ax.bar_label(bars, texts, fontsize=7)
+        names = [f"{name}\n{MEANINGS[name]}" if name in MEANINGS else str(name) for name in table.index]
+        ax.set_yticks(places, names, fontsize=7)
+        ax.invert_yaxis()
+        ax.margins(y=0.02)
+        least, most = min(0.0, lengths.min().min()), max(1.0, lengths.max().max())
+        ax.set_xlim(least - 0.1 * (least < 0), most + 0.06)
+        ax.set_title("Scores: higher is better", fontsize=10)
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.04 - 0.4 / len(table))}
+        ax.legend(frameon=False, ncols=table.shape[1], fontsize=8, **place)
+        ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
@@ -293,7 +288,7 @@ def volcano(
     Parameters
     ----------
     table
-        What `ExpressionModel.differential_expression` returns in mode "change".
+        What `ExpressionModel.differential_expression` returns in mode "change". Genes at NaN are left out.
     n_labels
         Genes named on each side, at most 50: of those called, the ones that fall and rise most. A name is left out
         where it would overlap another.
@@ -337,43 +332,45 @@ def volcano(
         raise ValueError('the table has no fold changes: it takes one of differential_expression(mode="change").')
     if not len(table):
         raise ValueError("the table has no genes; it takes all rows of a comparison, called or not.")
+    if not table[called].isin([True, False]).all():
+        raise ValueError(f"table[{called!r}] must be True or False in every row. Draw tables of several FDRs apart.")
+    if table["comparison"].isna().any():
+        raise ValueError("table['comparison'] has missing values; it takes the name of a comparison in every row.")
+    values = canvas.numbers("table", table[["lfc_mean", "bayes_factor", "delta"]])
+    if not np.isfinite(values).all(axis=1).any():
+        raise ValueError("the table has no gene with finite lfc_mean, bayes_factor and delta.")
+    table = values.assign(comparison=table["comparison"], called=table[called].astype(bool))
     symbols = _symbols(gene_symbols, table.index)
-    comparisons = list(table.groupby("comparison", sort=False))
+    comparisons = list(table.groupby("comparison", sort=False, observed=True))
     canvas.check_ax(ax, len(comparisons))
-    if len(comparisons) == 1:
-        ax = canvas.new_figure(6, 4.8, save).subplots() if ax is None else ax
-        panels = [ax]
-    else:
-        n_columns = 2 if len(comparisons) == 4 else min(len(comparisons), 3)
-        n_rows = -(-len(comparisons) // n_columns)
-        figure = canvas.new_figure(5 * n_columns, 4.4 * n_rows, save)
-        panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
-    for axes, (name, rows) in zip(panels, comparisons, strict=False):
-        for chosen, colour in ((~rows[called], "0.75"), (rows[called], "tab:red")):
-            xy = rows.loc[chosen, ["lfc_mean", "bayes_factor"]].to_numpy()
-            axes.scatter(*xy.T, s=6, c=colour, linewidths=0, rasterized=True)
-        for sign in (-1, 1):
-            axes.axvline(sign * rows["delta"].iloc[0], color="0.4", linewidth=0.8, linestyle=":")
-        axes.set(
-            title=canvas.plain(f"{name}: {rows[called].sum()} called"),
-            xlabel="log2 fold change",
-            ylabel="Bayes factor (log)",
-        )
-        # The surest genes share one height, as many draws as there are can show: their names need room above.
-        bottom, top = axes.get_ylim()
-        if n_labels:
-            axes.margins(x=0.1)
-            axes.set_ylim(bottom, top + 0.3 * (top - bottom))
-    for axes in panels[len(comparisons) :]:
-        axes.remove()
-    for axes, (_, rows) in zip(panels, comparisons, strict=False):
-        ascending = rows[rows[called]].sort_values("lfc_mean")
-        falls, rises = (ascending[ascending["lfc_mean"] * sign > 0] for sign in (-1, 1))
-        named = pd.concat([falls.head(n_labels), rises.tail(n_labels)])
-        named = named.iloc[np.argsort(-named["lfc_mean"].abs().to_numpy(), kind="stable")]
-        every, some = (of[["lfc_mean", "bayes_factor"]].to_numpy() for of in (rows, named))
-        label_points(axes, [symbols.get(gene, gene) for gene in named.index], some, every)
-    canvas.write(panels[0].figure.figure, save)
+    n_columns = 2 if len(comparisons) == 4 else min(len(comparisons), 3)
+    n_rows = -(-len(comparisons) // n_columns)
+    size = (6, 4.8) if len(comparisons) == 1 else (5 * n_columns, 4.4 * n_rows)
+    with canvas.drawing(ax, *size, save) as figure:
+        panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel() if ax is None else [ax]
+        for axes, (name, rows) in zip(panels, comparisons, strict=False):
+            for chosen, colour in ((~rows["called"], "0.75"), (rows["called"], "tab:red")):
+                xy = rows.loc[chosen, ["lfc_mean", "bayes_factor"]].to_numpy()
+                axes.scatter(*xy.T, s=6, c=colour, linewidths=0, rasterized=True)
+            for sign in (-1, 1):
+                axes.axvline(sign * rows["delta"].iloc[0], color="0.4", linewidth=0.8, linestyle=":")
+            title = canvas.plain(f"{name}: {rows['called'].sum()} called")
+            axes.set(title=title, xlabel="log2 fold change", ylabel="Bayes factor (log)")
+            # The surest genes share one height, as many draws as there are can show: their names need room above.
+            bottom, top = axes.get_ylim()
+            if n_labels:
+                axes.margins(x=0.1)
+                axes.set_ylim(bottom, top + 0.3 * (top - bottom))
+        for axes in panels[len(comparisons) :]:
+            axes.remove()
+        for axes, (_, rows) in zip(panels, comparisons, strict=False):
+            drawn = rows[np.isfinite(rows[["lfc_mean", "bayes_factor"]]).all(axis=1)]
+            ascending = drawn[drawn["called"]].sort_values("lfc_mean")
+            falls, rises = (ascending[ascending["lfc_mean"] * sign > 0] for sign in (-1, 1))
+            named = pd.concat([falls.head(n_labels), rises.tail(n_labels)])
+            named = named.iloc[np.argsort(-named["lfc_mean"].abs().to_numpy(), kind="stable")]
+            every, some = (of[["lfc_mean", "bayes_factor"]].to_numpy() for of in (drawn, named))
+            label_points(axes, [symbols.get(gene, gene) for gene in named.index], some, every)
     return panels[0] if len(comparisons) == 1 else figure
 
 
@@ -396,7 +393,7 @@ def posterior_predictive(check, *, save: str | Path | None = None) -> Figure:
     TypeError
         If ``check`` is something else.
     ValueError
-        If ``save`` cannot be written.
+        If a column of ``check`` has no finite values, or ``save`` cannot be written.
 
     Examples
     --------
@@ -412,48 +409,54 @@ def posterior_predictive(check, *, save: str | Path | None = None) -> Figure:
     """
     canvas.check_data_first("posterior_predictive", "check", check)
     save = canvas.check_save(save)
-    if not all(isinstance(getattr(check, name, None), pd.DataFrame) for name in ("genes", "cells")):
-        raise TypeError(f"check={shown(check)}; it takes what scgen.posterior_predictive_check(model) returns.")
-    figure = canvas.new_figure(13, 4.3, save)
-    zeros, variances, libraries = figure.subplots(1, 3)
-    _against_observed(zeros, check.genes, "zero_share")
-    _against_observed(libraries, check.cells, "library")
-    zeros.set(title="Share of zeros of each gene", aspect="equal")
-    libraries.set(title="Library of each cell", xscale="log", yscale="log", aspect="equal")
     kinds = {"observed": "0.45", "replicated": "tab:orange"}
-    points = np.concatenate([check.genes[[f"mean_{kind}", f"variance_{kind}"]] for kind in kinds])
-    colours = np.repeat(list(kinds.values()), len(check.genes))
-    # In random order, so that neither hides the other; what is not expressed has no place on logarithmic axes.
-    order = np.random.default_rng(0).permutation(np.flatnonzero((points > 0).all(1)))
-    variances.scatter(*points[order].T, s=3, c=colours[order], linewidths=0, rasterized=True)
-    for kind, colour in kinds.items():
-        variances.scatter([], [], s=12, c=colour, linewidths=0, label=kind)
-    if len(order):  # of one cell, no variance is above zero
-        ends = points[order, 0].min(), points[order, 0].max()
-        variances.plot(ends, ends, color="black", linewidth=0.8, linestyle=":", label="Poisson")
-        variances.set(xscale="log", yscale="log")
-    variances.set(title="Mean and variance of each gene", xlabel="mean", ylabel="variance")
-    variances.legend(frameon=False, fontsize=8)
-    canvas.write(figure, save)
+    for part, names in (("genes", ("zero_share", "mean", "variance")), ("cells", ("library",))):
+        table, drawn = getattr(check, part, None), [f"{name}_{kind}" for name in names for kind in kinds]
+        if not isinstance(table, pd.DataFrame) or not {*drawn, f"{names[0]}_within"} <= set(table):
+            raise TypeError(f"check={shown(check)}; it takes what scgen.posterior_predictive_check(model) returns.")
+        if not np.isfinite(canvas.numbers(f"check.{part}", table[drawn])).any().all():
+            raise ValueError(f"check.{part} has no finite values in one of the columns {', '.join(drawn)}.")
+    with canvas.drawing(None, 13, 4.3, save) as figure:
+        zeros, variances, libraries = figure.subplots(1, 3)
+        _against_observed(zeros, check.genes, "zero_share")
+        _against_observed(libraries, check.cells, "library")
+        zeros.set(title="Share of zeros of each gene", aspect="equal")
+        # Logarithmic axes need a value above zero.
+        scale = "log" if (check.cells[[f"library_{kind}" for kind in kinds]] > 0).any().all() else "linear"
+        libraries.set(title="Library of each cell", xscale=scale, yscale=scale, aspect="equal")
+        points = np.concatenate([check.genes[[f"mean_{kind}", f"variance_{kind}"]] for kind in kinds])
+        colours = np.repeat(list(kinds.values()), len(check.genes))
+        # In random order, so that neither hides the other; what is not expressed has no place on logarithmic axes.
+        order = np.random.default_rng(0).permutation(np.flatnonzero((points > 0).all(1)))
+        variances.scatter(*points[order].T, s=3, c=colours[order], linewidths=0, rasterized=True)
+        for kind, colour in kinds.items():
+            variances.scatter([], [], s=12, c=colour, linewidths=0, label=kind)
+        if len(order):  # of one cell, no variance is above zero
+            ends = points[order, 0].min(), points[order, 0].max()
+            variances.plot(ends, ends, color="black", linewidth=0.8, linestyle=":", label="Poisson")
+            variances.set(xscale="log", yscale="log")
+        variances.set(title="Mean and variance of each gene", xlabel="mean", ylabel="variance")
+        variances.legend(frameon=False, fontsize=8)
     return figure
 
 
-def _check_maps(maps: Mapping[str, np.ndarray], colours: Mapping[str, pd.Series]) -> None:
-    """Raise where the arguments of `scatters` are no maps and categories of the same cells."""
+def _check_maps(maps: Mapping, colours: Mapping[str, pd.Series]) -> dict[str, np.ndarray]:
+    """Return the maps of `scatters` as arrays; raise where there are none, or no categories of the same cells."""
     for name, value in (("maps", maps), ("colours", colours)):
         if not isinstance(value, Mapping) or not len(value):
             raise TypeError(f"{name}={shown(value)}; it takes a mapping of titles to what is drawn, and one at least.")
-    for name, xy in maps.items():
-        if np.ndim(xy) != 2 or np.shape(xy)[1] != 2 or np.asarray(xy).dtype.kind not in "iuf":
-            raise ValueError(f"maps[{name!r}]={shown(xy)}; it takes numbers of shape (n, 2).")
-        if not len(xy):
-            raise ValueError(f"maps[{name!r}] has no cells; it takes numbers of shape (n, 2).")
-    n_cells = {len(xy) for xy in maps.values()}
+    maps = {name: canvas.positions(f"maps[{name!r}]", xy) for name, xy in maps.items()}
+    n_cells = {name: len(xy) for name, xy in maps.items()}
+    if len(set(n_cells.values())) > 1:
+        raise ValueError(f"maps have different numbers of cells, {shown(n_cells)}; all must show the same cells.")
     for name, values in colours.items():
-        if not isinstance(values, pd.Series) or n_cells != {len(values)}:
+        if not isinstance(values, pd.Series) or len(values) not in n_cells.values():
             raise ValueError(
                 f"colours[{name!r}]={shown(values)}; it takes a Series of as many values as maps have rows."
             )
+        if values.dtype == object and not values.map(pd.api.types.is_hashable).all():
+            raise TypeError(f"colours[{name!r}]={shown(values)}; it takes a Series of categories, not of lists.")
+    return maps
 
 
 def _mark_trainings(ax: Axes, table: pd.DataFrame, trainings: Sequence[Mapping]) -> None:
@@ -496,7 +499,7 @@ def _symbols(gene_symbols: Mapping[str, str] | pd.Series | None, genes: pd.Index
 def _against_observed(axes, table: pd.DataFrame, name: str) -> None:
     """Draw replicated values against observed ones; those outside of the replicates' interval are red."""
     observed, replicated = table[f"{name}_observed"], table[f"{name}_replicated"]
-    within = table[f"{name}_within"]
+    within = table[f"{name}_within"].astype(bool)
     for chosen, colour, where in ((within, "0.45", "within"), (~within, "tab:red", "outside")):
         label = f"{where} the replicates' interval: {chosen.mean():.0%}"
         axes.scatter(observed[chosen], replicated[chosen], s=3, c=colour, linewidths=0, rasterized=True)

@@ -38,6 +38,13 @@ NO_NUMBER += [Decimal(5), Fraction(1, 2), np.datetime64("2020"), np.timedelta64(
 NO_WHOLE = [*NO_NUMBER, 2.5, 5.0, np.float32(2.5), NAN, INF, -INF, -1, np.int64(-5), -(10**30)]
 NO_NAMES = [3, 1.5, True, object(), b"text", [3], [None], ["gene_1", 3], [["gene_1"]], np.zeros((2, 2)), NAN]
 
+NO_MAPS = [None, 3, "xy", [], {}, {"a": np.zeros((4, 2)), "b": np.zeros((3, 2))}]
+NO_MAPS += [{"a": of} for of in (None, 3, "xy", object(), [[0, 0], [1]], [["x", "y"]] * 4, np.zeros(4))]
+NO_MAPS += [{"a": of} for of in (np.zeros((4, 3)), np.zeros((4, 2), bool), np.full((4, 2), NAN))]
+NO_MAPS += [{"a": pd.DataFrame([["x", "y"]] * 4)}]
+NO_COLOURS = [None, 3, "red", [], {}]
+NO_COLOURS += [{"a": of} for of in (3, None, [1] * 4, pd.Series([1]), pd.Series([[1]] * 4))]
+
 #: By kind of argument, what is none.
 WRONG = {
     "adata": ["a.h5ad", Path("a.h5ad"), 3, True, np.zeros((3, 3)), pd.DataFrame({"a": [1]}), [], {}, b"", AnnData, NAN],
@@ -121,11 +128,11 @@ WRONG = {
     "presets": [3, "nb", b"nb", True, [], {}, [None], [3], [["nb"]], ["nope"], {"nb"}, object(), {3: {}}, {"a": 3}],
     "model": [None, 3, "model", b"", [], {}, True, object(), AnnData(), torch.nn.Linear(1, 1), Model, NAN],
     "prefix": [None, 3, 1.5, True, b"p_", [], {}, object(), NAN],
-    "maps": [None, 3, "xy", [], {}, {"a": 3}, {"a": "xy"}, {"a": np.zeros(4)}, {"a": np.zeros((4, 3))}, {"a": None}],
-    "colours": [None, 3, "red", [], {}, {"a": 3}, {"a": None}, {"a": [1] * 4}, {"a": pd.Series([1])}],
+    "maps": NO_MAPS,
+    "colours": NO_COLOURS,
     "function": [3, 1.5, True, "print", b"print", [], [print], {}, {"print": print}, np.zeros(2), NAN, AnnData()],
-    "table": [None, 3, "table", [], {}, True, np.zeros((2, 2)), pd.DataFrame(), object()],
-    "ax": [3, 1.5, "ax", b"ax", True, [], {}, np.zeros(2), Figure(), object(), NAN],
+    "table": [None, 3, "table", [], {}, True, np.zeros((2, 2)), pd.DataFrame(), object(), pd.DataFrame({"a": ["x"]})],
+    "ax": [3, 1.5, "ax", b"ax", True, [], {}, np.zeros(2), Figure(), object(), NAN, Figure().add_subplot(polar=True)],
     "symbols": [3, "symbol", b"symbol", True, [], ["A"], {}, {"nope": "A"}, {"gene_1": 3}, np.array(["A"]), object()],
     "title": [3, 1.5, True, b"a", "", "nope", [], ["a"], {}, object(), NAN],
     "titles": [*NO_NAMES, "a", ["nope"], ["a", "nope"]],

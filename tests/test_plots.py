@@ -164,6 +164,77 @@ def test_bad_calls_draw_nothing(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 
+def gaps(table: pd.DataFrame, column: str, value) -> pd.DataFrame:
+    """Return the table with this value in the last rows of a column."""
+    changed = table.astype({column: object}) if isinstance(value, str) else table.copy()
+    changed.iloc[-3:, changed.columns.get_loc(column)] = value
+    return changed
+
+
+DE, CHECK = de_table(), some_check()
+#: Data that cannot be drawn, with what the error must say.
+BAD_DATA = [
+    ("scatters", ({"U": [[1, 2], [3]] * 100}, {"kind": KINDS}), r"maps\['U'\]=.*numbers of shape \(n, 2\)"),
+    ("scatters", ({"U": pd.DataFrame(XY).astype(str)}, {"kind": KINDS}), r"maps\['U'\]\[0\] has dtype"),
+    ("scatters", ({"U": XY * np.nan}, {"kind": KINDS}), r"maps\['U'\] has no cells with finite positions"),
+    ("scatters", ({"U": XY, "V": XY[:9]}, {"kind": KINDS}), "different numbers of cells, {'U': 200, 'V': 9}"),
+    ("scatters", ({"U": XY}, {"kind": pd.Series([["a"]] * 200)}), r"colours\['kind'\]=.*categories, not of lists"),
+    ("history", (history_of(12) * np.nan,), "no finite ELBO"),
+    ("history", (history_of(12) * np.inf,), "no finite ELBO"),
+    ("history", (history_of(12).astype(str),), r"history\['elbo_train'\] has dtype .*; it takes numbers"),
+    ("scores", (score_table().astype(str),), r"table\['uncorrected PCA'\] has dtype .*; it takes numbers"),
+    ("scores", (score_table().astype(complex),), "has dtype complex128; it takes numbers"),
+    ("volcano", (DE.astype({"lfc_mean": str}),), r"table\['lfc_mean'\] has dtype .*; it takes numbers"),
+    ("volcano", (DE.assign(lfc_mean=np.nan),), "no gene with finite lfc_mean"),
+    ("volcano", (DE.assign(delta=np.inf),), "no gene with finite lfc_mean"),
+    ("volcano", (gaps(DE, "is_de_fdr_0.1", "yes"),), r"table\['is_de_fdr_0.1'\] must be True or False in every row"),
+    ("volcano", (gaps(DE, "comparison", None),), r"table\['comparison'\] has missing values"),
+    ("posterior_predictive", (SimpleNamespace(genes=CHECK.cells, cells=CHECK.cells),), "check=.*it takes what"),
+    ("posterior_predictive", (SimpleNamespace(genes=CHECK.genes.astype(str), cells=CHECK.cells),), "it takes numbers"),
+    ("posterior_predictive", (SimpleNamespace(genes=CHECK.genes, cells=CHECK.cells[:0]),), "no finite values in one"),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "words"), BAD_DATA)
+def test_data_that_cannot_be_drawn_are_refused_first(monkeypatch, name, data, words):
+    monkeypatch.setattr(canvas, "drawing", None)  # nothing is drawn before the data are checked
+    with pytest.raises((TypeError, ValueError), match=words):
+        getattr(plots, name)(*data)
+    assert pyplot.get_fignums() == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(("name", "data", "kind"), CALLS)
+def test_no_figure_stays_where_drawing_fails(monkeypatch, name, data, kind, error):
+    function, (own, ax) = getattr(plots, name), pyplot.subplots()
+
+    def failing(self, *_, **__):
+        raise error
+
+    for method in ("scatter", "plot", "barh"):
+        monkeypatch.setattr(Axes, method, failing)
+    with pytest.raises(error):
+        function(*data)
+    assert pyplot.get_fignums() == [own.number]
+    if kind is Axes:  # the user's own figure stays
+        with pytest.raises(error):
+            function(*data, ax=ax)
+        assert pyplot.get_fignums() == [own.number]
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_axes_that_are_not_flat_are_refused(name):
+    for projection in ("3d", "polar"):
+        ax = Figure().add_subplot(projection=projection)
+        with pytest.raises(ValueError, match=f"ax=.*projection '{projection}'; it takes plain Axes"):
+            getattr(plots, name)(*ONE[name], ax=ax)
+        assert not ax.has_data()
+    ax = Figure().subplots()
+    ax.remove()
+    with pytest.raises(ValueError, match=r"ax=.*removed from its figure"):
+        getattr(plots, name)(*ONE[name], ax=ax)
+
+
 def test_a_notebook_shows_each_picture_once(tmp_path):
     several = "pd.concat([table.assign(comparison=name) for name in 'ab'])"
     cells = {
@@ -176,6 +247,8 @@ def test_a_notebook_shows_each_picture_once(tmp_path):
         f"plots.volcano({several})\nimport matplotlib.pyplot as plt\nplt.show()": 1,
         "plots.volcano(table)\nplots.volcano(table)": 2,
         f"plots.volcano(table, save={str(tmp_path / 'volcano.png')!r})": 0,
+        "from matplotlib.axes import Axes\nAxes.axvline = None  # drawing fails half-way": 0,
+        "try:\n    plots.volcano(table)\nexcept TypeError:\n    print('failed')": 0,
     }
     de_table().to_pickle(tmp_path / "table.pkl")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
@@ -184,6 +257,7 @@ def test_a_notebook_shows_each_picture_once(tmp_path):
         shown = [output for output in cell.outputs if "image/png" in output.get("data", {})]
         assert len(shown) == expected, cell.source
     assert (tmp_path / "volcano.png").exists()
+    assert "failed" in notebook.cells[-1].outputs[0]["text"]
 
 
 # Maps
@@ -203,6 +277,22 @@ def legend_of(axes) -> dict[str, tuple]:
         text: matplotlib.colors.to_rgb(handle.get_color())
         for text, handle in zip(texts, legend.legend_handles, strict=True)
     }
+
+
+@pytest.mark.parametrize("form", [pd.DataFrame, np.ndarray.tolist, lambda xy: pd.DataFrame(xy, dtype="Float64")])
+def test_positions_of_any_form(form):
+    xy = XY.copy()
+    xy[3] = np.nan, np.inf
+    for axes in (plots.scatters({"map": form(xy)}, {"kind": KINDS}), plots.scatters({"map": xy}, {"kind": KINDS})):
+        axes.figure.draw_without_rendering()
+        shown = points(axes)[0]
+        np.testing.assert_array_equal(in_order(shown[np.isfinite(shown).all(1)]), in_order(np.delete(XY, 3, 0)))
+
+
+def test_cells_are_split_by_categories_that_are_there():
+    with pytest.raises(ValueError, match="split_by='none'; no cell has a category there"):
+        plots.scatters({"map": XY, "other": XY}, {"none": pd.Series([None] * 200)}, split_by="none")
+    assert pyplot.get_fignums() == []
 
 
 @pytest.mark.parametrize("n_categories", [1, 2, 6, 14, 25, 30, 110])
@@ -324,6 +414,20 @@ def test_history(n_epochs, validation):
     assert lower < table.iloc[-1].min() <= table.iloc[-1].max() < upper
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rows", [slice(5, 6), slice(2, None)])
+def test_history_with_gaps(value, rows):
+    table = history_of(12)
+    table.iloc[rows] = value
+    axes = plots.history(table)
+    axes.figure.draw_without_rendering()
+    finite = table.where(np.isfinite(table))
+    for line, column in zip(axes.get_lines(), table, strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), finite[column])
+    lower, upper = axes.get_ylim()
+    assert lower < finite.to_numpy()[1].min() < upper
+
+
 def test_history_marks_the_kept_epoch_and_where_trainings_began(cells):
     model = scgen.SCVI(cells, n_latent=2, n_hidden=8)
     model.train(max_epochs=6, early_stopping=False, progress=False, accelerator="cpu")
@@ -372,6 +476,18 @@ def test_scores_are_bars_with_their_meaning():
     assert axes.yaxis_inverted()  # in the order of the table, from above
 
 
+def test_scores_that_are_missing_or_infinite_have_no_bar():
+    table = pd.DataFrame({"a": [0.5, np.inf, -np.inf, np.nan], "b": [1.0, 0.25, 0.75, 0.1]}, index=list("wxyz"))
+    with_gaps = table.astype({"b": "Float64"})
+    with_gaps.iloc[3, 1] = pd.NA
+    axes = plots.scores(with_gaps)
+    axes.figure.draw_without_rendering()
+    widths = [[bar.get_width() for bar in bars] for bars in axes.containers if hasattr(bars, "patches")]
+    assert widths == [[0.5, 0, 0, 0], [1, 0.25, 0.75, 0]]
+    texts = [text.get_text().strip() for text in axes.texts]
+    assert texts == ["0.50", "inf", "-inf", "no value", "1.00", "0.25", "0.75", "no value"]
+
+
 @pytest.mark.parametrize("n_rows", [1, 13])
 @pytest.mark.parametrize("n_columns", [1, 4])
 def test_scores_of_any_size_fit(tmp_path, n_rows, n_columns):
@@ -418,6 +534,28 @@ def test_volcano_has_a_panel_for_each_comparison(n_comparisons):
     figure = plots.volcano(de_table(n_comparisons), n_labels=1)
     assert [axes.get_title().split(" vs")[0] for axes in figure.axes] == [str(i) for i in range(n_comparisons)]
     assert all(len(axes.texts) == 2 for axes in figure.axes)
+
+
+def test_volcano_of_one_of_several_categories():
+    table = de_table(3).astype({"comparison": "category"})
+    axes = plots.volcano(table[table["comparison"] == "1 vs rest"])
+    assert axes.get_title().startswith("1 vs rest: ")
+    assert len(plots.volcano(table[table["comparison"] != "1 vs rest"]).axes) == 2
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("column", ["lfc_mean", "bayes_factor"])
+def test_genes_at_no_place_are_left_out(column, value):
+    table = gaps(de_table(), column, value)
+    axes = plots.volcano(table, n_labels=2)
+    axes.figure.draw_without_rendering()
+    xy = points(axes)[0]
+    kept = table[np.isfinite(table[column])]
+    np.testing.assert_array_equal(
+        in_order(xy[np.isfinite(xy).all(1)]), in_order(kept["lfc_mean"], kept["bayes_factor"])
+    )
+    assert {text.get_text() for text in axes.texts} == {"gene_0", "gene_1", "gene_35", "gene_36"}
 
 
 @pytest.mark.parametrize("n_genes", [40, 2000])
@@ -536,6 +674,13 @@ def test_posterior_predictive(tmp_path, covered):
         expected = in_order(factor * values["mean"][:300], factor * values["variance"][:300])
         np.testing.assert_allclose(in_order(xy[of]), expected)
     assert len(xy) == 600
+
+
+def test_libraries_without_a_positive_one_are_drawn(tmp_path):
+    check = some_check()
+    check.cells["library_observed"] = 0.0
+    figure = plots.posterior_predictive(check, save=tmp_path / "zero.png")
+    np.testing.assert_array_equal(in_order(points(figure.axes[2])[0]), in_order([0, 0], [1, 2]))
 
 
 def test_a_check_of_one_cell_is_drawn(tmp_path, trained):

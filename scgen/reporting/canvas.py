@@ -1,7 +1,9 @@
 """What pictures are drawn on and with: figures, the files that they are written to, and the colours of categories."""
 
+import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -59,11 +61,15 @@ def check_save(path: str | Path | None) -> Path | None:
 
 
 def check_ax(ax: Axes | None, n_panels: int = 1) -> None:
-    """Raise where ``ax`` is no Axes, or where one is given for several panels."""
+    """Raise where ``ax`` is no Axes of a figure with x and y, or where one is given for several panels."""
     if ax is None:
         return
     if not isinstance(ax, Axes):
         raise TypeError(f"ax={shown(ax)}; it takes Axes of matplotlib: _, ax = plt.subplots().")
+    if ax.name != "rectilinear":
+        raise ValueError(f"ax={shown(ax)} has the projection {ax.name!r}; it takes plain Axes: _, ax = plt.subplots().")
+    if ax.figure is None:
+        raise ValueError(f"ax={shown(ax)} was removed from its figure; it takes new Axes: _, ax = plt.subplots().")
     if n_panels > 1:
         raise ValueError(f"ax= takes one panel, and there are {n_panels} to draw: leave ax out, or draw one at a time.")
 
@@ -82,13 +88,62 @@ def check_data_first(call: str, name: str, value) -> None:
         raise TypeError(f"{name}={path} is a path. The data come first: {call}({name}, save={path}).")
 
 
-def new_figure(width: float, height: float, save: Path | None) -> Figure:
-    """Return a figure, in inches; one of pyplot, which shows it, unless it is written to a file."""
-    if save is not None:
-        return Figure(figsize=(width, height), layout="constrained")
+def numbers(name: str, table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table as floats, with NaN where it has no value; raise TypeError where a column has no numbers.
+
+    Examples
+    --------
+    >>> numbers("table", pd.DataFrame({"scgen": [True]}))
+    Traceback (most recent call last):
+    TypeError: table['scgen'] has dtype bool; it takes numbers, such as table['scgen'].astype(float).
+    """
+    for column, dtype in table.dtypes.items():
+        if not pd.api.types.is_any_real_numeric_dtype(dtype):
+            of = f"{name}[{shown(column)}]"
+            raise TypeError(f"{of} has dtype {dtype}; it takes numbers, such as {of}.astype(float).")
+    return table.astype(float)
+
+
+def positions(name: str, xy) -> np.ndarray:
+    """Return positions of cells, (n, 2), as an array; raise where they are none, or no cell has a finite one.
+
+    Examples
+    --------
+    >>> positions("xy", [[0, 1], [2]])
+    Traceback (most recent call last):
+    ValueError: xy=[[0, 1], [2]]; it takes numbers of shape (n, 2).
+    """
+    try:
+        array = np.asarray(numbers(name, xy) if isinstance(xy, pd.DataFrame) else xy)
+    except ValueError:  # NumPy's, of rows of different lengths
+        array = np.empty(0)
+    if array.ndim != 2 or array.shape[1] != 2 or array.dtype.kind not in "iuf":
+        raise ValueError(f"{name}={shown(xy)}; it takes numbers of shape (n, 2).")
+    if not np.isfinite(array).all(axis=1).any():
+        raise ValueError(f"{name} has no cells with finite positions; it takes numbers of shape (n, 2).")
+    return array
+
+
+@contextlib.contextmanager
+def drawing(ax: Axes | None, width: float, height: float, save: Path | None) -> Iterator[Figure]:
+    """Yield the figure to draw on, and write it afterwards where ``save`` is given.
+
+    It is the figure of ``ax``, or a new one of this size, in inches. A new one belongs to pyplot, which shows it, but
+    not where it is written to a file. If drawing fails, it is closed: a notebook would show the half-drawn picture.
+    """
+    if ax is not None or save is not None:
+        figure = Figure(figsize=(width, height), layout="constrained") if ax is None else ax.figure.figure
+        yield figure
+        write(figure, save)
+        return
     from matplotlib import pyplot
 
-    return pyplot.figure(figsize=(width, height), layout="constrained", FigureClass=NotebookFigure)
+    figure = pyplot.figure(figsize=(width, height), layout="constrained", FigureClass=NotebookFigure)
+    try:
+        yield figure
+    except BaseException:  # an interrupt of the user's as well
+        pyplot.close(figure)
+        raise
 
 
 def write(figure: Figure, path: Path | None) -> None:

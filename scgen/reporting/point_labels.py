@@ -10,7 +10,8 @@ from matplotlib.text import Text
 def label_points(ax: Axes, names: Sequence[str], xy: np.ndarray, dots: np.ndarray) -> None:
     """Write names near their points, with a thin line to each; no two names overlap.
 
-    A name that finds no free place near its point is left out. The limits of ``ax`` must be final.
+    A name that finds no free place near its point is left out. The limits of ``ax`` must be final, and all positions
+    finite.
 
     Parameters
     ----------
