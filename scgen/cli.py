@@ -216,7 +216,7 @@ def _check(args: argparse.Namespace) -> int:
         print(flags.in_flags(f"{row.level}: {row.finding}. {row.suggestion}", args.command))
     n_errors = int((table["level"] == "error").sum())
     if n_errors:
-        print(f"NOT OK: {n_errors} error{'s' * (n_errors > 1)}; scgen cannot read this file so.")
+        print(f"NOT OK: {n_errors} error{'s' * (n_errors > 1)}; scgen cannot use this file as it is.")
         return FAILED
     n_batches = "" if args.batch_key is None else f"{adata.obs[args.batch_key].nunique():,} batches, "
     what = "raw counts" if args.counts else "values"
@@ -260,7 +260,7 @@ def _check_labels(adata, labels_key: str | None) -> None:
     if labels_key is not None and labels_key not in adata.obs:
         closest = nearest(labels_key, list(adata.obs.columns))
         hint = f" Did you mean --labels-key {closest}?" if closest else ""
-        raise ValueError(f'"{labels_key}" is no column of obs (it has: {", ".join(adata.obs.columns)}).{hint}')
+        raise ValueError(f'"{labels_key}" is not a column of obs (it has: {", ".join(adata.obs.columns)}).{hint}')
 
 
 def _check_results(adata, names: Mapping[str, Sequence[str]]) -> None:

@@ -22,8 +22,8 @@ def add_data_arguments(command: argparse.ArgumentParser, batch_required: bool = 
         type=path,
         nargs="+",
         metavar="IN",
-        help="file of cells: h5ad, 10x h5, loom, a zarr folder, or a folder with 10x's matrix.mtx; of several files, "
-        "the genes and columns that all have are joined",
+        help="file of cells: h5ad, 10x h5, loom, a zarr folder, or a folder with 10x's matrix.mtx; several files are "
+        "joined, with the genes and columns that all of them have",
     )
     group = command.add_argument_group("data")
     group.add_argument(
@@ -31,13 +31,13 @@ def add_data_arguments(command: argparse.ArgumentParser, batch_required: bool = 
         required=batch_required,
         type=name,
         metavar="COLUMN",
-        help="column of obs with the batches; of several files without such a column, the files are the batches",
+        help="column of obs with the batches; if none of several files has it, each file is a batch",
     )
     group.add_argument(
         "--labels-key",
         type=name,
         metavar="COLUMN",
-        help="column of obs with cell types, to draw and to score; the model reads it only for --dispersion gene-label",
+        help="column of obs with cell types, for figures and scores; the model uses it only with --dispersion gene-label",
     )
     group.add_argument("--layer", type=name, metavar="LAYER", help="layer with the raw counts (default: X)")
     for flag, argument, text in (

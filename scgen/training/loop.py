@@ -1,4 +1,4 @@
-"""The training loop: minibatches, learning rate, validation, early stopping, and what may go wrong."""
+"""The training loop: minibatches, learning rate, validation and early stopping."""
 
 import logging
 import math
@@ -37,26 +37,42 @@ def fit(
     on_state: Callable[[TrainingState], object] | None = None,
     resume: dict | None = None,
 ) -> dict[str, bool | int]:
-    """Train ``vae`` in place and append to ``rows`` what each finished epoch brought.
+    """Train ``vae`` in place, and append a row of metrics to ``rows`` after each epoch.
 
-    Returns whether training "finished" as planned, and the "kept_epoch": the row, counted from 1, whose weights the
-    module now has.
+    Weights are compared, and training may stop early, only in the second half of the planned epochs. Before that, the
+    learning rate is high and the batches are still mixing, whatever the bound is. An interrupt (Ctrl-C) ends training
+    and keeps the best weights so far. It is raised if no epoch is finished yet.
 
-    Minibatches are taken from where the loaders put them, ``options.device``. On a CPU the loss of every step is looked
-    at; on a GPU, where the host runs ahead and to look would be to wait, their sum is at the end of an epoch.
+    The loss is checked for NaN and infinity: on a CPU after each step, on a GPU once an epoch. A check on a GPU has to
+    wait for the device.
 
-    Weights are compared, and training stopped early, only in the second half of the planned epochs: before it the
-    learning rate is high and batches are still mixing, whatever the bound says; stopping so is as planned. An interrupt
-    (Ctrl-C) ends training and keeps the best weights so far; before the first epoch is over, it is raised.
+    Parameters
+    ----------
+    vae
+        The module, on ``options.device``.
+    training, validation
+        The minibatches to train on and to validate on, on the same device.
+    options
+        How to train.
+    rows
+        The rows of earlier epochs.
+    on_epoch
+        Called with each new row and its "epoch". If it returns True, training stops.
+    on_state
+        Called with the `TrainingState` after each epoch.
+    resume
+        What ``state_dict`` of a `TrainingState` returned. With the same options and the rows of the epochs before it,
+        training continues to the same weights.
 
-    ``on_epoch`` is called with each new row and its "epoch". If it returns True, training stops as planned.
-    ``on_state`` is called with the `TrainingState` after each epoch. What its ``state_dict`` returned is taken by
-    ``resume``, with the same options and the rows of the epochs before: training goes on to the same weights.
+    Returns
+    -------
+    Whether training "finished" without an interrupt, and the "kept_epoch": the row, counted from 1, with the weights
+    that the module has now.
 
     Raises
     ------
     NonFiniteLoss
-        If the loss is NaN or infinite; ``vae`` then has the weights of the last good epoch.
+        If the loss is NaN or infinite. ``vae`` then has the weights of the last good epoch.
     """
     max_epochs = options.max_epochs or default_epochs(len(training))
     n_steps = max_epochs * len(training)
@@ -108,7 +124,7 @@ def fit(
                 if stop or (isinstance(answer, bool | np.bool_) and answer):
                     break
         except BaseException as error:
-            # Half an epoch is no result: whatever went wrong, the weights are those of a finished one.
+            # The weights of an unfinished epoch are never kept.
             best.restore(last=True)
             if not isinstance(error, KeyboardInterrupt) or len(rows) == n_before:
                 vae.eval()
@@ -122,5 +138,5 @@ def fit(
 
 
 def progress_bar(total: int, description: str, unit: str, shown: bool) -> tqdm:
-    """Return a progress line, which is not shown where there is no console: ``sys.stderr`` is then None."""
+    """Return a progress line. It is not shown if there is no console, where ``sys.stderr`` is None."""
     return tqdm(total=total, desc=description, unit=unit, disable=not shown or sys.stderr is None)

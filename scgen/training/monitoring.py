@@ -1,4 +1,4 @@
-"""What a training watches: the validation bound, the best weights so far, and values that are not finite."""
+"""The validation bound, the best weights so far, and the search for values that are not finite."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ class NonFiniteLoss(FloatingPointError):
     Attributes
     ----------
     cells, genes
-        Rows and columns of the values to blame.
+        Rows and columns of the values that are not finite.
     """
 
     def __init__(self, cells: np.ndarray, genes: np.ndarray, n_cells: int, n_genes: int):
@@ -41,7 +41,7 @@ class NonFiniteLoss(FloatingPointError):
 
 @dataclass
 class Best:
-    """Remembers the best and the last finite weights of a module.
+    """The best and the last finite weights of a module.
 
     Attributes
     ----------
@@ -63,14 +63,14 @@ class Best:
         self.last = copy.deepcopy(self.vae.state_dict())
 
     def stop_after(self, epoch: int, value: float) -> bool:
-        """Take note of an epoch's validation value; say whether to stop."""
+        """Record an epoch's validation value, and return whether to stop."""
         self.last = copy.deepcopy(self.vae.state_dict())
         if epoch >= self.first_epoch and value > self.value:
             self.value, self.epoch, self.weights = value, epoch, self.last
         return self.has_stopped(epoch)
 
     def has_stopped(self, epoch: int) -> bool:
-        """Say whether the value has not risen for as many epochs as the patience."""
+        """Return whether the value has not increased for ``patience`` epochs."""
         return self.patience is not None and self.weights is not None and epoch - self.epoch >= self.patience
 
     def state_dict(self) -> dict:
@@ -83,7 +83,7 @@ class Best:
         self.weights, self.last = state["weights"], state["last"]
 
     def restore(self, last: bool = False) -> None:
-        """Give the module its best weights, if any were compared, or those of the last epoch's end."""
+        """Give the module its best weights, if any were compared, or the weights after the last finished epoch."""
         weights = self.last if last else self.weights
         if weights is not None:
             self.vae.load_state_dict(weights)
@@ -91,7 +91,7 @@ class Best:
 
 @torch.inference_mode()
 def evaluate(vae: nn.Module, loader: CellLoader | None, n_importance_samples: int = 1) -> dict[str, float]:
-    """Return the mean bound at full KL weight, and the means of its parts, under the same noise each time."""
+    """Return the mean bound at KL weight 1 and the means of its parts. The noise is the same at each call."""
     if loader is None:
         return {}
     vae.eval()
@@ -110,9 +110,10 @@ def evaluate(vae: nn.Module, loader: CellLoader | None, n_importance_samples: in
 
 
 def search_nonfinite(vae: nn.Module, loader: CellLoader) -> NonFiniteLoss:
-    """Return the error for an epoch that went wrong somewhere, of which ``vae`` has the weights before it.
+    """Return the error for an epoch whose loss was not finite. ``vae`` has the weights from before this epoch.
 
-    It names the cells that are to blame with these weights already; none where the steps themselves led astray.
+    The error names the cells whose loss is not finite with these weights. There are none if only later steps of the
+    epoch made it so.
     """
     try:
         evaluate(vae, loader)
@@ -124,11 +125,11 @@ def search_nonfinite(vae: nn.Module, loader: CellLoader) -> NonFiniteLoss:
 
 @torch.no_grad()
 def locate_nonfinite(vae: nn.Module, cells) -> NonFiniteLoss:
-    """Return the error that names the cells and genes of which the likelihood or its parameters are not finite."""
+    """Return the error that names the cells and genes whose likelihood is not finite."""
     q = vae.infer(cells)
     likelihood, target = vae.decoder({name: q[name].mean for name in q}, cells), vae.decoder.target(cells).to_dense()
     bad = ~torch.isfinite(likelihood.base_dist.log_prob(target))
-    # Batch normalisation spreads one bad input over its minibatch: if there is one, it is named, and nothing else.
+    # Batch normalisation spreads one bad input over its minibatch, so that only the input is named.
     if not torch.isfinite(target).all():
         bad = ~torch.isfinite(target)
     rows = cells.index[bad.any(1)].cpu().numpy()

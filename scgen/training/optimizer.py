@@ -5,14 +5,14 @@ from torch import nn
 
 
 class Adam:
-    """torch's fused Adam, without its class, which loads torch's compiler: 2 s and 60 MB that training has no use for.
+    """torch's fused Adam, called directly. Its class loads torch's compiler, which takes 2 s and 60 MB.
 
-    The epsilon of the paper, 0.01, keeps rarely used weights from jumping. Gradients, all together, are no longer than
-    `LONGEST` times their usual length, a running mean that starts at the first ones' (Pascanu et al. 2013): one cell
-    that the encoder sends astray would else hold the steps of its weights small for hundreds of others.
+    Epsilon is 0.01, as in the scVI paper, so that rarely used weights do not jump. The norm of all gradients is clipped
+    to `LONGEST` times its usual value, a running mean (Pascanu et al. 2013). Otherwise one outlying cell makes Adam's
+    second moments large, and the steps of these weights stay small for hundreds of minibatches.
     """
 
-    #: Times as long as usual; share of the usual length that each step leaves.
+    #: The largest multiple of the usual norm, and the decay of the running mean.
     LONGEST, KEPT = 3.0, 0.9
 
     def __init__(self, vae: nn.Module):

@@ -50,7 +50,7 @@ class Options:
 
 
 def choose_device(accelerator: str) -> torch.device:
-    """Return the device for "auto", "cpu" or "gpu" ("cuda"); ValueError for others, or for no GPU."""
+    """Return the device for "auto", "cpu" or "gpu" ("cuda"). Raise ValueError for other values, or without a GPU."""
     if not isinstance(accelerator, str) or accelerator not in ("cuda", "mps"):
         check_choice("accelerator", accelerator, ("auto", "cpu", "gpu"))
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
@@ -64,7 +64,7 @@ def choose_device(accelerator: str) -> torch.device:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Say whether the device multiplies bfloat16 matrices faster than float32 ones."""
+    """Return whether the device multiplies bfloat16 matrices faster than float32 ones."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every release
@@ -72,24 +72,27 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def default_batch_size(n_cells: int, device: torch.device) -> int:
-    """Return the cells in a minibatch: as many as leave 400 minibatches in 50 passes, but 64 to 512.
+    """Return the number of cells in a minibatch that gives 400 minibatches in 50 passes, between 64 and 512.
 
-    On a GPU, whose steps cost the same, they are up to 4096 if these leave 400 minibatches in 25 passes.
+    On a GPU, where a larger minibatch hardly takes longer, it is the number that gives 400 in 25 passes, up to 4096.
     """
     size = min(max(n_cells * 50 // 400, 64), 512)
     return size if device.type != "cuda" else max(size, min(n_cells * 25 // 400, 4096))
 
 
 def default_epochs(n_steps: int) -> int:
-    """Return the number of passes, of so many minibatches each: enough for 400 steps, but 25 to 50 passes.
+    """Return the number of passes, each of ``n_steps`` minibatches, that gives 400 steps, between 25 and 50.
 
-    More passes over few cells, and their ELBO is one of cells learned by heart (benchmarks/NOTES.md).
+    With more passes over few cells, the model overfits (benchmarks/NOTES.md).
     """
     return min(max(math.ceil(400 / n_steps), 25), 50)
 
 
 def warmup_cosine(progress: float) -> float:
-    """Return the share of the peak learning rate at a share of the planned steps: a short rise, then a cosine to 0."""
+    """Return the learning rate, as a share of its peak, after a share of the steps.
+
+    It rises linearly for a tenth of the steps, and then falls to 0 along a cosine.
+    """
     rise = 0.1
     if progress < rise:
         return max(progress / rise, 0.01)

@@ -1,4 +1,4 @@
-"""What the training cells tell a module before it is trained."""
+"""Initial values that are computed from the training cells."""
 
 import numpy as np
 import torch
@@ -9,9 +9,10 @@ from scgen.data.loader import CellLoader
 
 @torch.no_grad()
 def start_from_data(vae: nn.Module, loader: CellLoader) -> None:
-    """Start the priors and the decoder at what the training cells tell, if they have a method ``start_at`` or ``fit``.
+    """Initialise the priors and the decoder from the training cells, if they have a method ``start_at`` or ``fit``.
 
-    The decoder starts at the moments of its target, which is divided by the cell's library where the model has one.
+    The decoder starts at the mean and variance of its target. In models with a library, the target is first divided by
+    the library size of the cell.
     """
     if hasattr(vae.decoder, "start_at"):
         total, squares = 0.0, 0.0
@@ -29,7 +30,7 @@ def start_from_data(vae: nn.Module, loader: CellLoader) -> None:
         vae.priors["library"].fit(*(loader.columns[name][loader.index].cpu() for name in ("library", "batch")))
     for prior in vae.priors.values():
         if hasattr(prior, "start_at"):
-            # At cells from all over the data, in whose order batches and types often follow each other.
+            # Evenly spaced, because batches and types often follow each other in the data.
             n = prior.n_components
             few = loader.index[np.linspace(0, len(loader.index) - 1, n).round().astype(int)]
             prior.start_at(next(iter(loader.over(few, n))))

@@ -12,16 +12,16 @@ from scgen.training.optimizer import Adam
 
 @dataclass
 class TrainingState:
-    """All that the rest of a training depends on, besides its options and its cells.
+    """Everything, besides the options and the cells, that the rest of a training depends on.
 
     Attributes
     ----------
     vae, optimizer, best
         The module that is trained, its optimiser, and its best weights so far.
     order
-        The generator of the order of the cells.
+        The random generator of the order of the cells.
     epoch, step
-        How many epochs and minibatches are done.
+        Number of finished epochs and minibatches.
     """
 
     vae: nn.Module
@@ -44,7 +44,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what `state_dict` returned; the noise of the `seeded` block goes on from there, too."""
+        """Restore what `state_dict` returned, with the random generator of the current `seeded` block."""
         self.epoch, self.step = state["epoch"], state["step"]
         self.vae.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
