@@ -37,7 +37,7 @@ def add_data_arguments(command: argparse.ArgumentParser, batch_required: bool = 
         "--labels-key",
         type=name,
         metavar="COLUMN",
-        help="column of obs with cell types, for figures and scores; the model uses it only with --dispersion gene-label",
+        help="column of obs with cell types, for figures and scores; the model reads it for --dispersion gene-label",
     )
     group.add_argument("--layer", type=name, metavar="LAYER", help="layer with the raw counts (default: X)")
     for flag, argument, text in (

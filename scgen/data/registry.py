@@ -167,7 +167,7 @@ class Registry:
     gene_ids
         For each column of identifiers in ``adata.var``, the identifiers of the genes.
     missing
-        For a query, the genes of its reference that were not measured in its cells. They are last in the decoder.
+        For a query, the genes of its reference that were not measured in its cells. They are last on all axes of genes.
     known
         For a query, the number of values that its reference knows, for each categorical column with new values.
     """

@@ -96,7 +96,7 @@ class Model(metaclass=Answering):
         progress: bool = True,
         on_epoch: Callable[[dict[str, float]], object] | None = None,
     ) -> None:
-        """Train the model by maximising the evidence lower bound (ELBO). A further call continues from the weights.
+        """Train the model by maximising the evidence lower bound (ELBO). A further call starts from the weights.
 
         The learning rate rises during the first tenth of the planned steps, then falls to 0 along a cosine. Ctrl-C ends
         training and keeps the best weights so far.

@@ -37,6 +37,7 @@ from scgen.modules.posteriors import (
 from scgen.modules.priors import FlowPrior, LibraryPrior, MixturePrior, StandardNormalPrior, VampPrior
 from scgen.modules.vae import VAE
 
+#: Of counts, but for the last, which is of normalised values and has a decoder of its own.
 LIKELIHOODS = ("zinb", "nb", "poisson", "normal")
 DISPERSIONS = ("gene", "gene-batch", "gene-label", "gene-cell")
 #: The flows that bend q(z | x, s), and what n_flows=None and n_components=None stand for.

@@ -74,7 +74,7 @@ class CountDecoder(nn.Module):
         Whether rho sums to 1. False uses rho = softplus(f(z, s)), for size factors, whose unit is arbitrary.
     n_missing
         Number of genes that were not measured, which are the last. The distribution is over the other genes, and l is
-        the sum over them.
+        the total of these.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ class TrainingState:
     step: int = 0
 
     def state_dict(self) -> dict:
-        """Return the state in tensors and plain Python; the tensors are those in use, not copies."""
+        """Return the state in tensors and plain Python, within a `seeded` block. The tensors are in use: copy them."""
         return {
             "epoch": self.epoch,
             "step": self.step,
