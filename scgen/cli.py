@@ -196,6 +196,8 @@ def _report(args: argparse.Namespace, adata, model, report: Path) -> None:
         _say(table.to_string(float_format="{:.3f}".format))
     except (ImportError, ValueError) as error:
         _say(f"no scores: {error}")
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _check(args: argparse.Namespace) -> int:

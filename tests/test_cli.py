@@ -37,6 +37,18 @@ def run(*args, **options):
     return subprocess.run([*SCGEN, *map(str, args)], capture_output=True, text=True, **options)
 
 
+@pytest.fixture
+def here(capsys):
+    """Run the command in this process, which has compiled what UMAP needs; return its exit code and what it says."""
+
+    def run_here(*args):
+        code = cli.main([*map(str, args)])
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(args, code, said.out, said.err)
+
+    return run_here
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "in.h5ad"
@@ -254,18 +266,18 @@ def test_outputs_within_a_zarr_input(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.zarr"]
 
 
-def test_one_gene_is_reported(source, tmp_path):
-    done = run("integrate", source, "-o", tmp_path / "out.h5ad", "--batch-key", "batch", "--n-top-genes", 1,
+def test_one_gene_is_reported(source, tmp_path, here):
+    done = here("integrate", source, "-o", tmp_path / "out.h5ad", "--batch-key", "batch", "--n-top-genes", 1,
                "--max-epochs", 1)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out_report" / "umap.png").exists()
 
 
-def test_one_batch_and_another_ending(source, tmp_path):
+def test_one_batch_and_another_ending(source, tmp_path, here):
     adata = anndata.read_h5ad(source)
     adata.obs["one"] = "all"
     adata.write_h5ad(tmp_path / "in.h5ad")
-    done = run("integrate", tmp_path / "in.h5ad", "-o", tmp_path / "out.h5", "--batch-key", "one", "--max-epochs", 1)
+    done = here("integrate", tmp_path / "in.h5ad", "-o", tmp_path / "out.h5", "--batch-key", "one", "--max-epochs", 1)
     assert done.returncode == 0, done.stderr
     assert 'adata.obs["one"] has one value (all) for all cells. There is nothing to integrate.' in done.stderr
     assert "out.h5 does not end in .h5ad, but is written in this format" in done.stdout

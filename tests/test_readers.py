@@ -2,8 +2,6 @@
 
 import gzip
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import anndata
@@ -13,6 +11,7 @@ import pytest
 from scipy import io, sparse
 
 import scgen
+from scgen import cli
 from scgen.command import readers
 
 COUNTS = np.random.default_rng(0).poisson(1.0, (30, 6))
@@ -245,18 +244,16 @@ def test_files_that_cannot_be_joined(tmp_path, others, words):
         readers.read_all(paths, "donor")
 
 
-def test_the_command_integrates_samples_of_10x(tmp_path):
+def test_the_command_integrates_samples_of_10x(tmp_path, monkeypatch, capsys):
     adata = scgen.simulate_cells(n_cells=120, n_genes=6, n_batches=2, seed=0)
     for batch, rows in adata.obs.groupby("batch", observed=True).indices.items():
         write_10x(tmp_path / f"{batch}.h5", counts=adata.X[rows].toarray(), cells=[f"cell{i}-1" for i in rows])
-    command = [sys.executable, "-m", "scgen.cli", "integrate", "batch_1.h5", "batch_2.h5", "-o", "out.h5ad"]
-    done = subprocess.run(
-        [*command, "--batch-key", "sample", "--max-epochs", "2", "--resolution", "0.01", "--n-top-genes", "10"],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    files = ["batch_1.h5", "batch_2.h5", "-o", "out.h5ad", "--batch-key", "sample"]
+    assert cli.main(["integrate", *files, "--max-epochs", "2", "--resolution", "0.01", "--n-top-genes", "10"]) == 0
+    said = capsys.readouterr()
     result = anndata.read_h5ad(tmp_path / "out.h5ad")
     assert result.obs["sample"].value_counts().to_dict() == adata.obs["batch"].value_counts().to_dict()
     assert result.obs["leiden_scgen"].nunique() == 1
-    assert "warning: --n-top-genes 10, but there are 6 genes; all are modelled" in done.stderr
-    assert "computing neighbours, UMAP and Leiden clusters" in done.stdout
+    assert "warning: --n-top-genes 10, but there are 6 genes; all are modelled" in said.err
+    assert "computing neighbours, UMAP and Leiden clusters" in said.out

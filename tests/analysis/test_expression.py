@@ -196,7 +196,7 @@ def test_normal_values_are_neither_cut_nor_scaled(cells):
         model.get_normalized_expression(sparse_below=0.1)
     kept = np.full(adata.shape, 7.0)
     for size in (1e4, "latent"):
-        with pytest.raises(ValueError, match=f"has no library: library_size={size!r}"):
+        with pytest.raises(ValueError, match=f"has no library size: library_size={size!r}"):
             model.get_normalized_expression(library_size=size, out=kept)
     assert (kept == 7).all()
     weighted = model.get_normalized_expression(weights="importance", n_samples=20, batch="average")
