@@ -1,8 +1,23 @@
 """Put complete files in place in one step."""
 
+import contextlib
 import os
+import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Give the block a new file in the folder of ``path``, and delete it after the block if it is still there."""
+    # The name is known before the file exists, so no signal can come between creating it and being able to delete it.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        temporary.touch(0o600, exist_ok=False)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def replace(temporary: Path, path: Path) -> None:

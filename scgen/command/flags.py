@@ -175,14 +175,10 @@ def in_flags(message: str, command: argparse.ArgumentParser) -> str:
     message = re.sub(argument, flag, message)
     # Elsewhere, a word that is also an argument may be anything: the name of a column, or part of a path.
     names = "|".join(options)
-    message = re.sub(rf"\b(?P<start>[Ll]eave )(?P<argument>{names})(?P<value>) out\b", _with(flag, " out"), message)
+    message = re.sub(rf"(?<=\b[Ll]eave )(?P<argument>{names})(?P<value>)(?= out\b)", flag, message)
     names = "|".join(name for name in options if "_" in name) or "-"
-    return re.sub(rf"^(?P<start>(?:\w+: )?)(?P<argument>{names})(?P<value>)(?=[: ])", _with(flag), message)
-
-
-def _with(flag: Callable[[re.Match], str], end: str = "") -> Callable[[re.Match], str]:
-    """Return what puts a flag between the start of a match and an end."""
-    return lambda found: found["start"] + flag(found).removesuffix(end) + end
+    first = rf"^(?P<start>(?:\w+: )?)(?P<argument>{names})(?P<value>)(?=[: ])"
+    return re.sub(first, lambda found: found["start"] + flag(found), message)
 
 
 def path(text: str) -> Path:

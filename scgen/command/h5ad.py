@@ -7,7 +7,6 @@ import secrets
 import shutil
 import signal
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 from scgen import atomic
@@ -34,7 +33,7 @@ def try_to_write(adata, path: Path) -> None:
         warnings.simplefilter("ignore")  # they would be about these copies
         tables, rest = anndata.AnnData(obs=adata.obs.copy(), var=adata.var.copy()), adata[:1, :1].copy()
     for part in (tables, rest):
-        with _beside(path) as temporary:
+        with atomic.beside(path) as temporary:
             _write_apart(part, temporary)
 
 
@@ -46,7 +45,7 @@ def write(adata, path: Path, overwrite: bool) -> None:
     FileExistsError
         If there is a file now and ``overwrite`` is false. The result is then kept under another name, which is told.
     """
-    with _beside(path) as temporary:
+    with atomic.beside(path) as temporary:
         _write_apart(adata, temporary)
         atomic.permit(temporary)
         try:
@@ -55,18 +54,6 @@ def write(adata, path: Path, overwrite: bool) -> None:
             other = path.with_stem(f"{path.stem}-{secrets.token_hex(4)}")
             atomic.put(temporary, other)
             raise FileExistsError(f"{path} was made by another program meanwhile; the result is in {other}") from None
-
-
-@contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """Give a name beside a path for a file that is cleared away in the end."""
-    # The name is there before the file is, so that no signal comes between the file and its clearing.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        temporary.touch(0o600, exist_ok=False)
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_apart(adata, path: Path) -> None:

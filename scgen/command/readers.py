@@ -31,10 +31,8 @@ def read(path: Path):
         If there is no such file, or it is of no format that can be read.
     """
     if not path.exists():
-        folder = path.parent if path.parent.is_dir() else None
-        there = (
-            sorted(p.name for p in folder.iterdir() if p.suffix in (".h5ad", ".h5", ".loom", ".zarr")) if folder else []
-        )
+        beside = path.parent.iterdir() if path.parent.is_dir() else []
+        there = sorted(other.name for other in beside if other.suffix in (".h5ad", ".h5", ".loom", ".zarr"))
         raise ValueError(f"{path} is not there" + (f" (beside it: {', '.join(there[:5])})." if there else "."))
     kind = _kind_of_folder(path) if path.is_dir() else _kind_of_file(path)
     try:

@@ -49,11 +49,12 @@ def confounding(obs: pd.DataFrame, setup: Setup, sound: bool = True) -> list[Fin
             fix = fix if v > 0.9 else "A value of 1 would mean that one determines the other."
             found.append(Finding(level, f'adata.obs["{one}"], adata.obs["{other}"]', text, 1, fix))
     numbers = list(setup.continuous_covariate_keys) if sound else []
-    design = [key for key in keys if key != setup.labels_key] + numbers
-    if len(design) > 1:
-        missing, rank = _missing_ranks(obs, [key for key in design if key not in numbers], numbers)
+    categorical = [key for key in keys if key != setup.labels_key]
+    if len(categorical) + len(numbers) > 1:
+        missing, rank = _missing_ranks(obs, categorical, numbers)
         if missing:
-            text = f"the design matrix of {', '.join(design)} has rank {rank - missing}; full rank is {rank}"
+            names = ", ".join(categorical + numbers)
+            text = f"the design matrix of {names} has rank {rank - missing}; full rank is {rank}"
             fix = "Some of their effects cannot be separated; name fewer covariates."
             found.append(Finding("warning", "adata.obs", text, missing, fix))
     return found

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,13 +149,10 @@ def write(figure: Figure, path: Path | None) -> None:
     """Write a figure in one step, so that the file is never half a picture; None writes nothing."""
     if path is None:
         return
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
+    with atomic.beside(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=DPI)
         atomic.permit(temporary)
         atomic.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def plain(text: str) -> str:
