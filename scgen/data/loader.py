@@ -1,7 +1,9 @@
 """Minibatches of cells: their order and their size."""
 
+import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -12,6 +14,9 @@ from scgen.arguments import shown
 from scgen.data.cells import Cells
 from scgen.data.stores import BackedStore, DeviceStore, MemoryStore
 
+#: What holds one source of the cells' values.
+Store = MemoryStore | BackedStore | DeviceStore
+
 
 class CellLoader:
     """Iterate over cells of a store in minibatches of nearly equal size.
@@ -21,9 +26,9 @@ class CellLoader:
     Parameters
     ----------
     store
-        The values of all N cells.
+        The counts or normalised values of all N cells.
     columns
-        The other fields of `Cells`, except ``index``, for all N cells.
+        Other fields of the minibatches, for all N cells: tensors with N rows.
     index
         Rows to iterate over; None means all.
     batch_size
@@ -37,11 +42,32 @@ class CellLoader:
         `DeviceStore` on this device or from the host's memory; for a GPU, through pinned memory.
     impute
         Function that adds the expected counts of genes that were not measured; None if all were measured.
+    further
+        Further stores of all N cells, by the field of the minibatches that their rows become.
+    form
+        The class of the minibatches: `Cells`, or a subclass that has the fields of ``columns`` and ``further``.
+
+    Examples
+    --------
+    A model that also reads two proteins of each cell:
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class CellsWithProteins(Cells):
+    ...     proteins: Tensor
+    >>> counts, proteins = np.eye(3), np.array([[5, 1], [2, 2], [0, 7]])
+    >>> codes = torch.zeros(3, dtype=torch.int64)
+    >>> columns = {"library": codes[:, None], "batch": codes, "labels": codes}
+    >>> columns |= {"categorical": codes[:, None], "continuous": codes[:, None]}
+    >>> further = {"proteins": MemoryStore(proteins)}
+    >>> loader = CellLoader(MemoryStore(counts), columns, batch_size=2, further=further, form=CellsWithProteins)
+    >>> [cells.proteins.tolist() for cells in loader]
+    [[[5.0, 1.0]], [[2.0, 2.0], [0.0, 7.0]]]
     """
 
     def __init__(
         self,
-        store: MemoryStore | BackedStore | DeviceStore,
+        store: Store,
         columns: dict[str, Tensor],
         index: np.ndarray | None = None,
         batch_size: int = 1024,
@@ -49,15 +75,20 @@ class CellLoader:
         as_sparse: bool = False,
         device: torch.device | str = "cpu",
         impute: Callable[[Cells], Cells] | None = None,
+        further: Mapping[str, Store] = MappingProxyType({}),
+        form: type[Cells] = Cells,
     ):
         self.store, self.batch_size, self.rng = store, batch_size, rng
         self.as_sparse, self.device, self.impute = as_sparse, torch.device(device), impute
+        self.further, self.form = further, form
         self.columns = {name: column.to(device) for name, column in columns.items()}
         self.index = np.arange(store.shape[0]) if index is None else np.asarray(index)
 
     def over(self, index: np.ndarray, batch_size: int) -> "CellLoader":
         """Return a loader of other cells of the same store, in the order of ``index``."""
-        return CellLoader(self.store, self.columns, index, batch_size, None, self.as_sparse, self.device, self.impute)
+        other = copy.copy(self)
+        other.index, other.batch_size, other.rng = np.asarray(index), batch_size, None
+        return other
 
     def __len__(self) -> int:
         return -(-len(self.index) // self.batch_size)
@@ -66,14 +97,18 @@ class CellLoader:
         order = self.index if self.rng is None else self.rng.permutation(self.index)
         index = self._moved(torch.from_numpy(order))
         columns = {name: column[index] for name, column in self.columns.items()}
-        rows = index if isinstance(self.store, DeviceStore) else order
         edges = np.arange(len(self) + 1) * len(order) // max(len(self), 1)
         for start, stop in itertools.pairwise(edges.tolist()):
             threads.watch.look()
-            counts = self._moved(self.store.rows(rows[start:stop], self.as_sparse))
-            some = {name: column[start:stop] for name, column in columns.items()}
-            cells = Cells(counts=counts, index=index[start:stop], **some)
+            here = slice(start, stop)
+            some = {name: column[here] for name, column in columns.items()}
+            some |= {name: self._rows(store, order[here], index[here]) for name, store in self.further.items()}
+            counts = self._rows(self.store, order[here], index[here], self.as_sparse)
+            cells = self.form(counts=counts, index=index[here], **some)
             yield cells if self.impute is None else self.impute(cells)
+
+    def _rows(self, store: Store, rows: np.ndarray, rows_on_device: Tensor, as_sparse: bool = False) -> Tensor:
+        return self._moved(store.rows(rows_on_device if isinstance(store, DeviceStore) else rows, as_sparse))
 
     def _moved(self, tensor: Tensor) -> Tensor:
         """Move a tensor to the device. A GPU reads pinned memory while the host continues."""

@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from torch import Tensor
 
 from scgen.analysis import inference
 from scgen.arguments import check_draws, check_number
-from scgen.data.loader import CellLoader
+from scgen.data.cells import Cells
+from scgen.data.loader import CellLoader, Store
 from scgen.data.registry import Registry, setup_anndata
 from scgen.models import files, loaders, summary, trainings
 from scgen.models.interop.counterparts import Answering
@@ -48,6 +50,8 @@ class Model(metaclass=Answering):
     #: Each model has a frozen dataclass of its arguments, of which one is the seed, and says how they make a module.
     Arguments: type
     build: Callable[..., VAE]  # build(registry, arguments)
+    #: The class of the minibatches. A model with `sources` has a subclass with fields of their names.
+    Cells: type[Cells] = Cells
 
     def __init__(self, adata: AnnData, registry: Registry, arguments):
         self.assemble(registry, arguments)
@@ -69,9 +73,27 @@ class Model(metaclass=Answering):
             self.vae = self.build(registry, arguments).eval()
 
     #: Public for other parts of scgen, but not for users: tab completion does not list these names.
-    _hidden = ("Arguments", "assemble", "build", "fingerprint", "require_training", "source", "source_rows")
+    _hidden = (
+        "Arguments",
+        "Cells",
+        "assemble",
+        "build",
+        "fingerprint",
+        "require_training",
+        "source",
+        "source_rows",
+        "sources",
+    )
     _summary = summary.of_model
     __repr__, __str__, _repr_html_ = summary.line, summary.text, summary.table
+
+    def sources(self, adata: AnnData) -> dict[str, Store | Tensor]:
+        """Return what the model reads of each cell of ``adata`` besides its counts and the columns of ``obs``.
+
+        The keys are fields of the model's `Cells`. A tensor has a row for each cell of ``adata``; rows of a store are
+        read when they are needed.
+        """
+        return {}
 
     @property
     def is_trained(self) -> bool:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from torch import Tensor
 
 from scgen.arguments import check_flag, check_memory, check_seed, check_whole
 from scgen.data.checks import check_types
 from scgen.data.counts import matrix_of
-from scgen.data.loader import CellLoader, rows_asked_for, split
+from scgen.data.loader import CellLoader, Store, rows_asked_for, split
 from scgen.data.registry import Registry
 from scgen.data.snapshot import Snapshot
 from scgen.data.stores import BackedStore, MemoryStore, in_memory, on_device
@@ -79,15 +80,13 @@ def of_training(
         if len(training) < 2:
             raise ValueError(f"adata has {adata.n_obs} cell; at least 2 are needed to train.")
         if not model.is_trained:  # a loaded model goes on from its weights
-            start_from_data(model.vae.to(device), CellLoader(store, columns, training, 256, device=device))
+            first = over(model, adata, store, columns, training, 256, device, as_sparse=False)
+            start_from_data(model.vae.to(device), first)
         model.train_indices, model.validation_indices = training, validation
     batch_size = int(batch_size or default_batch_size(len(model.train_indices), device))
     held_out = np.sort(rng.permutation(model.validation_indices)[:MAX_VALIDATION_CELLS])
-    form = {"as_sparse": model.vae.reads_sparse(device), "device": device, "impute": _impute(model)}
-    return (
-        CellLoader(store, columns, model.train_indices, batch_size, rng, **form),
-        CellLoader(store, columns, held_out, max(batch_size, 512), **form) if len(held_out) else None,
-    )
+    loader = over(model, adata, store, columns, model.train_indices, batch_size, device, rng)
+    return loader, loader.over(held_out, max(batch_size, 512)) if len(held_out) else None
 
 
 def of_question(
@@ -111,8 +110,35 @@ def of_question(
     check_types(adata, model.registry.setup)
     index = rows_asked_for(indices, adata.n_obs)
     store, columns = _read(model, adata, None if indices is None else index)
-    as_sparse = model.vae.reads_sparse(model.vae.device)
-    return CellLoader(store, columns, index, batch_size, as_sparse=as_sparse, impute=_impute(model))
+    return over(model, adata, store, columns, index, batch_size)
+
+
+def over(
+    model,
+    adata: AnnData,
+    store: Store,
+    columns: dict[str, Tensor],
+    index: np.ndarray,
+    batch_size: int,
+    device: torch.device | None = None,
+    rng: np.random.Generator | None = None,
+    as_sparse: bool | None = None,
+) -> CellLoader:
+    """Return minibatches of some cells with all that the model reads of them.
+
+    A device other than None is the one to train on. Questions read from the host, and move each minibatch themselves.
+    """
+    further, columns = {}, dict(columns)
+    for name, source in model.sources(adata).items():
+        if isinstance(source, Tensor):
+            columns[name] = source
+        else:
+            further[name] = source if device is None else on_device(source, device)
+    if as_sparse is None:
+        as_sparse = model.vae.reads_sparse(device or model.vae.device)
+    impute = model.vae.impute if model.registry.missing else None
+    where = device or "cpu"
+    return CellLoader(store, columns, index, batch_size, rng, as_sparse, where, impute, further, model.Cells)
 
 
 def cells_of(model) -> AnnData:
@@ -138,11 +164,6 @@ def annotated(model, adata: AnnData | None) -> tuple[AnnData, pd.DataFrame]:
             "order or under other names. Pass the cells to ask about: adata=."
         )
     return source, source.obs.iloc[rows]
-
-
-def _impute(model):
-    """Return what adds genes to a minibatch that were not measured; None where all were."""
-    return model.vae.impute if model.registry.missing else None
 
 
 def _read(model, adata: AnnData, rows: np.ndarray | None) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]]:

@@ -9,19 +9,27 @@ from torch.distributions import Independent, Normal
 
 import scgen
 from scgen.arguments import check_seed, check_whole
+from scgen.data.cells import Cells
 from scgen.data.registry import Registry
+from scgen.data.stores import MemoryStore
 from scgen.models.base import Model
 from scgen.modules.posteriors import GaussianPosterior
 from scgen.modules.priors import StandardNormalPrior
 from scgen.modules.vae import VAE
 
-NEIGHBOURHOOD = [f"near_{i}" for i in range(12)]
 #: Nats of twelve standardised values under the best Gaussian that does not see the cell.
 BLIND = -0.5 * 12 * (np.log(2 * np.pi) + 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlacedCells(Cells):
+    """Cells with twelve values of what is near them, (n, 12) float."""
+
+    near: torch.Tensor
+
+
 class LinearDecoder(torch.nn.Module):
-    """p(y | state, niche): the continuous covariates, linear in the latents, each with a deviation of its own."""
+    """p(y | state, niche): what is near a cell, linear in the latents, each value with a deviation of its own."""
 
     def __init__(self, n_latent: int, n_values: int):
         super().__init__()
@@ -29,7 +37,7 @@ class LinearDecoder(torch.nn.Module):
         self.log_scale = torch.nn.Parameter(torch.zeros(n_values))
 
     def target(self, cells):
-        return cells.continuous
+        return cells.near
 
     def forward(self, latents, cells):
         mean = self.mean(torch.cat([latents["state"], latents["niche"]], -1))
@@ -51,12 +59,17 @@ class Places(Model):
     def __init__(self, adata, *, n_latent: int = 3, seed: int = 0):
         super().__init__(adata, Registry.of(adata, labels=False), self.Arguments(n_latent, seed))
 
+    Cells = PlacedCells
+
+    def sources(self, adata):
+        return {"near": MemoryStore(adata.obsm["near"])}
+
     @staticmethod
     def build(registry, arguments):
         d = arguments.n_latent
         q = {name: GaussianPosterior(len(registry.genes), d, 32, 1, 0.0) for name in ("state", "niche")}
         p = {name: StandardNormalPrior(d) for name in q}
-        return VAE(q, p, LinearDecoder(2 * d, len(registry.scaling)), latent="state")
+        return VAE(q, p, LinearDecoder(2 * d, 12), latent="state")
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +78,8 @@ def placed():
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((3, 12))  # of the three types, which the counts tell
     values = centres[adata.obs["cell_type"].cat.codes.to_numpy()] + 0.3 * rng.standard_normal((600, 12))
-    adata.obs[NEIGHBOURHOOD] = values
-    scgen.setup_anndata(adata, batch_key="batch", continuous_covariate_keys=NEIGHBOURHOOD)
+    adata.obsm["near"] = (values - values.mean(0)) / values.std(0)
+    scgen.setup_anndata(adata, batch_key="batch")
     model = Places(adata)
     model.train(50, accelerator="cpu", progress=False, kl_start=1.0)
     return model
