@@ -63,7 +63,8 @@ def scatters(
     colours
         A Series of n categories for each row of panels, by title.
     last_map_only
-        Titles of ``colours`` that are drawn on the last map only, such as clusters that were found there.
+        Titles of ``colours`` that are drawn on the last map only, such as clusters that were found there. This map is
+        then in the middle of its row.
     split_by
         A title of ``colours``. A further row has the last map once for each of its categories, with all other cells in
         light grey behind.
@@ -114,27 +115,26 @@ def scatters(
     width = 4.8 * len(maps) + max(column.legend_width for column in columns.values())
     heights = [4.6 * len(columns)]
     if parts:
-        in_a_row = min(len(parts), 6)
-        n_rows = -(-len(parts) // in_a_row)
-        heights.append(0.4 + min(width / in_a_row, 4.6) * n_rows)
+        sizes = [len(some) for some in np.array_split(parts, -(-len(parts) // 6))]
+        heights.append(0.4 + min(width / sizes[0], 4.6) * len(sizes))
     with canvas.drawing(ax, width, sum(heights), save) as figure:
         upper, lower = figure.subfigures(2, 1, height_ratios=heights) if parts else (figure, None)
-        grid = upper.subplots(len(columns), len(maps), squeeze=False) if ax is None else np.array([[ax]])
-        for row, (name, column) in zip(grid, columns.items(), strict=True):
-            for axes, (of, xy) in zip(row, maps.items(), strict=True):
-                if name in last_map_only and axes is not row[-1]:
-                    axes.remove()
-                else:
-                    column.draw(axes, xy[order], order, canvas.plain(f"{of}, by {name}"))
+        shown_on = [[(title, last)] if name in last_map_only else list(maps.items()) for name in columns]
+        rows = [[ax]] if ax is not None else canvas.panels(upper, [len(on) for on in shown_on])
+        for row, on, (name, column) in zip(rows, shown_on, columns.items(), strict=True):
+            for axes, (of, xy) in zip(row, on, strict=True):
+                column.draw(axes, xy[order], order, canvas.plain(f"{of}, by {name}"))
             column.add_legend(row[-1])
+            if len(row) < len(maps) and column.legend_width < 2.4:
+                # They fit beside a panel in the middle of its row; in the layout, they would widen other panels.
+                for artist in filter(None, (row[0].yaxis.label, row[0].get_legend())):
+                    artist.set_in_layout(False)
         if parts:
             lower.suptitle(canvas.plain(f"{title}, each {split_by} with all other cells in grey"), fontsize=11)
-            panels = lower.subplots(n_rows, in_a_row, squeeze=False).ravel()
-            for i, label in enumerate(parts):
-                columns[split_by].draw(panels[i], last[order], order, label, only=i)
-            for axes in panels[len(parts) :]:
-                axes.remove()
-    return grid[0, 0] if n_panels == 1 else figure
+            panels = [axes for row in canvas.panels(lower, sizes) for axes in row]
+            for i, (axes, label) in enumerate(zip(panels, parts, strict=True)):
+                columns[split_by].draw(axes, last[order], order, label, only=i)
+    return rows[0][0] if n_panels == 1 else figure
 
 
 def history(model, *, ax: Axes | None = None, save: str | Path | None = None) -> Axes:

@@ -2,14 +2,14 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 from scgen import atomic
 from scgen.arguments import check_path, shown
@@ -143,6 +143,22 @@ def drawing(ax: Axes | None, width: float, height: float, save: Path | None) -> 
     except BaseException:  # an interrupt of the user's as well
         pyplot.close(figure)
         raise
+
+
+def panels(figure: FigureBase, sizes: Sequence[int]) -> list[list[Axes]]:
+    """Return new Axes of equal width in rows of so many. A row with fewer than the longest one is centred.
+
+    Examples
+    --------
+    >>> [len(row) for row in panels(Figure(), [2, 2, 1])]
+    [2, 2, 1]
+    """
+    most = max(sizes)
+    grid = figure.add_gridspec(len(sizes), 2 * most)  # in half panels
+    return [
+        [figure.add_subplot(grid[row, start : start + 2]) for start in range(most - n, most + n, 2)]
+        for row, n in enumerate(sizes)
+    ]
 
 
 def write(figure: Figure, path: Path | None) -> None:
