@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from scgen.arguments import counted
 from scgen.command import flags, h5ad, readers, streams
 from scgen.command.parser import parser
 
@@ -114,7 +115,7 @@ def _integrate(args: argparse.Namespace) -> int:
     _check_labels(adata, args.labels_key)
     _check_results(adata, clustering.names_of_results(args.suffix))
     h5ad.try_to_write(adata, args.output)
-    _say(f"{', '.join(map(str, args.input))}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
+    _say(f"{', '.join(map(str, args.input))}: {counted(adata.n_obs, 'cell')} x {counted(adata.n_vars, 'gene')}")
     # An option of this command is named as the argument that it is of; labels may be missing where none are modelled.
     taken = inspect.signature(integration.integrate).parameters
     options = {name: value for name, value in vars(args).items() if name in taken and name != "labels_key"}
@@ -129,15 +130,15 @@ def _integrate(args: argparse.Namespace) -> int:
     if args.tune:
         _say(f"chose {adata.uns['scgen']['integrate']['tuned']} among the presets")
     seconds = model.history["seconds"].sum()
-    _say(f"trained {len(model.history)} epochs on {model.adata.n_vars:,} genes in {seconds:.0f} s")
+    _say(f"trained {counted(len(model.history), 'epoch')} on {counted(model.adata.n_vars, 'gene')} in {seconds:.0f} s")
     _say("computing neighbours, UMAP and Leiden clusters of the embedding ...")
     clustering.cluster(adata, f"X_{args.suffix}", suffix=args.suffix, resolution=args.resolution, seed=args.seed)
     args.ending.check()
     h5ad.write(adata, args.output, args.overwrite)
     args.written.append(args.output)
     leiden = f"leiden_{args.suffix}"
-    n_clusters = adata.obs[leiden].nunique()
-    _say(f"wrote {args.output}: obsm X_{args.suffix} and X_umap_{args.suffix}, obs {leiden} ({n_clusters} clusters)")
+    clusters = counted(adata.obs[leiden].nunique(), "cluster")
+    _say(f"wrote {args.output}: obsm X_{args.suffix} and X_umap_{args.suffix}, obs {leiden} ({clusters})")
     _report(args, adata, model, report)
     return OK
 
@@ -218,12 +219,12 @@ def _check(args: argparse.Namespace) -> int:
         print(flags.in_flags(f"{row.level}: {row.finding}. {row.suggestion}", args.command))
     n_errors = int((table["level"] == "error").sum())
     if n_errors:
-        print(f"NOT OK: {n_errors} error{'s' * (n_errors > 1)}; scgen cannot use this file as it is.")
+        print(f"NOT OK: {counted(n_errors, 'error')}; scgen cannot use this file as it is.")
         return FAILED
-    n_batches = "" if args.batch_key is None else f"{adata.obs[args.batch_key].nunique():,} batches, "
+    batches = counted(adata.obs[args.batch_key].nunique(), "batch, ", "batches, ") if args.batch_key else ""
     what = "raw counts" if args.counts else "values"
     where = "X" if args.layer is None else f'the layer "{args.layer}"'
-    print(f"OK: {n_batches}{adata.n_obs:,} cells, {adata.n_vars:,} genes, {what} in {where}.")
+    print(f"OK: {batches}{counted(adata.n_obs, 'cell')}, {counted(adata.n_vars, 'gene')}, {what} in {where}.")
     return OK
 
 
@@ -233,7 +234,8 @@ def _simulate(args: argparse.Namespace) -> int:
 
     adata = simulate_cells(args.n_cells, args.n_genes, n_batches=args.n_batches, seed=args.seed)
     h5ad.write(adata, args.output, args.overwrite)
-    print(f"wrote {args.output}: {args.n_cells} cells x {args.n_genes} genes, batch_key batch, labels_key cell_type")
+    size = f"{counted(args.n_cells, 'cell')} x {counted(args.n_genes, 'gene')}"
+    print(f"wrote {args.output}: {size}, batch_key batch, labels_key cell_type")
     return OK
 
 

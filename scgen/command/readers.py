@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from scgen.arguments import did_you_mean
+from scgen.arguments import counted, did_you_mean
 
 #: What to do about formats that are not read here, by the end of the file's name.
 ELSEWHERE = {
@@ -46,7 +46,8 @@ def read(path: Path):
     if kind not in ("h5ad", "zarr") and not adata.var_names.is_unique:
         twice = adata.var_names[adata.var_names.duplicated()].nunique()
         adata.var_names_make_unique()
-        warnings.warn(f"{path}: {twice} gene names occur more than once; a number was added to them", stacklevel=2)
+        names = counted(twice, "gene name occurs", "gene names occur")
+        warnings.warn(f"{path}: {names} more than once; numbers were added to the repeats", stacklevel=2)
     return adata
 
 
@@ -104,7 +105,9 @@ def read_all(paths: Sequence[Path], batch_key: str | None):
     most = max(adata.n_vars for adata in cells)
     if joined.n_vars < most:
         warnings.warn(
-            f"{joined.n_vars} genes are in all files; up to {most - joined.n_vars} others are left out", stacklevel=2
+            f"{counted(joined.n_vars, 'gene is', 'genes are')} in all files; up to "
+            f"{counted(most - joined.n_vars, 'other is', 'others are')} left out",
+            stacklevel=2,
         )
     return joined
 
