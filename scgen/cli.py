@@ -26,7 +26,7 @@ OK, FAILED, UNREAD = 0, 1, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; errors of the user's are one line on stderr, without a traceback."""
+    """Run the command and return its exit code. Errors in the input are one line on stderr, without a traceback."""
     streams.open_closed()
     args = parser(COMMANDS).parse_args(argv)
     args.written = []  # named if the command is interrupted or fails
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in before:
         signal.signal(number, ending)
     try:
-        # What `integrate` is for are its files; of the others, somebody is to read the answer.
+        # `integrate` is run for its files and goes on if nobody reads its messages; the others end.
         stdout = streams.Lasting(sys.stdout) if args.run is _integrate else sys.stdout
         with (
             warnings.catch_warnings(),
@@ -116,7 +116,7 @@ def _integrate(args: argparse.Namespace) -> int:
     _check_results(adata, clustering.names_of_results(args.suffix))
     h5ad.try_to_write(adata, args.output)
     _say(f"{', '.join(map(str, args.input))}: {counted(adata.n_obs, 'cell')} x {counted(adata.n_vars, 'gene')}")
-    # An option of this command is named as the argument that it is of; labels may be missing where none are modelled.
+    # The options have the names of the arguments. Labels that the model does not read may be missing for some cells.
     taken = inspect.signature(integration.integrate).parameters
     options = {name: value for name, value in vars(args).items() if name in taken and name != "labels_key"}
     model = integration.integrate(
@@ -156,7 +156,7 @@ def _check_outputs(args: argparse.Namespace, report: Path) -> None:
     h5ad.check_output(args.output, args.overwrite)
     existing = next(folder for folder in (report, *report.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"the folder {report} cannot be written: {existing} is a file, or not yours to write to.")
+        raise ValueError(f"the folder {report} cannot be written: {existing} is a file, or you may not write to it.")
     if args.output.absolute() in (report.absolute(), *(path.absolute() for path in report.parents)):
         raise ValueError(f"{args.output} would be both the output and the folder of the report; name another --report.")
     names = ("model/model.json", *reporting.SCORES, *reporting.PICTURES)
@@ -179,7 +179,7 @@ def _report(args: argparse.Namespace, adata, model, report: Path) -> None:
     for name in reporting.SCORES:
         (report / name).unlink(missing_ok=True)  # of an earlier run
     args.ending.check()
-    _say("drawing the cells without the integration (PCA, UMAP) beside those with it ...")
+    _say("drawing UMAPs of the cells without and with the integration ...")
     before = reporting.uncorrected(model)
     colours = [key for key in (args.batch_key, args.labels_key, f"leiden_{args.suffix}") if key is not None]
     drawn = reporting.draw(model, adata, before, report, colours, suffix=args.suffix)
@@ -187,11 +187,11 @@ def _report(args: argparse.Namespace, adata, model, report: Path) -> None:
     args.ending.check()
     _say(f"wrote {report / 'model'}, {', '.join(map(str, drawn))}")
     if args.labels_key is None:
-        _say("no scores: they compare with known labels; name their column with --labels-key")
+        _say("no scores, because they need known labels: name their column with --labels-key")
         return
     _say("computing scores ...")
     try:
-        logging.disable(logging.WARNING)  # scib-metrics tells of every small label
+        logging.disable(logging.WARNING)  # scib-metrics warns about every small label
         keys = {"batch_key": args.batch_key, "labels_key": args.labels_key}
         table = reporting.scores(adata, before, report, suffix=args.suffix, **keys)
         _say(table.to_string(float_format="{:.3f}".format))

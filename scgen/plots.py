@@ -69,7 +69,7 @@ def scatters(
         A title of ``colours``. A further row has the last map once for each of its categories, with all other cells in
         light grey behind.
     max_categories
-        There is no legend for more categories.
+        With more categories, there is no legend.
     ax
         Where to draw, for one map and one column without ``split_by``; None makes a figure.
     save
@@ -141,12 +141,12 @@ def history(model, *, ax: Axes | None = None, save: str | Path | None = None) ->
     """Draw the evidence lower bound (ELBO) of training and validation cells, by epoch.
 
     A ring marks the epoch whose weights the model has: the one with the best ELBO of validation cells in the second
-    half of the planned epochs. Of several trainings, dotted lines mark where the later ones began.
+    half of the planned epochs. Dotted lines mark where the second and later trainings began.
 
     Parameters
     ----------
     model
-        A trained model, or a table like its ``history``, of which the marks are not known.
+        A trained model, or a table like its ``history``, which is drawn without the marks.
     ax
         Where to draw; None makes a figure.
     save
@@ -356,7 +356,7 @@ def volcano(
                 axes.axvline(sign * rows["delta"].iloc[0], color="0.4", linewidth=0.8, linestyle=":")
             title = canvas.plain(f"{name}: {rows['called'].sum()} called")
             axes.set(title=title, xlabel="log2 fold change", ylabel="Bayes factor (log)")
-            # The surest genes share one height, as many draws as there are can show: their names need room above.
+            # The surest genes share one height, the largest that so many draws can show. Their names need room above.
             bottom, top = axes.get_ylim()
             if n_labels:
                 axes.margins(x=0.1)
@@ -441,10 +441,10 @@ def posterior_predictive(check, *, save: str | Path | None = None) -> Figure:
 
 
 def _check_maps(maps: Mapping, colours: Mapping[str, pd.Series]) -> dict[str, np.ndarray]:
-    """Return the maps of `scatters` as arrays; raise where there are none, or no categories of the same cells."""
+    """Return the maps of `scatters` as arrays; raise an error unless maps and categories are of the same cells."""
     for name, value in (("maps", maps), ("colours", colours)):
         if not isinstance(value, Mapping) or not len(value):
-            raise TypeError(f"{name}={shown(value)}; it takes a mapping of titles to what is drawn, and one at least.")
+            raise TypeError(f"{name}={shown(value)}; it takes a mapping of one title or more to what is drawn.")
     maps = {name: canvas.positions(f"maps[{name!r}]", xy) for name, xy in maps.items()}
     n_cells = {name: len(xy) for name, xy in maps.items()}
     if len(set(n_cells.values())) > 1:
@@ -460,7 +460,7 @@ def _check_maps(maps: Mapping, colours: Mapping[str, pd.Series]) -> dict[str, np
 
 
 def _mark_trainings(ax: Axes, table: pd.DataFrame, trainings: Sequence[Mapping]) -> None:
-    """Mark the epoch whose weights are kept, and where later trainings began; older models do not know of these."""
+    """Mark the epoch whose weights are kept, and where later trainings began; models of older versions lack these."""
     own = []  # trainings of the same history: the trainings of a reference are not those of a model that maps onto it
     for one in reversed(trainings):
         if "first_epoch" not in one:

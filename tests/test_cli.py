@@ -94,7 +94,7 @@ def test_integrate(source, tmp_path):
     ("args", "code", "words"),
     [
         (["integrate", "nothing.h5ad", "-o", "out.h5ad", "--batch-key", "batch"], 1, "is not there"),
-        (["integrate", "{text}", "-o", "out.h5ad", "--batch-key", "batch"], 1, "no HDF5 file"),
+        (["integrate", "{text}", "-o", "out.h5ad", "--batch-key", "batch"], 1, "not an HDF5 file"),
         (["integrate", "{source}", "-o", "out.h5ad", "--batch-key", "bach"], 1, "--batch-key batch?"),
         (
             ["integrate", "{source}", "-o", "out.h5ad", "--batch-key", "batch", "--labels-key", "celltype"],

@@ -133,8 +133,8 @@ def test_loom(tmp_path):
         ("cells.h5mu", r"mudata\.read_h5mu"),
         ("cells.h5seurat", r"SeuratDisk::Convert"),
         ("matrix.mtx.gz", "name its folder"),
-        ("notes.h5ad", "no HDF5 file"),
-        ("cells.h5", r"no known kind \(it has: a, b\)"),
+        ("notes.h5ad", "not an HDF5 file"),
+        ("cells.h5", r"unknown kind \(it has: a, b\)"),
         ("modalities.h5", r"mudata\.read_h5mu"),
         ("empty", r"without a matrix\.mtx or a zarr store \(it has: nothing\)"),
         ("two", r"several matrices \(a_matrix\.mtx, b_matrix\.mtx\)"),
@@ -232,7 +232,7 @@ def test_a_column_that_all_files_have_is_kept(tmp_path):
     [
         ([("two.h5ad", ["a", "b"], {})], 'only one of the 2 files have the column "donor"'),
         ([("two.h5ad", ["x", "y"], {"donor": "b"})], "no gene in common.*one: a, .*two: x"),
-        ([("two.h5ad", ["a", "a"], {"donor": "b"})], "two has gene names more than once"),
+        ([("two.h5ad", ["a", "a"], {"donor": "b"})], "two has duplicate gene names"),
         ([("one.h5ad", ["a", "b"], {"donor": "b"})], "named twice"),
     ],
 )

@@ -1,6 +1,6 @@
-"""Models and queries in plain words: on one line, on a few, and as a table for notebooks.
+"""Describe models and queries on one line, on several lines, and as a table for notebooks.
 
-Each class says what there is to tell, in `_summary`: a title, and rows of a name and a text.
+The method `_summary` of a class returns what is shown: a title, and rows of a name and a text.
 """
 
 import inspect
