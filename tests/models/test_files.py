@@ -349,9 +349,9 @@ DESCRIPTIONS = {
     "batch key a number": (setting("registry", "setup", "batch_key", to=3), ["model.json"]),
     "a column without scaling": (
         setting("registry", "setup", "continuous_covariate_keys", to=["age"]),
-        ["scaling are of"],
+        ["categories or scaling"],
     ),
-    "scaling without a column": (setting("registry", "scaling", to={"age": [0.0, 1.0]}), ["scaling are of"]),
+    "scaling without a column": (setting("registry", "scaling", to={"age": [0.0, 1.0]}), ["categories or scaling"]),
     "trainings a dictionary": (setting("trainings", to={}), ["trainings is not a list"]),
     "scaling a number": (setting("registry", "scaling", to={"age": 3}), ["model.json"]),
     "history uneven": (lambda d: d["history"]["epoch"].pop(), ["model.json"]),
