@@ -38,6 +38,17 @@ def shown(value) -> str:
         return f"<{type(value).__name__}>"
 
 
+def counted(n: int, one: str, several: str | None = None) -> str:
+    """Return a number and what it counts: ``one`` for 1, else ``several``, by default ``one`` with an s.
+
+    Examples
+    --------
+    >>> counted(1, "cell"), counted(1200, "cell"), counted(2, "batch has", "batches have")
+    ('1 cell', '1,200 cells', '2 batches have')
+    """
+    return f"{n:,} {one if n == 1 else several or one + 's'}"
+
+
 def check_flag(name: str, value: bool) -> bool:
     """Check a flag and return it. Anything but True and False raises TypeError.
 

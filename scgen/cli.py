@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from scgen.arguments import counted
 from scgen.command import flags, h5ad, readers, streams
 from scgen.command.parser import parser
 
@@ -25,7 +26,7 @@ OK, FAILED, UNREAD = 0, 1, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; errors of the user's are one line on stderr, without a traceback."""
+    """Run the command and return its exit code. Errors in the input are one line on stderr, without a traceback."""
     streams.open_closed()
     args = parser(COMMANDS).parse_args(argv)
     args.written = []  # named if the command is interrupted or fails
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in before:
         signal.signal(number, ending)
     try:
-        # What `integrate` is for are its files; of the others, somebody is to read the answer.
+        # `integrate` is run for its files and goes on if nobody reads its messages; the others end.
         stdout = streams.Lasting(sys.stdout) if args.run is _integrate else sys.stdout
         with (
             warnings.catch_warnings(),
@@ -114,8 +115,8 @@ def _integrate(args: argparse.Namespace) -> int:
     _check_labels(adata, args.labels_key)
     _check_results(adata, clustering.names_of_results(args.suffix))
     h5ad.try_to_write(adata, args.output)
-    _say(f"{', '.join(map(str, args.input))}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
-    # An option of this command is named as the argument that it is of; labels may be missing where none are modelled.
+    _say(f"{', '.join(map(str, args.input))}: {counted(adata.n_obs, 'cell')} x {counted(adata.n_vars, 'gene')}")
+    # The options have the names of the arguments. Labels that the model does not read may be missing for some cells.
     taken = inspect.signature(integration.integrate).parameters
     options = {name: value for name, value in vars(args).items() if name in taken and name != "labels_key"}
     model = integration.integrate(
@@ -129,15 +130,15 @@ def _integrate(args: argparse.Namespace) -> int:
     if args.tune:
         _say(f"chose {adata.uns['scgen']['integrate']['tuned']} among the presets")
     seconds = model.history["seconds"].sum()
-    _say(f"trained {len(model.history)} epochs on {model.adata.n_vars:,} genes in {seconds:.0f} s")
+    _say(f"trained {counted(len(model.history), 'epoch')} on {counted(model.adata.n_vars, 'gene')} in {seconds:.0f} s")
     _say("computing neighbours, UMAP and Leiden clusters of the embedding ...")
     clustering.cluster(adata, f"X_{args.suffix}", suffix=args.suffix, resolution=args.resolution, seed=args.seed)
     args.ending.check()
     h5ad.write(adata, args.output, args.overwrite)
     args.written.append(args.output)
     leiden = f"leiden_{args.suffix}"
-    n_clusters = adata.obs[leiden].nunique()
-    _say(f"wrote {args.output}: obsm X_{args.suffix} and X_umap_{args.suffix}, obs {leiden} ({n_clusters} clusters)")
+    clusters = counted(adata.obs[leiden].nunique(), "cluster")
+    _say(f"wrote {args.output}: obsm X_{args.suffix} and X_umap_{args.suffix}, obs {leiden} ({clusters})")
     _report(args, adata, model, report)
     return OK
 
@@ -155,7 +156,7 @@ def _check_outputs(args: argparse.Namespace, report: Path) -> None:
     h5ad.check_output(args.output, args.overwrite)
     existing = next(folder for folder in (report, *report.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"the folder {report} cannot be written: {existing} is a file, or not yours to write to.")
+        raise ValueError(f"the folder {report} cannot be written: {existing} is a file, or you may not write to it.")
     if args.output.absolute() in (report.absolute(), *(path.absolute() for path in report.parents)):
         raise ValueError(f"{args.output} would be both the output and the folder of the report; name another --report.")
     names = ("model/model.json", *reporting.SCORES, *reporting.PICTURES)
@@ -178,7 +179,7 @@ def _report(args: argparse.Namespace, adata, model, report: Path) -> None:
     for name in reporting.SCORES:
         (report / name).unlink(missing_ok=True)  # of an earlier run
     args.ending.check()
-    _say("drawing the cells without the integration (PCA, UMAP) beside those with it ...")
+    _say("drawing UMAPs of the cells without and with the integration ...")
     before = reporting.uncorrected(model)
     colours = [key for key in (args.batch_key, args.labels_key, f"leiden_{args.suffix}") if key is not None]
     drawn = reporting.draw(model, adata, before, report, colours, suffix=args.suffix)
@@ -186,11 +187,11 @@ def _report(args: argparse.Namespace, adata, model, report: Path) -> None:
     args.ending.check()
     _say(f"wrote {report / 'model'}, {', '.join(map(str, drawn))}")
     if args.labels_key is None:
-        _say("no scores: they compare with known labels; name their column with --labels-key")
+        _say("no scores, because they need known labels: name their column with --labels-key")
         return
     _say("computing scores ...")
     try:
-        logging.disable(logging.WARNING)  # scib-metrics tells of every small label
+        logging.disable(logging.WARNING)  # scib-metrics warns about every small label
         keys = {"batch_key": args.batch_key, "labels_key": args.labels_key}
         table = reporting.scores(adata, before, report, suffix=args.suffix, **keys)
         _say(table.to_string(float_format="{:.3f}".format))
@@ -218,12 +219,12 @@ def _check(args: argparse.Namespace) -> int:
         print(flags.in_flags(f"{row.level}: {row.finding}. {row.suggestion}", args.command))
     n_errors = int((table["level"] == "error").sum())
     if n_errors:
-        print(f"NOT OK: {n_errors} error{'s' * (n_errors > 1)}; scgen cannot use this file as it is.")
+        print(f"NOT OK: {counted(n_errors, 'error')}; scgen cannot use this file as it is.")
         return FAILED
-    n_batches = "" if args.batch_key is None else f"{adata.obs[args.batch_key].nunique():,} batches, "
+    batches = counted(adata.obs[args.batch_key].nunique(), "batch, ", "batches, ") if args.batch_key else ""
     what = "raw counts" if args.counts else "values"
     where = "X" if args.layer is None else f'the layer "{args.layer}"'
-    print(f"OK: {n_batches}{adata.n_obs:,} cells, {adata.n_vars:,} genes, {what} in {where}.")
+    print(f"OK: {batches}{counted(adata.n_obs, 'cell')}, {counted(adata.n_vars, 'gene')}, {what} in {where}.")
     return OK
 
 
@@ -233,7 +234,8 @@ def _simulate(args: argparse.Namespace) -> int:
 
     adata = simulate_cells(args.n_cells, args.n_genes, n_batches=args.n_batches, seed=args.seed)
     h5ad.write(adata, args.output, args.overwrite)
-    print(f"wrote {args.output}: {args.n_cells} cells x {args.n_genes} genes, batch_key batch, labels_key cell_type")
+    size = f"{counted(args.n_cells, 'cell')} x {counted(args.n_genes, 'gene')}"
+    print(f"wrote {args.output}: {size}, batch_key batch, labels_key cell_type")
     return OK
 
 

@@ -63,12 +63,13 @@ def scatters(
     colours
         A Series of n categories for each row of panels, by title.
     last_map_only
-        Titles of ``colours`` that are drawn on the last map only, such as clusters that were found there.
+        Titles of ``colours`` that are drawn on the last map only, such as clusters that were found there. This map is
+        then in the middle of its row.
     split_by
         A title of ``colours``. A further row has the last map once for each of its categories, with all other cells in
         light grey behind.
     max_categories
-        There is no legend for more categories.
+        With more categories, there is no legend.
     ax
         Where to draw, for one map and one column without ``split_by``; None makes a figure.
     save
@@ -114,39 +115,38 @@ def scatters(
     width = 4.8 * len(maps) + max(column.legend_width for column in columns.values())
     heights = [4.6 * len(columns)]
     if parts:
-        in_a_row = min(len(parts), 6)
-        n_rows = -(-len(parts) // in_a_row)
-        heights.append(0.4 + min(width / in_a_row, 4.6) * n_rows)
+        sizes = [len(some) for some in np.array_split(parts, -(-len(parts) // 6))]
+        heights.append(0.4 + min(width / sizes[0], 4.6) * len(sizes))
     with canvas.drawing(ax, width, sum(heights), save) as figure:
         upper, lower = figure.subfigures(2, 1, height_ratios=heights) if parts else (figure, None)
-        grid = upper.subplots(len(columns), len(maps), squeeze=False) if ax is None else np.array([[ax]])
-        for row, (name, column) in zip(grid, columns.items(), strict=True):
-            for axes, (of, xy) in zip(row, maps.items(), strict=True):
-                if name in last_map_only and axes is not row[-1]:
-                    axes.remove()
-                else:
-                    column.draw(axes, xy[order], order, canvas.plain(f"{of}, by {name}"))
+        shown_on = [[(title, last)] if name in last_map_only else list(maps.items()) for name in columns]
+        rows = [[ax]] if ax is not None else canvas.panels(upper, [len(on) for on in shown_on])
+        for row, on, (name, column) in zip(rows, shown_on, columns.items(), strict=True):
+            for axes, (of, xy) in zip(row, on, strict=True):
+                column.draw(axes, xy[order], order, canvas.plain(f"{of}, by {name}"))
             column.add_legend(row[-1])
+            if len(row) < len(maps) and column.legend_width < 2.4:
+                # They fit beside a panel in the middle of its row; in the layout, they would widen other panels.
+                for artist in filter(None, (row[0].yaxis.label, row[0].get_legend())):
+                    artist.set_in_layout(False)
         if parts:
             lower.suptitle(canvas.plain(f"{title}, each {split_by} with all other cells in grey"), fontsize=11)
-            panels = lower.subplots(n_rows, in_a_row, squeeze=False).ravel()
-            for i, label in enumerate(parts):
-                columns[split_by].draw(panels[i], last[order], order, label, only=i)
-            for axes in panels[len(parts) :]:
-                axes.remove()
-    return grid[0, 0] if n_panels == 1 else figure
+            panels = [axes for row in canvas.panels(lower, sizes) for axes in row]
+            for i, (axes, label) in enumerate(zip(panels, parts, strict=True)):
+                columns[split_by].draw(axes, last[order], order, label, only=i)
+    return rows[0][0] if n_panels == 1 else figure
 
 
 def history(model, *, ax: Axes | None = None, save: str | Path | None = None) -> Axes:
     """Draw the evidence lower bound (ELBO) of training and validation cells, by epoch.
 
     A ring marks the epoch whose weights the model has: the one with the best ELBO of validation cells in the second
-    half of the planned epochs. Of several trainings, dotted lines mark where the later ones began.
+    half of the planned epochs. Dotted lines mark where the second and later trainings began.
 
     Parameters
     ----------
     model
-        A trained model, or a table like its ``history``, of which the marks are not known.
+        A trained model, or a table like its ``history``, which is drawn without the marks.
     ax
         Where to draw; None makes a figure.
     save
@@ -356,7 +356,7 @@ def volcano(
                 axes.axvline(sign * rows["delta"].iloc[0], color="0.4", linewidth=0.8, linestyle=":")
             title = canvas.plain(f"{name}: {rows['called'].sum()} called")
             axes.set(title=title, xlabel="log2 fold change", ylabel="Bayes factor (log)")
-            # The surest genes share one height, as many draws as there are can show: their names need room above.
+            # The surest genes share one height, the largest that so many draws can show. Their names need room above.
             bottom, top = axes.get_ylim()
             if n_labels:
                 axes.margins(x=0.1)
@@ -441,10 +441,10 @@ def posterior_predictive(check, *, save: str | Path | None = None) -> Figure:
 
 
 def _check_maps(maps: Mapping, colours: Mapping[str, pd.Series]) -> dict[str, np.ndarray]:
-    """Return the maps of `scatters` as arrays; raise where there are none, or no categories of the same cells."""
+    """Return the maps of `scatters` as arrays; raise an error unless maps and categories are of the same cells."""
     for name, value in (("maps", maps), ("colours", colours)):
         if not isinstance(value, Mapping) or not len(value):
-            raise TypeError(f"{name}={shown(value)}; it takes a mapping of titles to what is drawn, and one at least.")
+            raise TypeError(f"{name}={shown(value)}; it takes a mapping of one title or more to what is drawn.")
     maps = {name: canvas.positions(f"maps[{name!r}]", xy) for name, xy in maps.items()}
     n_cells = {name: len(xy) for name, xy in maps.items()}
     if len(set(n_cells.values())) > 1:
@@ -460,7 +460,7 @@ def _check_maps(maps: Mapping, colours: Mapping[str, pd.Series]) -> dict[str, np
 
 
 def _mark_trainings(ax: Axes, table: pd.DataFrame, trainings: Sequence[Mapping]) -> None:
-    """Mark the epoch whose weights are kept, and where later trainings began; older models do not know of these."""
+    """Mark the epoch whose weights are kept, and where later trainings began; models of older versions lack these."""
     own = []  # trainings of the same history: the trainings of a reference are not those of a model that maps onto it
     for one in reversed(trainings):
         if "first_epoch" not in one:

@@ -94,7 +94,7 @@ def test_integrate(source, tmp_path):
     ("args", "code", "words"),
     [
         (["integrate", "nothing.h5ad", "-o", "out.h5ad", "--batch-key", "batch"], 1, "is not there"),
-        (["integrate", "{text}", "-o", "out.h5ad", "--batch-key", "batch"], 1, "no HDF5 file"),
+        (["integrate", "{text}", "-o", "out.h5ad", "--batch-key", "batch"], 1, "not an HDF5 file"),
         (["integrate", "{source}", "-o", "out.h5ad", "--batch-key", "bach"], 1, "--batch-key batch?"),
         (
             ["integrate", "{source}", "-o", "out.h5ad", "--batch-key", "batch", "--labels-key", "celltype"],
@@ -150,7 +150,7 @@ def test_a_truncated_file_is_an_error(source, tmp_path):
 def test_check(source, tmp_path):
     done = run("check", source, "--batch-key", "batch")
     assert done.returncode == 1
-    assert "1 cells have no counts" in done.stdout
+    assert "1 cell has no counts" in done.stdout
     assert done.stdout.endswith("NOT OK: 1 error; scgen cannot use this file as it is.\n")
     assert run("simulate", "-o", tmp_path / "good.h5ad", "--n-cells", 60, "--n-genes", 20).returncode == 0
     done = run("check", tmp_path / "good.h5ad", "--batch-key", "batch")

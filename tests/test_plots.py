@@ -378,6 +378,28 @@ def test_columns_on_the_last_map_and_categories_apart(tmp_path):
         assert np.allclose(others.get_facecolors()[:, :3], grey)
 
 
+@pytest.mark.parametrize("n_batches", [2, 6, 14])
+@pytest.mark.parametrize("labels", [["kind"], []])
+@pytest.mark.parametrize("n_clusters", [3, 40])
+def test_no_cell_of_the_layout_stays_empty(tmp_path, n_batches, labels, n_clusters):
+    batch, cluster = (pd.Series([f"number {i % n:,}" for i in range(200)]) for n in (n_batches, n_clusters))
+    colours = {"batch": batch, **dict.fromkeys(labels, KINDS), "cluster": cluster}
+    options = {"last_map_only": ["cluster"], "split_by": "batch", "save": tmp_path / "a.png"}
+    figure = plots.scatters({"before": XY, "after": -XY}, colours, **options)
+    boxes = {axes.get_title(): axes.get_window_extent() for axes in figure.axes}
+    rows = [[box for title, box in boxes.items() if f"by {key}" in title] for key in colours]
+    for row in rows:  # in the middle of the same columns
+        assert np.mean([box.x0 + box.x1 for box in row]) == pytest.approx(rows[0][0].x0 + rows[0][1].x1, abs=10)
+        assert [box.width for box in row] == pytest.approx([rows[0][0].width] * len(row), rel=0.02)
+    parts = [box for title, box in boxes.items() if title.startswith("number")]
+    n_by_row = np.unique([round(box.y0) for box in parts], return_counts=True)[1]
+    assert n_by_row[::-1].tolist() == {2: [2], 6: [6], 14: [5, 5, 4]}[n_batches]
+    assert [box.width for box in parts] == pytest.approx([parts[0].width] * n_batches, rel=0.02)
+    drawn = [axes.get_tightbbox() for axes in figure.axes]  # with titles and legends
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(drawn, 2))
+    assert max(box.x1 for box in drawn) <= figure.bbox.x1
+
+
 @pytest.mark.parametrize("n_batches", [1, 2, 7])
 def test_the_report_shows_few_batches_apart(tmp_path, monkeypatch, trained, n_batches):
     adata = trained.adata.copy()

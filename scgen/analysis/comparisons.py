@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from scgen.arguments import check_key, did_you_mean, shown
+from scgen.arguments import check_key, counted, did_you_mean, shown
 from scgen.data.categories import name_of, names_of, unhashable
 from scgen.data.checks import some
 from scgen.data.loader import rows_asked_for
@@ -150,7 +150,7 @@ def by_rows(
     first = rows_asked_for(idx1, n_cells, "idx1")
     if idx2 is not None and (group[first] == 1).any():
         shared = len(np.unique(first[group[first] == 1]))
-        raise ValueError(f"idx1 and idx2 share {shared} cells; a cell can be in only one of them.")
+        raise ValueError(f"idx1 and idx2 share {counted(shared, 'cell')}; a cell can be in only one of them.")
     group[first] = 0
     if not (group == 1).any():
         raise ValueError("idx1 has all cells, so there is nothing to compare with. Leave some out, or set idx2=.")

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-#: The names that `SCVI` takes, written here again: to read them there is to load torch, which takes seconds.
+#: The names that `SCVI` takes. They are repeated here, because importing them would load torch, which takes seconds.
 CHOICES = {
     "gene_likelihood": ("zinb", "nb", "poisson", "normal"),
     "dispersion": ("gene", "gene-batch", "gene-label", "gene-cell"),
@@ -16,7 +16,7 @@ CHOICES = {
 
 
 def add_data_arguments(command: argparse.ArgumentParser, batch_required: bool = False) -> None:
-    """Add what says which parts of a file are read: the same for all commands that read one."""
+    """Add the arguments that say which parts of a file are read; all commands that read cells have them."""
     command.add_argument(
         "input",
         type=path,
@@ -42,29 +42,37 @@ def add_data_arguments(command: argparse.ArgumentParser, batch_required: bool = 
     group.add_argument("--layer", type=name, metavar="LAYER", help="layer with the raw counts (default: X)")
     for flag, argument, text in (
         ("--covariate", "categorical_covariate_keys", "further column whose effect is removed; may be repeated"),
-        ("--continuous-covariate", "continuous_covariate_keys", "the same, of numbers; may be repeated"),
+        ("--continuous-covariate", "continuous_covariate_keys", "the same for a column of numbers; may be repeated"),
     ):
         group.add_argument(flag, dest=argument, action="append", type=name, metavar="COLUMN", help=text)
     group.add_argument(
         "--size-factor-key", type=name, metavar="COLUMN", help="column of obs that replaces the library size"
     )
     group.add_argument(
-        "--no-counts", dest="counts", action="store_false", help="values are normalised, for --gene-likelihood normal"
+        "--no-counts",
+        dest="counts",
+        action="store_false",
+        help="the values are not counts, for --gene-likelihood normal",
     )
 
 
 def add_output(command: argparse.ArgumentParser, text: str, metavar: str = "OUT.h5ad") -> None:
-    """Add where a command writes, and what else all commands that write take."""
+    """Add the output, and the other arguments of every command that writes."""
     command.add_argument("-o", "--output", type=path, required=True, metavar=metavar, help=text)
     command.add_argument("--overwrite", action="store_true", help="replace what is there already")
     if metavar == "OUT.h5ad":
         command.add_argument(
-            "--seed", type=whole(0, 2**32 - 1), default=0, metavar="N", help="seed of all that is random (default 0)"
+            # scanpy, which makes the clusters, takes seeds of 32 bits.
+            "--seed",
+            type=whole(0, 2**32 - 1),
+            default=0,
+            metavar="N",
+            help="seed of all random numbers (default 0)",
         )
 
 
 def add_integration_arguments(command: argparse.ArgumentParser) -> None:
-    """Add what only ``integrate`` takes: the genes, the clusters, the report."""
+    """Add the arguments of ``integrate`` alone: the genes, the clusters, the report."""
     command.add_argument(
         "--n-top-genes", type=whole(1), metavar="N", help="model only the N most variable genes (default: all genes)"
     )
@@ -73,13 +81,17 @@ def add_integration_arguments(command: argparse.ArgumentParser) -> None:
         type=resolution,
         default=1.0,
         metavar="X",
-        help="of the Leiden clusters: more gives more clusters (default 1)",
+        help="resolution of the Leiden clusters; a larger value gives more clusters (default 1)",
     )
     command.add_argument(
         "--report", type=path, metavar="DIR", help="folder of the pictures, scores and model (default: OUT_report)"
     )
     command.add_argument(
-        "--suffix", type=suffix, default="scgen", metavar="NAME", help="ends the names of all results (default: scgen)"
+        "--suffix",
+        type=suffix,
+        default="scgen",
+        metavar="NAME",
+        help="end of the names of the results (default: scgen)",
     )
     command.add_argument("--quiet", action="store_true", help="show no progress line")
 
@@ -93,7 +105,7 @@ MODEL = {
     "n_components": "components of the mixture of --prior (default: 20 mog or 50 vamp)",
     "dropout_rate": "share of the hidden units that are dropped in training (default 0.1)",
     "gene_likelihood": "distribution of the counts (default zinb)",
-    "dispersion": "what has a dispersion of its own (default gene)",
+    "dispersion": "what the dispersion depends on (default gene)",
     "posterior": "distribution of the embedding given a cell (default normal)",
     "prior": "distribution of the embedding over all cells (default normal)",
     "use_observed_lib_size": "take a cell's total as its library size, instead of inferring it (default no)",
@@ -111,12 +123,12 @@ TRAINING = {
     "n_importance_samples": "draws of the importance-weighted bound; 1 trains on the ELBO (default 1)",
     "accelerator": "where to compute (default auto)",
     "devices": "number of devices (default 1)",
-    "precision": "of matrix products in training (default auto)",
+    "precision": "precision of matrix products in training (default auto)",
 }
 
 
 def add_model_arguments(group) -> None:
-    """Add the settings of `SCVI`; what is not given stays None, which stands for its default."""
+    """Add the settings of `SCVI`. One that is not given is None, which means its default."""
     group.add_argument(
         "--tune", action="store_true", help="choose these settings among scgen.PRESETS, by held-out counts"
     )
@@ -152,8 +164,8 @@ def in_flags(message: str, command: argparse.ArgumentParser) -> str:
     --------
     >>> command = argparse.ArgumentParser()
     >>> add_data_arguments(command)
-    >>> in_flags('layer="raw" is no layer. Did you mean setup_anndata(adata, layer="counts")?', command)
-    '--layer raw is no layer. Did you mean --layer counts?'
+    >>> in_flags('layer="raw" is not a layer. Did you mean setup_anndata(adata, layer="counts")?', command)
+    '--layer raw is not a layer. Did you mean --layer counts?'
     """
     options = {action.dest: action.option_strings for action in command._actions if action.option_strings}
 
@@ -169,7 +181,7 @@ def in_flags(message: str, command: argparse.ArgumentParser) -> str:
     value = r"""\["[^"\]]*"\]|"[^"]*"|'[^']*'|\.{3}|[-+\w.]*[-+\w]"""
     # Not within a path or a name that a user chose.
     argument = rf"(?<![\w/.-])(?P<argument>[a-z_]+)=(?P<value>{value})(?![/\w])"
-    # A call whose arguments are all named stands for them.
+    # A call in which all arguments are named is replaced by these arguments.
     call = rf"(?:[\w.]+\.)?(?:setup_anndata|integrate|SCVI|train)\((?:adata|\.\.\.|, )*(?P<named>{argument})\)"
     message = re.sub(call, lambda found: found["named"], message)
     message = re.sub(argument, flag, message)
@@ -194,7 +206,7 @@ def name(text: str) -> str:
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Return what reads a whole number from a flag. Seeds are scanpy's too, whose generators take 32 bits."""
+    """Return a function that reads a whole number from a flag."""
 
     def number(text: str) -> int:
         takes = f"{text!r}; it takes a whole number from {least}" + (f" to {most}" if most else "")
@@ -221,7 +233,7 @@ def resolution(text: str) -> float:
 
 
 def suffix(text: str) -> str:
-    """Return what ends the names of results."""
+    """Return the end of the names of results; it must not be empty or contain "/"."""
     if not text or "/" in text:
-        raise argparse.ArgumentTypeError(f'{text!r}; a name without "/" is needed')
+        raise argparse.ArgumentTypeError(f'{text!r}; it takes a name without "/"')
     return text

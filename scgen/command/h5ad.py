@@ -1,4 +1,4 @@
-"""Write files of cells as the command does: whole, or not at all."""
+"""Write files of cells, completely or not at all."""
 
 import contextlib
 import multiprocessing
@@ -26,7 +26,7 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 
 def try_to_write(adata, path: Path) -> None:
-    """Raise now if the result could not be written later; of the matrices a single value is tried."""
+    """Raise an error now if the result could not be written later: write its tables, and one value of its matrices."""
     import anndata
 
     with warnings.catch_warnings():
@@ -38,12 +38,13 @@ def try_to_write(adata, path: Path) -> None:
 
 
 def write(adata, path: Path, overwrite: bool) -> None:
-    """Write beside the path and move there in one step: it never holds half a file.
+    """Write a temporary file and move it to the path in one step, so that the path never holds half a file.
 
     Raises
     ------
     FileExistsError
-        If there is a file now and ``overwrite`` is false. The result is then kept under another name, which is told.
+        If there is a file now and ``overwrite`` is false. The result is then kept under another name, which
+        is in the message.
     """
     with atomic.beside(path) as temporary:
         _write_apart(adata, temporary)
@@ -67,7 +68,7 @@ def _write_apart(adata, path: Path) -> None:
     try:
         child.start()
         sender.close()
-        with contextlib.suppress(EOFError, OSError):  # it ended without a word, or in the middle of one
+        with contextlib.suppress(EOFError, OSError):  # the child ended before or while it sent a message
             reason = receiver.recv()  # before it is joined: it waits until a long message is read
         child.join()
     except BaseException:  # a signal ends the command: nothing is to be written any more
@@ -83,7 +84,7 @@ def _write_apart(adata, path: Path) -> None:
 
 def _write_and_tell(adata, path: Path, sender) -> None:
     for number in ENDING:
-        signal.signal(number, signal.SIG_DFL)  # what is half done is cleared away by the parent
+        signal.signal(number, signal.SIG_DFL)  # the parent deletes half-written files
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the parent says what went wrong
     try:
         _write_here(adata, path)
@@ -97,6 +98,6 @@ def _write_here(adata, path: Path) -> None:
     import anndata
     from anndata.io import write_h5ad
 
-    # As it was read: text stays text, and text with missing values is what anndata has to be asked to write.
+    # Text is written as it was read. Without this setting, anndata refuses text with missing values.
     with anndata.settings.override(allow_write_nullable_strings=True):
         write_h5ad(path, adata, convert_strings_to_categoricals=False)

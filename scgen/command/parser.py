@@ -42,14 +42,14 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
         "train on the cells of a file, embed, cluster, draw and score them",
         "IN [IN ...] -o OUT.h5ad --batch-key COLUMN",
         "scgen integrate cells.h5ad -o integrated.h5ad --batch-key sample --labels-key cell_type --n-top-genes 2000\n"
-        "  scgen integrate day1.h5 day2.h5 -o integrated.h5ad --batch-key sample   # 10x files: a sample each",
+        "  scgen integrate day1.h5 day2.h5 -o integrated.h5ad --batch-key sample   # each 10x file is a sample",
     )
     add_data_arguments(command, batch_required=True)
     add_output(command, "h5ad file to write: the cells of IN, all their genes, and the results")
     add_integration_arguments(command)
-    group = command.add_argument_group("model", "the arguments of scgen.SCVI; what is not given has its default")
+    group = command.add_argument_group("model", "the arguments of scgen.SCVI; those not given have their defaults")
     add_model_arguments(group)
-    group = command.add_argument_group("training", "the arguments of SCVI.train; what is not given has its default")
+    group = command.add_argument_group("training", "the arguments of SCVI.train; those not given have their defaults")
     add_training_arguments(group)
     integrate = command
 
@@ -60,7 +60,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
         "scgen check cells.h5ad --batch-key sample --layer counts",
     )
     add_data_arguments(command)
-    command.set_defaults(command=integrate)  # for which what it says is meant
+    command.set_defaults(command=integrate)  # its messages name the flags of `integrate`
 
     command = add(
         "simulate",
@@ -80,7 +80,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
 
     command = add(
         "convert",
-        "make a model of scgen's from one that scvi-tools saved",
+        "convert a model that scvi-tools saved to one of scgen",
         "SCVI_DIR -o DIR",
         "scgen convert scvi_model/ -o scgen_model/ --data cells.h5ad",
     )

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from scgen.arguments import did_you_mean
+from scgen.arguments import counted, did_you_mean
 
 #: What to do about formats that are not read here, by the end of the file's name.
 ELSEWHERE = {
@@ -46,7 +46,8 @@ def read(path: Path):
     if kind not in ("h5ad", "zarr") and not adata.var_names.is_unique:
         twice = adata.var_names[adata.var_names.duplicated()].nunique()
         adata.var_names_make_unique()
-        warnings.warn(f"{path}: {twice} gene names occur more than once; a number was added to them", stacklevel=2)
+        names = counted(twice, "gene name occurs", "gene names occur")
+        warnings.warn(f"{path}: {names} more than once; numbers were added to the repeats", stacklevel=2)
     return adata
 
 
@@ -56,7 +57,7 @@ def read_all(paths: Sequence[Path], batch_key: str | None):
     Parameters
     ----------
     paths
-        The files. The cells of several get the name of their file after their own.
+        The files. If there are several, the name of the file is added to the name of each of its cells.
     batch_key
         Column of obs. If none of several files has it, it is made: the name of each cell's file.
 
@@ -84,7 +85,7 @@ def read_all(paths: Sequence[Path], batch_key: str | None):
         )
     for name, adata in zip(names, cells, strict=True):
         if not adata.var_names.is_unique:
-            raise ValueError(f"{name} has gene names more than once, so that it cannot be joined with the others.")
+            raise ValueError(f"{name} has duplicate gene names, so it cannot be joined with the other files.")
         if (adata.X is None) != (cells[0].X is None):
             raise ValueError(f"X is empty in some of the files, but not in all: {names[0]} and {name} differ.")
     label = None if with_column else batch_key
@@ -104,13 +105,15 @@ def read_all(paths: Sequence[Path], batch_key: str | None):
     most = max(adata.n_vars for adata in cells)
     if joined.n_vars < most:
         warnings.warn(
-            f"{joined.n_vars} genes are in all files; up to {most - joined.n_vars} others are left out", stacklevel=2
+            f"{counted(joined.n_vars, 'gene is', 'genes are')} in all files; up to "
+            f"{counted(most - joined.n_vars, 'other is', 'others are')} left out",
+            stacklevel=2,
         )
     return joined
 
 
 def _name_of(path: Path) -> str:
-    """Return the name of a sample: that of its file, or of the folder that 10x's own file names say nothing about."""
+    """Return the name of a sample: that of its file, or of its folder if the file has one of 10x's standard names."""
     plain = path.name.removesuffix(".gz").removesuffix(path.suffix)
     of_10x = "filtered_feature_bc_matrix", "raw_feature_bc_matrix", "filtered_gene_bc_matrices", "matrix"
     absolute = path.absolute()
@@ -144,7 +147,7 @@ def _kind_of_file(path: Path) -> str:
     if path.name.removesuffix(".gz").endswith(".mtx"):
         raise ValueError(f"{path} has no names of cells and genes: name its folder, {path.parent}, instead.")
     if not h5py.is_hdf5(path):
-        raise ValueError(f"{path} is no HDF5 file, or was cut short: this command reads {FORMATS}.")
+        raise ValueError(f"{path} is not an HDF5 file, or it was cut short. This command reads {FORMATS}.")
     try:
         with h5py.File(path) as file:
             parts = set(file)
@@ -155,12 +158,12 @@ def _kind_of_file(path: Path) -> str:
             if parts and all(isinstance(file[part], h5py.Group) and "barcodes" in file[part] for part in parts):
                 return "10x h5"  # of Cell Ranger 2, a group for each genome
     except OSError as error:
-        raise ValueError(f"{path} is damaged, or was cut short: {error}") from error
+        raise ValueError(f"{path} is damaged, or it was cut short: {error}") from error
     for suffix, part in ((".h5mu", "mod"), (".h5seurat", "assays")):
         if part in parts:
             raise ValueError(f"{path} is not read by this command: {ELSEWHERE[suffix]}.")
     raise ValueError(
-        f"{path} is an HDF5 file of no known kind (it has: {', '.join(sorted(parts)[:5])}). Name {FORMATS}."
+        f"{path} is an HDF5 file of an unknown kind (it has: {', '.join(sorted(parts)[:5])}). Name {FORMATS}."
     )
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from scgen.arguments import nearest
+from scgen.arguments import counted, nearest
 from scgen.data.categories import name_of, names_of, unhashable
 from scgen.data.checks import LARGEST, Finding, Setup, some
 from scgen.data.counts import NEEDS_COUNTS, are_counts, counts_are_in, layers_of, looks_like, matrix_of
@@ -58,7 +58,7 @@ def _shape(adata: AnnData) -> Iterator[Finding]:
             yield Finding("error", where, f"{where} {kind}", len(names), f"Make them strings: {where} = {made}.")
     twice = adata.var_names[adata.var_names.duplicated()].unique()
     if len(twice):
-        text = f"adata.var_names has {len(twice)} duplicate names ({some(twice)})"
+        text = f"adata.var_names has {counted(len(twice), 'duplicate name')} ({some(twice)})"
         yield Finding("error", "adata.var_names", text, len(twice), "Call adata.var_names_make_unique() first.")
 
 
@@ -117,18 +117,21 @@ def _numbers(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
     values = column.to_numpy(dtype=float, na_value=np.nan)
     bad = ~np.isfinite(values)
     if bad.any():
-        text = f"{argument}: {where} has {bad.sum()} NaN or infinite values (first cells: {some(column.index[bad])})"
-        yield Finding("error", where, text, int(bad.sum()), "Replace these values, or remove the cells.")
+        n = counted(bad.sum(), "NaN or infinite value")
+        text = f"{argument}: {where} has {n} (first: {some(column.index[bad])})"
+        yield Finding("error", where, text, int(bad.sum()), "Replace such values, or remove their cells.")
         return
     # Covariates are standardised, so their unit is free, but their squares must be finite.
     least, most = (1 / LARGEST, LARGEST) if role == "size_factor_key" else (0, float(np.finfo(np.float32).max))
     if role == "size_factor_key" and (bad := values <= 0).any():
-        text = f"size_factor_key: {where} has {bad.sum()} values that are not positive ({some(column.index[bad])})"
+        n = counted(bad.sum(), "value that is not positive", "values that are not positive")
+        text = f"size_factor_key: {where} has {n} ({some(column.index[bad])})"
         yield Finding("error", where, text, int(bad.sum()), "Size factors divide the counts and must be above 0.")
     elif (bad := (np.abs(values) < least) | (np.abs(values) > most)).any():
-        text = f"{argument}: {where} has {bad.sum()} values that are too small or too large ({some(column.index[bad])})"
+        n = counted(bad.sum(), "value that is too small or too large", "values that are too small or too large")
+        text = f"{argument}: {where} has {n} ({some(column.index[bad])})"
         first = f"{column.index[bad][0]} has {values[bad][0]:g}"
-        fix = f"{first}; absolute values must be from {least:g} to {most:.4g}. Correct or rescale them."
+        fix = f"{first}; absolute values must be from {least:g} to {most:.4g}. Correct or rescale such values."
         yield Finding("error", where, text, int(bad.sum()), fix)
     elif len(values) > 1 and np.ptp(values) == 0:
         text = f"{argument}: {where} has one value, {values[0]:g}, for all cells"
@@ -144,9 +147,9 @@ def _categories(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
         return
     missing = column.isna().to_numpy()
     if missing.any():
-        text = f"{argument}: {where} is NaN for {missing.sum()} cells (first: {some(column.index[missing])})"
+        text = f"{argument}: {where} is NaN for {counted(missing.sum(), 'cell')} (first: {some(column.index[missing])})"
         fix = f'adata.obs["{key}"] = adata.obs["{key}"].astype(object).fillna("missing")'
-        yield Finding("error", where, text, int(missing.sum()), f"Give them a name, {fix}, or remove these cells.")
+        yield Finding("error", where, text, int(missing.sum()), f"Give it a name, {fix}, or remove these cells.")
         return
     sizes = column.value_counts()
     sizes = sizes[sizes > 0]
@@ -157,7 +160,7 @@ def _categories(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
         yield Finding("error", where, text, 1, f"Make them the same type: {fix}.")
     few = sizes[sizes < FEW_CELLS]
     if len(column) > FEW_CELLS and len(sizes) > len(column) / 2:
-        text = f"{argument}: {where} has {len(sizes)} values for {len(column)} cells, nearly one value per cell"
+        text = f"{argument}: {where} has {len(sizes):,} values for {len(column):,} cells, nearly one value per cell"
         fix = "Is this a column of barcodes or numbers? Several cells must share each value."
         if pd.api.types.is_numeric_dtype(column):
             fix = f'They are numbers: pass continuous_covariate_keys=["{key}"].'
@@ -168,11 +171,11 @@ def _categories(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
         fix = "There is nothing to integrate." if role == "batch_key" else no_use
         yield Finding("warning", where, text, len(column), fix)
     elif role == "batch_key" and len(few):
-        text = f"batch_key: {where} has {len(few)} batches of fewer than {FEW_CELLS} cells (" + ", ".join(
-            f"{name_of(value)}: {size}" for value, size in few.head(5).items()
-        )
-        fix = "These are too few cells to estimate a batch effect; merge or remove these batches."
-        yield Finding("warning", where, text + ")", len(few), fix)
+        sizes_of_few = some([f"{name_of(value)}: {size}" for value, size in few.items()])
+        n = counted(len(few), "batch", "batches")
+        text = f"batch_key: {where} has {n} of fewer than {FEW_CELLS} cells ({sizes_of_few})"
+        fix = "A batch effect cannot be estimated from so few cells; merge or remove small batches."
+        yield Finding("warning", where, text, len(few), fix)
 
 
 def _no_matrix(adata: AnnData, setup: Setup) -> Finding:
@@ -216,24 +219,27 @@ def _values(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, empt
         empty.append(start + np.flatnonzero(np.asarray(block.sum(axis=1)).ravel() == 0))
     cells = np.concatenate(empty)
     if n["infinite"]:
-        text = f"{setup.where} has {n['infinite']} NaN or infinite values (first at {first['infinite']})"
-        yield Finding("error", setup.where, text, n["infinite"], "Correct or remove them; numpy.isfinite finds them.")
-    if n["large"]:
-        text = f"{setup.where} has {n['large']} values larger than {LARGEST:g} (first at {first['large']})"
+        text = f"{setup.where} has {counted(n['infinite'], 'NaN or infinite value')} (first at {first['infinite']})"
         yield Finding(
-            "error", setup.where, text, n["large"], "They are too large to compute with; correct or rescale them."
+            "error", setup.where, text, n["infinite"], "Correct or remove such values; numpy.isfinite finds them."
         )
+    if n["large"]:
+        values = counted(n["large"], "value")
+        text = f"{setup.where} has {values} larger than {LARGEST:g} (first at {first['large']})"
+        yield Finding("error", setup.where, text, n["large"], "Values must be smaller to compute with; rescale them.")
     if n["negative"]:
-        text = f"{setup.where} has {n['negative']} negative values (first at {first['negative']})"
+        text = f"{setup.where} has {counted(n['negative'], 'negative value')} (first at {first['negative']})"
         yield Finding("error", setup.where, text, n["negative"], counts_are_in(adata, setup, NEEDS_COUNTS))
     if n["fractional"]:
-        text = f"{setup.where} has {n['fractional']} values that are not integers (first at {first['fractional']})"
+        values = counted(n["fractional"], "value that is not an integer", "values that are not integers")
+        text = f"{setup.where} has {values} (first at {first['fractional']})"
         sound = not (n["infinite"] or n["large"])
         looks, otherwise = looks_like(adata, setup, store) if sound else ("", NEEDS_COUNTS)
         yield Finding("error", setup.where, text + looks, n["fractional"], counts_are_in(adata, setup, otherwise))
     if empty_cells and setup.counts and len(cells) and not sum(n.values()):
-        text = f"{len(cells)} cells have no counts in {setup.where} (first: {some(adata.obs_names[cells[:5]])})"
-        fix = "Remove them: sc.pp.filter_cells(adata, min_counts=1)"
+        has = counted(len(cells), "cell has", "cells have")
+        text = f"{has} no counts in {setup.where} (first: {some(adata.obs_names[cells])})"
+        fix = "Remove cells without counts: sc.pp.filter_cells(adata, min_counts=1)"
         yield Finding(
             "error", setup.where, text, len(cells), fix + (f', for the layer "{setup.layer}".' if setup.layer else ".")
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scgen import threads
-from scgen.arguments import shown
+from scgen.arguments import counted, shown
 from scgen.data.cells import Cells
 from scgen.data.stores import BackedStore, DeviceStore, MemoryStore
 
@@ -175,11 +175,11 @@ def rows_asked_for(indices: Sequence[int] | Sequence[bool] | None, n_cells: int,
         if asked.ndim > 1:
             raise ValueError(takes)
         if asked.dtype == bool and len(asked) != n_cells:
-            raise ValueError(f"{name} is a mask of length {len(asked)}, but there are {n_cells} cells.")
+            raise ValueError(f"{name} is a mask of length {len(asked)}, but adata has {counted(n_cells, 'cell')}.")
         # Checked before indexing: NumPy would take a number beyond int64 for a row counted from the end.
         outside = asked[(asked < -n_cells) | (asked >= n_cells)] if asked.dtype != bool else asked[:0]
         if len(outside):
-            raise ValueError(f"{name}: row {outside[0]} is out of bounds; adata has {n_cells} cells.")
+            raise ValueError(f"{name}: row {outside[0]} is out of bounds; adata has {counted(n_cells, 'cell')}.")
         index = index[asked] if len(asked) else index[:0]
     if not len(index):
         raise ValueError(f"{name} is empty: choose at least one cell.")

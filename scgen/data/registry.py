@@ -10,7 +10,7 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
-from scgen.arguments import shown
+from scgen.arguments import counted, shown
 from scgen.data.advice import advice
 from scgen.data.categories import codes_of_column, names_of
 from scgen.data.cells import Cells
@@ -259,8 +259,9 @@ class Registry:
         setup, n = self.setup, adata.n_obs
         obs = _columns_of(adata.obs, [*setup.categorical.values(), *setup.numeric.values()], slice(None))
         genes = f"{len(self.genes)}: {some(self.genes)}" + (f"; {len(self.missing)} not measured" * bool(self.missing))
+        shape = f"{counted(n, 'cell')} x {counted(len(self.genes), 'gene')}"
         rows = [
-            ("counts" if setup.counts else "values", setup.where, f"{n} cells x {len(self.genes)} genes"),
+            ("counts" if setup.counts else "values", setup.where, shape),
             ("cells", "adata.obs_names", f"{n}: {some(adata.obs_names)}"),
             ("genes", "adata.var_names", genes),
         ]
@@ -336,18 +337,18 @@ class Registry:
             return None
         columns, n_unversioned = places_of(self.genes, adata.var_names[~adata.var_names.duplicated()])
         missing = [gene for gene, column in zip(self.genes, columns, strict=True) if column < 0]
+        of_genes = counted(len(self.genes), "gene")
         if missing:
             raise ValueError(
-                f"{len(missing)} of the model's {len(self.genes)} genes are not in adata.var_names (first: "
-                f"{', '.join(missing[:5])}; adata has {', '.join(adata.var_names[:3])}, ...). Pass the AnnData as it "
-                "was before genes were selected or renamed."
+                f"adata.var_names lacks {len(missing):,} of the model's {of_genes} (first: {some(missing)}; it has: "
+                f"{some(adata.var_names, 3)}). Pass the AnnData as it was before genes were selected or renamed."
             )
         if not adata.var_names.is_unique:
             raise ValueError("adata.var_names has duplicate names. Call adata.var_names_make_unique() first.")
         if n_unversioned and warn:
             warnings.warn(
-                f"{n_unversioned} of the model's {len(self.genes)} genes were matched to adata.var_names by "
-                "identifiers without their versions.",
+                f"{n_unversioned:,} of the model's {of_genes} matched adata.var_names by identifiers without their "
+                "versions.",
                 stacklevel=2,
             )
         return columns
@@ -357,8 +358,9 @@ class Registry:
         values = (_numbers(obs, key) - mean) / sd
         if (far := np.abs(values) > LARGEST).any():
             raise ValueError(
-                f'adata.obs["{key}"] has {far.sum()} values more than {LARGEST:g} standard deviations from the mean of '
-                f"the cells that the model was made for, {mean:g} (first: {some(obs[key].index[far])}). Correct them."
+                f'adata.obs["{key}"] has {counted(far.sum(), "value")} more than {LARGEST:g} standard deviations from '
+                f"{mean:g}, the mean of the cells that the model was made for (first: {some(obs[key].index[far])}). "
+                f"Correct {'it' if far.sum() == 1 else 'them'}."
             )
         return values
 
@@ -376,7 +378,7 @@ class Registry:
             unknown = names_of(obs[key][codes < 0].unique())
             raise ValueError(
                 f'adata.obs["{key}"] has values that the model has not seen in training: {", ".join(unknown[:5])} '
-                f"({(codes < 0).sum()} cells; it knows: {', '.join(self.categories[key][:12])}). Leave out "
+                f"({counted((codes < 0).sum(), 'cell')}; it knows: {', '.join(self.categories[key][:12])}). Leave out "
                 "these cells, or train a model on all cells."
             )
         return codes

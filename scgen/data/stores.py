@@ -264,7 +264,9 @@ def check_structure(matrix, first_row: int = 0) -> None:
     if indptr.dtype.kind not in "iu" or indices.dtype.kind not in "iu":
         raise DamagedMatrix(f"indptr and indices are {indptr.dtype} and {indices.dtype}, not integers")
     if indptr.shape != (n_major + 1,):
-        raise DamagedMatrix(f"indptr has {indptr.size} values; the shape {tuple(matrix.shape)} needs {n_major + 1}")
+        raise DamagedMatrix(
+            f"indptr has the shape {indptr.shape}; a matrix of shape {tuple(matrix.shape)} needs {n_major + 1} values"
+        )
     if indices.ndim != 1 or indices.shape != data.shape:
         raise DamagedMatrix(f"indices has the shape {indices.shape}, but data has {data.shape}")
     if (falls := np.flatnonzero(indptr[1:] < indptr[:-1])).size:

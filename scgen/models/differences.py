@@ -1,4 +1,4 @@
-"""Groups of a model's cells compared: from what users name to the table that they get."""
+"""Compare groups of a model's cells: from the arguments of the user to the table."""
 
 import pandas as pd
 from anndata import AnnData

@@ -1,4 +1,4 @@
-"""A model as files: what of it is plain JSON, what is tensors, and how both make a model again."""
+"""Save a model as plain JSON and tensors, and make a model of them again."""
 
 import hashlib
 from dataclasses import asdict
@@ -20,7 +20,7 @@ from scgen.storage import ModelFileError
 
 
 def save(model, folder: str | Path, overwrite: bool, query: dict | None = None) -> None:
-    """Write ``model`` into ``folder``, and of the model of a query what `load` returns beside it; see `Model.save`."""
+    """Write ``model`` into ``folder``, with what `load_query` needs if it is the model of a query; see `Model.save`."""
     folder = check_path("folder", folder)
     overwrite = check_flag("overwrite", overwrite)
     description = {
@@ -43,7 +43,7 @@ def save(model, folder: str | Path, overwrite: bool, query: dict | None = None) 
 
 
 def load(cls: type, folder: str | Path, adata: AnnData | None):
-    """Return the model in ``folder``, and what is told of a query if it is of one; see `Model.load`."""
+    """Return the model in ``folder``, and what `save` was given as ``query``; see `Model.load`."""
     folder = check_path("folder", folder)
     if adata is not None:
         check_types(adata, Setup())
@@ -93,7 +93,7 @@ def assembled(cls: type, registry: Registry, arguments, weights: dict[str, torch
     model.vae.load_state_dict(weights, assign=True)
     for codes in model.vae.category_codes():
         if ((codes < 0) | (codes >= torch.tensor(registry.n_categories))).any():
-            raise ValueError("there are codes of categories that there are not")
+            raise ValueError("codes of categories are out of range")
     model.vae = model.vae.eval().requires_grad_(True)
     return model
 
@@ -112,7 +112,7 @@ def _split(tensors: dict[str, torch.Tensor], n_cells: int) -> tuple[np.ndarray, 
     training, validation = tensors["train_indices"].numpy(), tensors["validation_indices"].numpy()
     both = np.sort(np.concatenate([training, validation]))
     if both.dtype.kind != "i" or len(both) != n_cells or not np.array_equal(both, np.arange(len(both))):
-        raise ValueError("training and validation cells are not all cells, each once")
+        raise ValueError("training and validation cells are not a split of all cells")
     return training, validation
 
 
@@ -130,7 +130,7 @@ def registry_of(plain: dict) -> Registry:
     setup = Setup(**setup)
     check_setup(setup)
     if set(categories) != set(setup.categorical.values()) or set(scaling) != set(setup.continuous_covariate_keys):
-        raise ValueError("the columns that were set up are not those that categories and scaling are of")
+        raise ValueError("categories or scaling are not those of the columns that were set up")
     return Registry(
         setup,
         list(genes),

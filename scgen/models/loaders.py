@@ -1,4 +1,4 @@
-"""From a model's AnnData, or another, to minibatches: to train on, and to ask about."""
+"""Make minibatches of a model's AnnData, or of another, for training and for the methods of a trained model."""
 
 import weakref
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
-from scgen.arguments import check_flag, check_memory, check_seed, check_whole
+from scgen.arguments import check_flag, check_memory, check_seed, check_whole, counted
 from scgen.data.checks import check_types
 from scgen.data.counts import matrix_of
 from scgen.data.loader import CellLoader, Store, rows_asked_for, split
@@ -78,7 +78,7 @@ def of_training(
     if model.train_indices is None:
         training, validation = split(columns["batch"].numpy(), train_size, rng)
         if len(training) < 2:
-            raise ValueError(f"adata has {adata.n_obs} cell; at least 2 are needed to train.")
+            raise ValueError(f"only {counted(len(training), 'cell')} would be trained on; at least 2 are needed.")
         if not model.is_trained:  # a loaded model goes on from its weights
             first = over(model, adata, store, columns, training, 256, device, as_sparse=False)
             start_from_data(model.vae.to(device), first)
@@ -151,8 +151,8 @@ def cells_of(model) -> AnnData:
 def annotated(model, adata: AnnData | None) -> tuple[AnnData, pd.DataFrame]:
     """Return the AnnData that columns about the cells are found in and results are written to, and its obs of them.
 
-    For the model's own cells that is the AnnData that `integrate` was given, where it made the model. Its columns are
-    read as they are now, and so it must still have these cells.
+    For the own cells of a model that `integrate` made, it is the AnnData that `integrate` was given. Its columns are
+    read as they are now, so it must still have these cells.
     """
     if adata is not None or model.source is None:
         adata = cells_of(model) if adata is None else adata

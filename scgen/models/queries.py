@@ -11,7 +11,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from scgen.analysis import query as analysis
-from scgen.arguments import check_memory, check_path, check_seed, check_share, check_whole, did_you_mean, shown
+from scgen.arguments import check_memory, check_path, check_seed, check_share, check_whole, counted, did_you_mean, shown
 from scgen.data.categories import codes_of_column, codes_of_values, names_of
 from scgen.data.checks import Setup, check_types, some
 from scgen.data.genes import identifiers, matched
@@ -91,7 +91,7 @@ class Query(metaclass=Answering):
         values.
         """
         if not self.model.registry.known_rows(self.model.vae.category_rows()):
-            raise ValueError("there is nothing to train: the reference knows all batches of the new cells.")
+            raise ValueError("there is nothing to train, because the reference knows all batches of the new cells.")
         self.model.train(
             max_epochs,
             learning_rate=learning_rate,
@@ -151,11 +151,11 @@ class Query(metaclass=Answering):
         if not isinstance(labels_key, str) or labels_key not in obs:
             kind = ValueError if isinstance(labels_key, str) else TypeError
             raise kind(
-                f"labels_key={shown(labels_key)} is no column of the reference's adata.obs (it has: {some(names, 12)})."
-                + (did_you_mean(labels_key, names) if kind is ValueError else "")
+                f"labels_key={shown(labels_key)} is not a column of the reference's adata.obs (it has: "
+                f"{some(names, 12)})." + (did_you_mean(labels_key, names) if kind is ValueError else "")
             )
         if (n := list(obs.columns).count(labels_key)) > 1:
-            raise ValueError(f'the reference\'s adata.obs has {n} columns named "{labels_key}": it takes one.')
+            raise ValueError(f'the reference\'s adata.obs has {n} columns named "{labels_key}"; it must have one.')
         n_voters = min(n_neighbors, n_cells)
         fewer = "Ask for fewer, such as n_neighbors=15."
         check_memory("n_neighbors", n_neighbors, 24 * n_voters * self.model.adata.n_obs, fewer)
@@ -217,7 +217,7 @@ class Query(metaclass=Answering):
         seed = check_seed(seed)
         adata = self._reference_adata()
         if adata.n_obs < 50:
-            raise ValueError(f"the reference has {adata.n_obs} cells: too few to say what is typical of it.")
+            raise ValueError(f"the reference has {counted(adata.n_obs, 'cell')}; typicality needs at least 50.")
         held_out, training = self.reference.validation_indices, self.reference.train_indices
         if held_out is None or len(held_out) < 50:
             held_out = training = np.arange(adata.n_obs)
@@ -229,12 +229,11 @@ class Query(metaclass=Answering):
             self._new_batch(),
             seed,
         )
-        missing = int(table["typicality"].isna().sum())
-        if missing:
+        if missing := int(table["typicality"].isna().sum()):
             warnings.warn(
-                f"the typicality of {missing} of {len(table)} cells is not calibrated (NaN): they are of new batches "
-                f"with fewer than {analysis.MIN_BATCH} cells, too few to tell the batch's effect from a cell's own. "
-                'Compare the ranks of their "distance" or "density" with each other.',
+                f"the typicality of {missing:,} of {counted(len(table), 'cell')} is not calibrated (NaN): a new batch "
+                f"needs {analysis.MIN_BATCH} cells or more, to tell its effect from differences between cells. In "
+                'smaller batches, compare the ranks of "distance" or "density".',
                 stacklevel=3,  # from contextlib, which is between the user's call and this one
             )
         return table.set_index(self.model.adata.obs_names)
@@ -246,7 +245,7 @@ class Query(metaclass=Answering):
 
     def _check_reference(self) -> None:
         if len(self.reference.trainings) != self.n_trainings:
-            raise ValueError("the reference was trained again since: map the cells anew, reference.query(adata).")
+            raise ValueError("the reference was trained again since the query. Map the cells anew: model.query(adata).")
 
     def _new_batch(self) -> np.ndarray:
         """Return, for each cell, a number for its combination of new batch and covariate values; -1 for known ones."""
@@ -270,34 +269,35 @@ class Query(metaclass=Answering):
 def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, min_overlap: float) -> Query:
     """Map new cells onto a trained model; see `ExpressionModel.query`."""
     if reference.registry.known or reference.registry.missing:
-        raise ValueError("this is the model of a query: map new cells onto its reference instead.")
+        raise ValueError("this is the model of a query. Map new cells onto its reference instead.")
     reference.require_training()
     check_share("min_overlap", min_overlap)
     setup = reference.registry.setup
     asked = {"layer": layer, "batch_key": batch_key}
     setup = replace(setup, **{name: value for name, value in asked.items() if value is not None})
     check_types(adata, setup)
-    if setup.batch_key is not None and list(adata.obs.columns).count(setup.batch_key) != 1:
-        names = [str(name) for name in adata.obs.columns]
+    names = [str(name) for name in adata.obs.columns]
+    if setup.batch_key is not None and setup.batch_key not in names:
         raise ValueError(
-            f'batch_key="{setup.batch_key}" is no one column of adata.obs (it has: {some(names, 12)}). Name the column '
-            "of the new cells' batches: model.query(adata, batch_key=...)."
-            + ("" if setup.batch_key in names else did_you_mean(setup.batch_key, names))
+            f'batch_key="{setup.batch_key}" is not a column of adata.obs (it has: {some(names, 12)}). Name the column '
+            "of the new cells' batches: model.query(adata, batch_key=...)." + did_you_mean(setup.batch_key, names)
         )
+    if (n := names.count(setup.batch_key)) > 1:
+        raise ValueError(f'adata.obs has {n} columns named "{setup.batch_key}"; it must have one.')
     if not adata.var_names.is_unique:
-        raise ValueError("adata.var_names has names more than once. Call adata.var_names_make_unique() first.")
+        raise ValueError("adata.var_names has duplicate names. Call adata.var_names_make_unique() first.")
     genes, by = matched(reference.registry.genes, reference.registry.gene_ids, adata)
     overlap = sum(gene is not None for gene in genes) / len(genes)
     if not overlap or overlap < min_overlap:
         raise ValueError(
-            f"of the model's {len(genes)} genes, adata has {overlap:.0%} (matched: {by}), which is below "
-            f"min_overlap={min_overlap}. The model's are named {', '.join(reference.registry.genes[:3])}, adata's "
-            f"{', '.join(map(str, adata.var_names[:3]))}. Rename them, or put such names into a column of adata.var."
+            f"adata has {overlap:.0%} of the model's {counted(len(genes), 'gene')} (matched: {by}); it must have some, "
+            f"and at least the share min_overlap={min_overlap}. Rename adata's genes ({some(adata.var_names, 3)}) like "
+            f"the model's ({some(reference.registry.genes, 3)}), or put such names into a column of adata.var."
         )
     if overlap < 1 and not reference.vae.has_library:
         raise ValueError(
-            f"{sum(gene is None for gene in genes)} of the model's genes are not in adata; with "
-            'gene_likelihood="normal" all are needed.'
+            f"adata lacks {genes.count(None):,} of the model's {counted(len(genes), 'gene')}. A model with "
+            'gene_likelihood="normal" needs all of them.'
         )
     registry = _extended(reference.registry, setup, genes, adata)
     registry.check_new(adata)
@@ -319,12 +319,12 @@ def load(reference, folder: str | Path, adata: AnnData) -> Query:
     check_types(adata, Setup())
     model, told = files.load(type(reference), folder, None)
     if not isinstance(told, dict) or not {"matched_by", "reference"} <= told.keys():
-        raise ModelFileError(f"{folder} holds a model, and no query that query.save(folder) wrote: use SCVI.load.")
+        raise ModelFileError(f"{folder} holds a model, not a query of query.save(folder). Load it with SCVI.load.")
     with reference.vae.occupied():
         if told["reference"] != files.digest(reference):
             raise ValueError(
                 f"{folder} holds a query of another reference, or of this one before it was trained again. Load it "
-                "with the model that it was made of, or map the cells anew: model.query(adata)."
+                "with the model that the cells were mapped onto, or map the cells anew: model.query(adata)."
             )
     files.give_cells(model, adata)
     n_genes, n_missing = len(model.registry.genes), len(model.registry.missing)
@@ -340,7 +340,7 @@ def _extended(registry: Registry, setup: Setup, genes: list[str | None], adata: 
     known = {}
     for key in categories:
         if key not in adata.obs:
-            continue  # what is missing is said by the checks
+            continue  # the checks report missing columns
         values = adata.obs[key].dropna().unique()
         new = codes_of_values(values, categories[key]) < 0
         found = sorted(set(names_of(value for value, is_new in zip(values, new, strict=True) if is_new)))

@@ -37,7 +37,7 @@ from scgen.modules.posteriors import (
 from scgen.modules.priors import FlowPrior, LibraryPrior, MixturePrior, StandardNormalPrior, VampPrior
 from scgen.modules.vae import VAE
 
-#: Of counts, but for the last, which is of normalised values and has a decoder of its own.
+#: The last is for normalised values and has a decoder of its own; the others are for counts.
 LIKELIHOODS = ("zinb", "nb", "poisson", "normal")
 DISPERSIONS = ("gene", "gene-batch", "gene-label", "gene-cell")
 #: The flows that bend q(z | x, s), and what n_flows=None and n_components=None stand for.
@@ -45,7 +45,7 @@ FLOWS = {"planar": (PlanarFlow, 8), "iaf": (InverseAutoregressiveFlow, 4)}
 N_COMPONENTS = {"mog": 20, "vamp": 50}
 POSTERIORS, PRIORS = ("normal", *FLOWS), ("normal", *N_COMPONENTS, "flow")
 
-#: What each argument takes: numbers from 1 to this, flags, names; and numbers that only some choices of another take.
+#: What the arguments take: numbers from 1 to these, flags, names. `TAKERS` are numbers that only some names take.
 SIZES = {"n_latent": 100_000, "n_hidden": 100_000, "n_layers": 100, "n_flows": 100, "n_components": 100_000}
 FLAGS = ("use_observed_lib_size", "encode_covariates", "library_residual")
 CHOICES = {"gene_likelihood": LIKELIHOODS, "dispersion": DISPERSIONS, "posterior": POSTERIORS, "prior": PRIORS}
@@ -288,7 +288,7 @@ class SCVI(ExpressionModel):
         """Raise MemoryError if the weights, their gradients and the optimiser's moments do not fit into memory."""
         sizes = {name: getattr(arguments, name) or 0 for name in SIZES}
         largest = max(sizes, key=sizes.get)
-        if sizes[largest] < 2000:  # no matter on any machine, and to look takes a third of the constructor's time
+        if sizes[largest] < 2000:  # fits on any machine, and the check would take a third of the constructor's time
             return
         with torch.device("meta"):
             n_bytes = 4 * sum(weight.nbytes for weight in cls.build(registry, arguments).parameters())

@@ -1,6 +1,6 @@
-"""Models and queries in plain words: on one line, on a few, and as a table for notebooks.
+"""Describe models and queries on one line, on several lines, and as a table for notebooks.
 
-Each class says what there is to tell, in `_summary`: a title, and rows of a name and a text.
+The method `_summary` of a class returns what is shown: a title, and rows of a name and a text.
 """
 
 import inspect
@@ -9,6 +9,7 @@ from html import escape
 
 import numpy as np
 
+from scgen.arguments import counted
 from scgen.data.categories import codes_of_column
 from scgen.data.checks import some
 
@@ -38,11 +39,11 @@ def of_model(model) -> tuple[str, dict[str, str]]:
     registry = model.registry
     defaults = {name: of.default for name, of in inspect.signature(type(model)).parameters.items()}
     changed = [f"{name}={value!r}" for name, value in asdict(model.arguments).items() if value != defaults.get(name)]
-    cells = "no cells" if model.adata is None else f"{model.adata.n_obs} cells"
+    cells = "no cells" if model.adata is None else counted(model.adata.n_obs, "cell")
     rows = {"arguments": ", ".join(changed) or "the defaults", "training": of_training(model)}
     if registry.setup.batch_key is not None:
         rows = {"batches": f"{len(registry.batches)} ({some(registry.batches, 3)})", **rows}
-    return f"{type(model).__name__} model of {cells} x {len(registry.genes)} genes", rows
+    return f"{type(model).__name__} model of {cells} x {counted(len(registry.genes), 'gene')}", rows
 
 
 def of_training(model) -> str:
@@ -52,7 +53,7 @@ def of_training(model) -> str:
     history, last = model.history, model.trainings[-1]
     if history.empty:
         return f"by {last['trained_by']}" if "trained_by" in last else "done, without a history"
-    told = f"{len(history)} epoch{'s' if len(history) > 1 else ''}"
+    told = counted(len(history), "epoch")
     if "seconds" in history:
         seconds = history["seconds"].sum()
         told += f" in {seconds:.0f} s" if seconds < 60 else f" in {seconds / 60:.1f} min"
@@ -76,4 +77,4 @@ def of_query(query) -> tuple[str, dict[str, str]]:
         rows |= {f"taken for the reference's own in {key}": some(there)} if there else {}
     if not query.model.history.empty:
         rows["training"] = of_training(query.model)
-    return f"Query of {cells.n_obs} cells", rows
+    return f"Query of {counted(cells.n_obs, 'cell')}", rows

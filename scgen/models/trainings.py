@@ -32,7 +32,7 @@ def checked(
 ) -> Options:
     """Return the arguments of `Model.train`, in its order, as options; raise where one is wrong.
 
-    ``on_epoch`` is none of them, since options are kept and saved.
+    ``on_epoch`` is checked but is not an option, because options are saved.
     """
     if on_epoch is not None and not callable(on_epoch):
         raise TypeError(f"on_epoch={shown(on_epoch)}; it takes a function of a dict, such as on_epoch=print.")
@@ -68,7 +68,7 @@ def recorded(
             message = error.names(model.adata.obs_names, model.registry.genes, options.learning_rate)
             raise FloatingPointError(message) from error
         finally:
-            if len(rows) == n_before:  # not one epoch: as if nothing had been asked
+            if len(rows) == n_before:  # no epoch was completed: as if `train` had not been called
                 model.trainings.pop()
                 if not rows:
                     model.train_indices = model.validation_indices = None

@@ -2,14 +2,14 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 from scgen import atomic
 from scgen.arguments import check_path, shown
@@ -38,7 +38,7 @@ class NotebookFigure(Figure):
 
 
 def check_save(path: str | Path | None) -> Path | None:
-    """Return where a picture is to be written; raise where it could not be.
+    """Return where a picture is to be written; raise an error if it cannot be written there.
 
     Examples
     --------
@@ -60,7 +60,7 @@ def check_save(path: str | Path | None) -> Path | None:
 
 
 def check_ax(ax: Axes | None, n_panels: int = 1) -> None:
-    """Raise where ``ax`` is no Axes of a figure with x and y, or where one is given for several panels."""
+    """Raise an error if ``ax`` is not plain Axes of a figure, or is given for several panels."""
     if ax is None:
         return
     if not isinstance(ax, Axes):
@@ -74,7 +74,7 @@ def check_ax(ax: Axes | None, n_panels: int = 1) -> None:
 
 
 def check_data_first(call: str, name: str, value) -> None:
-    """Raise where a path is given as the data.
+    """Raise TypeError if a path is given as the data.
 
     Examples
     --------
@@ -104,7 +104,7 @@ def numbers(name: str, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def positions(name: str, xy) -> np.ndarray:
-    """Return positions of cells, (n, 2), as an array; raise where they are none, or no cell has a finite one.
+    """Return positions of cells, (n, 2), as an array; raise an error if they are not positions, or none is finite.
 
     Examples
     --------
@@ -145,6 +145,22 @@ def drawing(ax: Axes | None, width: float, height: float, save: Path | None) -> 
         raise
 
 
+def panels(figure: FigureBase, sizes: Sequence[int]) -> list[list[Axes]]:
+    """Return new Axes of equal width in rows of so many. A row with fewer than the longest one is centred.
+
+    Examples
+    --------
+    >>> [len(row) for row in panels(Figure(), [2, 2, 1])]
+    [2, 2, 1]
+    """
+    most = max(sizes)
+    grid = figure.add_gridspec(len(sizes), 2 * most)  # in half panels
+    return [
+        [figure.add_subplot(grid[row, start : start + 2]) for start in range(most - n, most + n, 2)]
+        for row, n in enumerate(sizes)
+    ]
+
+
 def write(figure: Figure, path: Path | None) -> None:
     """Write a figure in one step, so that the file is never half a picture; None writes nothing."""
     if path is None:
@@ -161,7 +177,7 @@ def plain(text: str) -> str:
 
 
 def distinct_colours(n: int) -> list:
-    """Return so many colours that can be told apart, as far as there are so many."""
+    """Return n colours. The more there are, the more alike they look."""
     if n <= 10:
         return list(matplotlib.colormaps["tab10"].colors[:n])
     if n > 102:

@@ -26,20 +26,21 @@ def draw(
 ) -> list[Path]:
     """Draw the maps before and after, coloured by columns of obs, and the training curve; return the files' paths.
 
-    Leiden clusters are on the map after only, since they were found there. A few batches have a panel each.
+    Leiden clusters are drawn only on the map after, because they were found there. If there are few batches, each has a
+    panel of its own.
 
     Parameters
     ----------
     model, adata
         The model, and what `integrate` and `cluster` made of the cells.
     before
-        `uncorrected` of the model.
+        What `uncorrected` returned for the model.
     folder
         Where to write.
     colours
         Columns of obs, the one of the batches first.
     suffix
-        Ends the names of the embedding and its UMAP in ``adata.obsm``, and of the clusters in ``adata.obs``.
+        End of the names of the embedding and its UMAP in ``adata.obsm``, and of the clusters in ``adata.obs``.
     """
     kept = np.flatnonzero(np.isfinite(adata.obsm[f"X_{suffix}"]).all(axis=1))
     xy = np.full((adata.n_obs, 2), np.nan, np.float32)
@@ -63,7 +64,7 @@ def draw(
 def scores(
     adata: AnnData, before: np.ndarray, folder: Path, *, batch_key: str, labels_key: str, suffix: str = "scgen"
 ) -> pd.DataFrame:
-    """Return the scores of uncorrected PCA and of the embedding, as files too; see `integration_scores`."""
+    """Return the scores of uncorrected PCA and of the embedding, and write them; see `integration_scores`."""
     embedding = np.asarray(adata.obsm[f"X_{suffix}"])
     kept = np.flatnonzero(np.isfinite(embedding).all(axis=1))
     after, obs = embedding[kept], adata.obs.iloc[kept]

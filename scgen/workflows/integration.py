@@ -10,7 +10,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from scgen.arguments import check_flag, check_key, check_names, check_whole, shown
+from scgen.arguments import check_flag, check_key, check_names, check_whole, counted, shown
 from scgen.data.categories import names_of
 from scgen.data.checks import Setup, check_types, raise_errors
 from scgen.data.counts import matrix_of
@@ -239,12 +239,13 @@ def modelled_part(adata: AnnData, setup: Setup, n_top_genes: int | None) -> tupl
     if len(kept) and n_top_genes is not None and n_top_genes < adata.n_vars:
         genes = highly_variable(matrix[kept], adata.obs[setup.batch_key].to_numpy()[kept], n_top_genes)
         if len(genes) < n_top_genes:
-            text = f"n_top_genes={n_top_genes}, but only {len(genes)} genes vary within the batches; these are modelled"
+            vary = counted(len(genes), "gene varies", "genes vary")
+            text = f"n_top_genes={n_top_genes}, but only {vary} within the batches; no others are modelled"
             warnings.warn(text, stacklevel=3)
         matrix = matrix[:, genes]
         kept = _counted(matrix, setup)
     elif n_top_genes is not None and n_top_genes > adata.n_vars:
-        text = f"n_top_genes={n_top_genes}, but there are {adata.n_vars} genes; all are modelled"
+        text = f"n_top_genes={n_top_genes}, but adata has {counted(adata.n_vars, 'gene')}; all are modelled"
         warnings.warn(text, stacklevel=3)
     if not len(kept):
         raise ValueError("no cell has any count in the modelled genes.")
@@ -252,7 +253,8 @@ def modelled_part(adata: AnnData, setup: Setup, n_top_genes: int | None) -> tupl
         empty = np.setdiff1d(np.arange(adata.n_obs), kept)
         names = ", ".join(adata.obs_names[empty[:10]]) + (", ..." if len(empty) > 10 else "")
         warnings.warn(
-            f"{len(empty)} cells have no counts in the {len(genes)} modelled genes; their embedding is NaN: {names}",
+            f"{counted(len(empty), 'cell has', 'cells have')} no counts in the {counted(len(genes), 'modelled gene')}, "
+            f"and NaN in the embedding: {names}",
             stacklevel=3,
         )
         matrix = matrix[kept]
@@ -290,8 +292,8 @@ def highly_variable(matrix, batch: np.ndarray, n_top_genes: int) -> np.ndarray:
         batches = [name for name in sizes.index[sizes >= min(10, sizes.max())] if _varies(copy.X[rows[name]])]
         if not batches:
             raise ValueError(
-                f"n_top_genes={n_top_genes}: no gene varies within any batch of at least {min(10, sizes.max())} "
-                "cells. Leave out n_top_genes to model all genes."
+                f"n_top_genes={n_top_genes}: no gene varies within any batch of at least "
+                f"{counted(min(10, sizes.max()), 'cell')}. Leave out n_top_genes to model all genes."
             )
         copy = copy[copy.obs["batch"].isin(batches)].copy()
         sc.pp.highly_variable_genes(

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from scgen.arguments import MOST_EPOCHS, check_flag, check_seed, check_whole, did_you_mean, shown
+from scgen.arguments import MOST_EPOCHS, check_flag, check_seed, check_whole, counted, did_you_mean, shown
 from scgen.data.registry import Registry
 from scgen.evaluation.scores import mixing
 from scgen.models import summary
@@ -87,7 +87,8 @@ class Tuning:
 
     def _summary(self) -> tuple[str, dict[str, str]]:
         title, rows = self.model._summary()
-        tuned = f"Tuning of {self.table['candidate'].nunique()} candidates in {len(self.table)} trainings"
+        candidates = counted(self.table["candidate"].nunique(), "candidate")
+        tuned = f"Tuning of {candidates} in {counted(len(self.table), 'training')}"
         return tuned, {"best": self.best, "model": title, **rows}
 
     __repr__, __str__, _repr_html_ = summary.line, summary.text, summary.table
@@ -257,8 +258,8 @@ def _candidates(adata: AnnData, presets: Sequence[str] | Mapping[str, Mapping] |
         )
     if adata.n_obs < LEAST_CELLS:
         raise ValueError(
-            f"adata has {adata.n_obs} cells, but tune needs {LEAST_CELLS}: it compares candidates on a tenth of them. "
-            "Train SCVI(adata) with its defaults."
+            f"adata has {counted(adata.n_obs, 'cell')}, but tune needs {LEAST_CELLS}: it compares candidates on a "
+            "tenth of them. Train SCVI(adata) with its defaults."
         )
     if presets is None:
         is_nb = {"nb-batch": len(registry.batches) < 2, "nb-observed": registry.setup.size_factor_key is not None}

@@ -451,7 +451,7 @@ def test_columns_that_are_not_of_groups(simulated, values):
         ({"groupby": "cell_type", "group1": 0}, "'0' is not a group"),
         ({"groupby": ["cell_type"]}, "not a column of adata.obs"),
         ({"groupby": "cell_type", "group1": "type_1", "group2": "type_1"}, "Name two groups"),
-        ({"idx1": [0, 1], "idx2": [1, 2]}, "share 1 cells"),
+        ({"idx1": [0, 1], "idx2": [1, 2]}, "share 1 cell;"),
         ({"idx1": [True] * 120}, "there is nothing to compare"),
         ({"idx1": [120]}, "idx1: .* out of bounds"),
         ({"groupby": "cell_type", "mode": "changes"}, '"change" or "vanilla"'),

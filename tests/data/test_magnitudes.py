@@ -40,7 +40,7 @@ def aged(template):
 def test_a_covariate_beyond_float32_is_refused(template, aged, value):
     adata = template.copy()
     adata.obs.loc[LAST, "age"] = value
-    words = rf'adata\.obs\["age"\] has 1 values that are too small or too large \({LAST}\)'
+    words = rf'adata\.obs\["age"\] has 1 value that is too small or too large \({LAST}\)'
     for ask in (
         lambda: scgen.setup_anndata(adata, continuous_covariate_keys=["age"]),
         lambda: aged.get_latent_representation(adata),
@@ -53,7 +53,7 @@ def test_a_covariate_beyond_float32_is_refused(template, aged, value):
 def test_a_covariate_far_from_those_of_training_is_refused(template, aged):
     adata = template.copy()
     adata.obs.loc[LAST, "age"] = 1e20
-    with pytest.raises(ValueError, match=rf'adata\.obs\["age"\] has 1 values more than 1e\+15 standard .*{LAST}'):
+    with pytest.raises(ValueError, match=rf'adata\.obs\["age"\] has 1 value more than 1e\+15 standard .*{LAST}'):
         aged.get_latent_representation(adata)
     with pytest.raises(ValueError, match=r"more than 1e\+15 standard deviations from the mean"):
         aged.get_normalized_expression(covariates={"age": 1e30})
@@ -104,7 +104,7 @@ def test_values_beyond_float32_are_refused(template, value, dense, counts):
     for sign in (1,) if counts else (1, -1):
         adata.X[99, 4] = sign * value
         with pytest.raises(
-            ValueError, match=rf'adata\.X has 1 values larger than 1e\+15 \(first at cell "{LAST}"\)'
+            ValueError, match=rf'adata\.X has 1 value larger than 1e\+15 \(first at cell "{LAST}"\)'
         ) as refused:
             scgen.setup_anndata(adata, counts=counts)
         assert "NaN" not in str(refused.value)
@@ -115,7 +115,7 @@ def test_large_integers_of_any_dtype_are_refused(template, dtype):
     adata = template.copy()
     adata.X = adata.X.toarray().astype(dtype)
     adata.X[99, 4] = 2**60
-    with pytest.raises(ValueError, match=r"1 values larger than 1e\+15"):
+    with pytest.raises(ValueError, match=r"1 value larger than 1e\+15"):
         scgen.setup_anndata(adata)
 
 

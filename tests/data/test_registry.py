@@ -259,17 +259,17 @@ def number_as_category(adata):
 
 
 WRONG_VALUES = {
-    "fraction": (counts_with(0.5), ["adata.X has 1 values that are not integers", 'cell "cell_8"', "counts=False"]),
-    "fraction, dense": (counts_with(0.5, dense=True), ["adata.X has 1 values that are not integers", 'cell "cell_8"']),
-    "fraction, first cell": (counts_with(2.5, cell=0), ["1 values that are not integers", 'cell "cell_1"']),
-    "negative": (counts_with(-1), ["adata.X has 1 negative values", 'cell "cell_8"', "Raw counts are needed"]),
+    "fraction": (counts_with(0.5), ["adata.X has 1 value that is not an integer", 'cell "cell_8"', "counts=False"]),
+    "fraction, dense": (counts_with(0.5, dense=True), ["adata.X has 1 value that is not an integer", 'cell "cell_8"']),
+    "fraction, first cell": (counts_with(2.5, cell=0), ["1 value that is not an integer", 'cell "cell_1"']),
+    "negative": (counts_with(-1), ["adata.X has 1 negative value (first", 'cell "cell_8"', "Raw counts are needed"]),
     "negative in a layer": (
         negative_layer,
         ['adata.layers["counts"] has 1 negative', 'cell "cell_6"', "adata.X looks like counts"],
     ),
-    "NaN": (counts_with(np.nan), ["adata.X has 1 NaN or infinite values", 'cell "cell_8"', "numpy.isfinite"]),
-    "NaN, dense": (counts_with(np.nan, dense=True), ["adata.X has 1 NaN or infinite values", 'cell "cell_8"']),
-    "infinity": (counts_with(np.inf), ["adata.X has 1 NaN or infinite values", 'cell "cell_8"']),
+    "NaN": (counts_with(np.nan), ["adata.X has 1 NaN or infinite value (", 'cell "cell_8"', "numpy.isfinite"]),
+    "NaN, dense": (counts_with(np.nan, dense=True), ["adata.X has 1 NaN or infinite value (", 'cell "cell_8"']),
+    "infinity": (counts_with(np.inf), ["adata.X has 1 NaN or infinite value (", 'cell "cell_8"']),
     "log1p of CP10K": (logged, ["not integers", "look like log1p of counts scaled to 10000 per cell", "counts=False"]),
     "CPM": (
         per_million,
@@ -293,10 +293,10 @@ WRONG_VALUES = {
     ),
     "empty cells of a layer": (
         empty_cells_of_layer,
-        ["1 cells have no counts", 'adata.layers["counts"]', "cell_1", "filter_cells"],
+        ["1 cell has no counts", 'adata.layers["counts"]', "cell_1", "filter_cells"],
     ),
-    "the last of 20,000": (last_of_many(1.5), ["1 values that are not integers", 'cell "19999"']),
-    "the last of 20,000, sparse": (last_of_many(-1), ["1 negative values", 'cell "19999"']),
+    "the last of 20,000": (last_of_many(1.5), ["1 value that is not an integer", 'cell "19999"']),
+    "the last of 20,000, sparse": (last_of_many(-1), ["1 negative value (first", 'cell "19999"']),
     "complex": (of_dtype(complex), ["adata.X does not hold real numbers", "complex128", "Convert it"]),
     "objects": (of_dtype(object), ["adata.X does not hold real numbers", "object", "Convert it"]),
     "strings": (of_dtype(str), ["adata.X does not hold real numbers", "<U", "Convert it"]),
@@ -313,7 +313,7 @@ WRONG_VALUES = {
     ),
     "gene names twice": (
         genes_twice,
-        ["adata.var_names has 1 duplicate names (gene_1)", "adata.var_names_make_unique()"],
+        ["adata.var_names has 1 duplicate name (gene_1)", "adata.var_names_make_unique()"],
     ),
     "no cells": (no_cells, ["adata has no cells", "filter"]),
     "no genes": (lambda a: {"adata": a[:, :0].copy()}, ["adata has no genes", "filter"]),
@@ -361,7 +361,7 @@ WRONG_COLUMNS = {
     "None in batch": (object_batch, ['batch_key: adata.obs["batch"] is NaN for 2 cells', "cell_4, cell_10"]),
     "NaN in labels": (
         column_with("cell_type", np.nan, "labels_key", [0]),
-        ['labels_key: adata.obs["cell_type"] is NaN for 1 cells', "(first: cell_1)", '.fillna("missing")'],
+        ['labels_key: adata.obs["cell_type"] is NaN for 1 cell ', "(first: cell_1)", '.fillna("missing")'],
     ),
     "NaN in covariate": (
         column_with("donor", np.nan, "categorical_covariate_keys"),
@@ -373,7 +373,7 @@ WRONG_COLUMNS = {
     ),
     "size factor negative": (
         column_with("size_factor", -1.0, "size_factor_key", [5]),
-        ["1 values that are not positive", "cell_6"],
+        ["1 value that is not positive", "cell_6"],
     ),
     "size factor NaN": (
         column_with("size_factor", np.nan, "size_factor_key"),
@@ -398,7 +398,7 @@ WRONG_COLUMNS = {
     ),
     "covariate missing": (
         nullable,
-        ['adata.obs["age"] has 1 NaN or infinite values', "cell_1", "Replace these"],
+        ['adata.obs["age"] has 1 NaN or infinite value ', "cell_1", "Replace such"],
     ),
     "covariate infinite": (
         column_with("percent_mito", -np.inf, "continuous_covariate_keys"),
@@ -414,7 +414,7 @@ WRONG_COLUMNS = {
         ['adata.obs["plate"] has values of different types with the same text', ".astype(str)"],
     ),
     "two columns of one name": (column_twice, ["batch", "it must have one"]),
-    "several": (several, ["found 3 problems", 'batch_key="bach"', "not positive", "1 negative values"]),
+    "several": (several, ["found 3 problems", 'batch_key="bach"', "not positive", "1 negative value (first"]),
 }
 WRONG_TYPES = {
     "a table": (lambda a: {"adata": a.to_df()}, ["adata is a DataFrame, not an AnnData", "AnnData(X)", "read_h5ad"]),
@@ -523,7 +523,7 @@ def test_bad_values_in_a_file(good, tmp_path, form):
     good.write_h5ad(tmp_path / "cells.h5ad")
     content = (tmp_path / "cells.h5ad").read_bytes()
     backed = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
-    with pytest.raises(ValueError, match=r'adata.X has 1 negative values \(first at cell "cell_60"\)'):
+    with pytest.raises(ValueError, match=r'adata.X has 1 negative value \(first at cell "cell_60"\)'):
         scgen.setup_anndata(backed)
     assert "scgen" not in backed.uns
     backed.file.close()
@@ -562,7 +562,7 @@ def constant(adata):
 @pytest.mark.parametrize(
     ("doubt", "words"),
     [
-        (tiny_batch, r'adata.obs\["batch"\] has 1 batches of fewer than 10 cells \(tiny: 3\)'),
+        (tiny_batch, r'adata.obs\["batch"\] has 1 batch of fewer than 10 cells \(tiny: 3\)'),
         (barcodes, r'adata.obs\["code"\] has 60 values for 60 cells, nearly one value per cell'),
         (constant, r'adata.obs\["age"\] has one value, 7, for all cells'),
     ],
@@ -822,7 +822,7 @@ def test_values_that_are_no_counts(good):
     model.train(max_epochs=1, accelerator="cpu", progress=False)
     assert np.isfinite(model.get_latent_representation()).all()
     good.X[4, 0] = np.nan
-    with pytest.raises(ValueError, match=r'adata.X has 1 NaN or infinite values \(first at cell "cell_5"\)'):
+    with pytest.raises(ValueError, match=r'adata.X has 1 NaN or infinite value \(first at cell "cell_5"\)'):
         scgen.setup_anndata(good, batch_key="batch", counts=False)
 
 
@@ -832,11 +832,11 @@ def test_values_that_are_no_counts(good):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (counts_with(0.5), "not integers"),
+        (counts_with(0.5), "not an integer"),
         (counts_with(np.nan), "NaN or infinite"),
         (empty_cells, "2 cells have no counts"),
         (object_batch, r'obs\["batch"\] is NaN for 2 cells'),
-        (genes_twice, "duplicate names"),
+        (genes_twice, "1 duplicate name"),
         (lambda a: a.obs.__delitem__("donor"), '"donor" is not a column'),
         (column_with("size_factor", 0.0, "size_factor_key"), "not positive"),
         (lambda a: a.uns.__delitem__("scgen"), r"was not set up: .* Call scgen\.setup_anndata"),
@@ -927,7 +927,7 @@ def test_the_setup_as_a_table(good):
     del some.obs["donor"]
     with pytest.raises(ValueError, match='0 columns named "donor"'):
         model.view_anndata_setup(some)
-    with pytest.raises(ValueError, match="1 of the model's 20 genes are not in"):
+    with pytest.raises(ValueError, match="lacks 1 of the model's 20 genes"):
         model.view_anndata_setup(good[:, 1:].copy())
 
 

@@ -262,5 +262,5 @@ def test_pseudo_inputs_of_categories_that_there_are_not(cells):
     for code in (-1, 2):
         weights = {name: weight.clone() for name, weight in model.vae.state_dict().items()}
         weights["priors.z.categories"][1, 0] = code
-        with pytest.raises(ValueError, match="codes of categories that there are not"):
+        with pytest.raises(ValueError, match="codes of categories are out of range"):
             files.assembled(scgen.SCVI, model.registry, model.arguments, weights)

@@ -257,7 +257,7 @@ def test_values_of_the_model_as_a_layer(cells):
     x = cells.X.toarray()
     x[3] = 0
     cells.X = x
-    with pytest.warns(UserWarning, match="1 cells have no counts"):
+    with pytest.warns(UserWarning, match="1 cell has no counts"):
         model = quick(cells, n_top_genes=20)
     values = model.get_normalized_expression()
     cells.layers["scgen"] = values.reindex(index=cells.obs_names, columns=cells.var_names).to_numpy()

@@ -1,4 +1,4 @@
-"""Files of `torch.save` read without running anything: containers, tensors and arrays come back, all else is inert.
+"""Read files of `torch.save` without running code: containers, tensors and arrays are returned, all else is inert.
 
 A pickle is a program that may call what it names. Here a name never stands for the thing itself: dictionaries and the
 like aside, it becomes a class of records, which keep what the pickle would have called the thing with. Tensors and
@@ -102,7 +102,7 @@ def read(path: Path, dropped: tuple[str, ...]) -> dict:
     """
     try:
         if not zipfile.is_zipfile(path):
-            raise ModelFileError("it is no file of torch.save in its form since torch 1.6 (a zip archive).")
+            raise ModelFileError("it is not a zip archive, the format of torch.save since torch 1.6.")
         with zipfile.ZipFile(path) as archive:
             unpickler, loaded = _unpickled(archive)
         part = loaded
@@ -121,10 +121,10 @@ def read(path: Path, dropped: tuple[str, ...]) -> dict:
 
 def _unpickled(archive: zipfile.ZipFile) -> tuple[_Unpickler, dict]:
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-        raise ModelFileError("its archive is compressed, as torch.save writes none.")
+        raise ModelFileError("its archive is compressed, which torch.save never does.")
     inside = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
     if inside is None:
-        raise ModelFileError("it holds no data.pkl: it is no file of torch.save.")
+        raise ModelFileError("it holds no data.pkl, which torch.save always writes.")
     folder = inside.removesuffix("/data.pkl")
     order = f"{folder}/byteorder"
     if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
@@ -172,7 +172,7 @@ def _tensor(record: Record, made: dict) -> Tensor:
     storage, offset, size, stride = record.args[:4]
     data, dtype, n = storage.args
     if math.prod(size) > n:
-        raise ModelFileError(f"a tensor of {math.prod(size)} values lies on a storage of {n}.")
+        raise ModelFileError(f"a tensor has {math.prod(size)} values, but its storage has {n}.")
     flat = torch.frombuffer(bytearray(data), dtype=dtype, count=n) if n else torch.empty(0, dtype=dtype)
     return torch.as_strided(flat, tuple(size), tuple(stride), offset).clone()
 

@@ -1,4 +1,4 @@
-"""Models that scvi-tools saved, made models of ours: the same weights, the same numbers."""
+"""Convert models that scvi-tools saved. They have the same weights and give the same numbers."""
 
 import itertools
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from scgen.modules.networks import MLP
 from scgen.modules.vae import VAE
 from scgen.storage import ModelFileError, found_in
 
-#: Options of theirs that ours has no equal for, with the one value of each that is what ours does.
+#: Options of scvi-tools that scgen lacks, each with the one value that is equal to what scgen does.
 FIXED = {
     "latent_distribution": "normal",
     "log_variational": True,
@@ -51,7 +51,7 @@ SHARED = {
 
 
 def load(cls: type, folder: str | Path, adata: AnnData | None, prefix: str):
-    """Return a model of scvi-tools' as one of ours; see `SCVI.from_scvi_tools`."""
+    """Return a saved model of scvi-tools as a model of scgen; see `SCVI.from_scvi_tools`."""
     folder = check_path("folder", folder)
     if not isinstance(prefix, str):
         raise TypeError(f"prefix={shown(prefix)}; it takes a string.")
@@ -68,7 +68,7 @@ def load(cls: type, folder: str | Path, adata: AnnData | None, prefix: str):
         attributes, weights = content["attr_dict"], content["model_state_dict"]
         version, name = (attributes["registry_"][key] for key in ("scvi_version", "model_name"))
         if name != "SCVI":
-            raise ValueError(f"it is a {name}; only SCVI has an equal here")
+            raise ValueError(f"it is a {name}; only SCVI can be converted")
         if not attributes["is_trained_"]:
             raise ValueError("it was saved untrained")
         arguments = cls.Arguments(**_arguments(attributes["init_params_"]))
@@ -77,7 +77,7 @@ def load(cls: type, folder: str | Path, adata: AnnData | None, prefix: str):
         model = files.assembled(cls, registry, arguments, ours)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         detail = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ModelFileError(f"{path} cannot be made a model of scgen: {detail}.") from error
+        raise ModelFileError(f"{path} cannot be converted: {detail}.") from error
     model.trainings = [{"trained_by": f"scvi-tools {version}"}]
     if adata is not None:
         files.give_cells(model, adata)
@@ -90,19 +90,19 @@ def load(cls: type, folder: str | Path, adata: AnnData | None, prefix: str):
 
 
 def _arguments(saved: dict) -> dict:
-    """Return the arguments of ours that make the same model; ValueError where there are none."""
+    """Return the arguments of scgen that make the same model; ValueError if there are none."""
     given = dict(saved["non_kwargs"])
     for extra in saved["kwargs"].values():
         given |= extra
     for name, value in given.items():
         # None and an empty dictionary are the same there.
         if name in FIXED and (value or None) != (FIXED[name] or None):
-            raise ValueError(f"it was made with {name}={value!r}, which has no equal here (only {FIXED[name]!r})")
+            raise ValueError(f"it was made with {name}={value!r}, but scgen has only {name}={FIXED[name]!r}")
         if name not in FIXED and name not in SHARED:
-            raise ValueError(f"it was made with {name}={value!r}, which is unknown here")
+            raise ValueError(f"it was made with {name}={value!r}, which scgen does not know")
     arguments = {name: given.get(name, default) for name, default in SHARED.items()}
     if arguments["gene_likelihood"] == "normal":
-        raise ValueError('its gene_likelihood is "normal", where their library scales the mean and ours has none')
+        raise ValueError('it has gene_likelihood="normal", for which scvi-tools has a library size and scgen has none')
     return {**arguments, "library_residual": False, "seed": 0}
 
 

@@ -211,7 +211,7 @@ def test_an_imported_model_goes_on_training():
         ({"use_layer_norm": "both"}, "use_layer_norm='both'"),
         ({"latent_distribution": "ln"}, "latent_distribution='ln'"),
         ({"gene_likelihood": "normal"}, '"normal"'),
-        ({"something_new": 3}, "something_new=3, which is unknown"),
+        ({"something_new": 3}, "something_new=3, which scgen does not know"),
         ({"n_hidden": 9}, "weights and arguments disagree"),
         ({"is_trained_": False}, "untrained"),
     ],
@@ -323,14 +323,14 @@ def test_small_files_do_not_become_large(tmp_path):
     for _ in range(60):
         doubled = [doubled, doubled]
     content = {"attr_dict": {"history_": None}, "model_state_dict": {}, "var_names": doubled}
-    with pytest.raises(ModelFileError, match="cannot be made a model"):
+    with pytest.raises(ModelFileError, match="cannot be converted"):
         scgen.SCVI.from_scvi_tools(archive(tmp_path, pickle.dumps(content, protocol=2)))
     with pytest.raises(ModelFileError, match="beyond its own length"):
         scgen.SCVI.from_scvi_tools(archive(tmp_path, b"\x80\x02}r\x00\x00\x00\x10."))
     torch.save(
         {"attr_dict": {"history_": None}, "x": torch.zeros(4).as_strided((500, 1000), (0, 0))}, tmp_path / "model.pt"
     )
-    with pytest.raises(ModelFileError, match="500000 values lies on a storage of 4"):
+    with pytest.raises(ModelFileError, match="500000 values, but its storage has 4"):
         scgen.SCVI.from_scvi_tools(tmp_path)
     with zipfile.ZipFile(tmp_path / "model.pt", "w", zipfile.ZIP_DEFLATED) as packed:
         packed.writestr("model/data.pkl", pickle.dumps({}))
