@@ -27,6 +27,12 @@ VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in KERNELS)).hexdig
 # Each worker has its own folder: numba does not expect that two processes write into one at the same time.
 CACHE = Path(tempfile.gettempdir(), f"scgen-kernels-{VERSION}", WORKER)
 os.environ.setdefault("NUMBA_CACHE_DIR", str(CACHE))
+if WORKER:
+    import numba  # after the variable is set
+
+    # When numba starts its threads, as for UMAP, it sets the number of torch's threads as well.
+    numba.set_num_threads(1)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
