@@ -17,6 +17,9 @@ DATA ?=
 BATCH ?= batch
 LABELS ?= $(if $(DATA),,cell_type)
 
+# The processes that `make test` shares the tests among, each with one thread.
+WORKERS ?= 2
+
 .PHONY: demo test coverage release
 
 demo: $(VENV)/scores
@@ -28,7 +31,7 @@ demo: $(VENV)/scores
 test: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 coverage: $(VENV)/test
 	$(PIP) pytest-cov

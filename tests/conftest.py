@@ -10,12 +10,29 @@ from pathlib import Path
 
 import pytest
 
-import scgen
+# Workers of pytest-xdist share the processors. Threads of several workers would wait for each other, so each worker and
+# the processes that it starts use one thread. The variable must be set before torch is loaded.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if WORKER:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+
+import scgen  # noqa: E402
+from scgen import threads  # noqa: E402
 
 # numba sees a change of the file that a compiled function is in, but not of those that it calls into.
 KERNELS = sorted((Path(scgen.__file__).parent / "kernels").rglob("*.py"))
 VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in KERNELS)).hexdigest()[:16]
-os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"scgen-kernels-{VERSION}"))
+# Each worker has its own folder: numba does not expect that two processes write into one at the same time.
+CACHE = Path(tempfile.gettempdir(), f"scgen-kernels-{VERSION}", WORKER)
+os.environ.setdefault("NUMBA_CACHE_DIR", str(CACHE))
+if WORKER:
+    import numba  # after the variable is set
+
+    # When numba starts its threads, as for UMAP, it sets the number of torch's threads as well.
+    numba.set_num_threads(1)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +47,15 @@ def trained(cells):
     model = scgen.SCVI(cells, n_latent=4, n_hidden=16)
     model.train(max_epochs=3, accelerator="cpu", progress=False)
     return model
+
+
+@pytest.fixture(scope="module")
+def several_threads() -> Iterator[None]:
+    """Compute with as many threads as there are processors, also in a worker of pytest-xdist, which has one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, threads._n_processors()))
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def source(tmp_path_factory):
     return path
 
 
-def test_integrate(source, tmp_path):
+def test_integrate(source, tmp_path, here):
     before = source.read_bytes()
     out, report = tmp_path / "out.h5ad", tmp_path / "report"
     done = run("integrate", source, "-o", out, "--batch-key", "batch", "--labels-key", "cell_type", "--n-top-genes", 20,
@@ -78,13 +78,13 @@ def test_integrate(source, tmp_path):
     assert (report / "scores.csv").exists() == (report / "scores.png").exists() == ("total" in done.stdout)
     assert scgen.SCVI.load(report / "model").registry.batches == ["batch_1", "batch_2"]
     assert "total" in done.stdout or "scib-metrics" in done.stdout
-    again = run("integrate", source, "-o", out, "--batch-key", "batch", "--report", report)
+    again = here("integrate", source, "-o", out, "--batch-key", "batch", "--report", report)
     assert again.returncode == 1
     assert "--overwrite" in again.stderr
     # Scores of the earlier run, which had labels, do not stay beside a model that they are not of.
     (report / "scores.csv").touch()
     (report / "scores.png").touch()
-    once_more = run("integrate", source, "-o", out, "--batch-key", "batch", "--report", report, "--max-epochs", 1,
+    once_more = here("integrate", source, "-o", out, "--batch-key", "batch", "--report", report, "--max-epochs", 1,
                     "--overwrite")  # fmt: skip
     assert once_more.returncode == 0, once_more.stderr
     assert not list(report.glob("scores.*"))
@@ -440,32 +440,32 @@ while True:
         assert anndata.read_h5ad(out).n_obs in (50, 400)
 
 
-def test_nothing_of_the_input_is_overwritten_in_the_output(source, tmp_path):
+def test_nothing_of_the_input_is_overwritten_in_the_output(source, tmp_path, here):
     adata = anndata.read_h5ad(source)
     adata.obs["leiden_scgen"] = adata.obs["batch"].astype(str) + "_mine"
     adata.obsm["X_umap_scgen"] = np.ones((150, 2))
     adata.write_h5ad(tmp_path / "in.h5ad")
     call = ["integrate", tmp_path / "in.h5ad", "-o", tmp_path / "out.h5ad", "--batch-key", "leiden_scgen"]
-    done = run(*call)
+    done = here(*call)
     assert done.returncode == 1
     assert 'obs["leiden_scgen"], obsm["X_umap_scgen"]' in done.stderr
     assert "--suffix" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["in.h5ad"]
-    done = run(*call, "--suffix", "two", "--max-epochs", 1)
+    done = here(*call, "--suffix", "two", "--max-epochs", 1)
     assert done.returncode == 0, done.stderr
     out = anndata.read_h5ad(tmp_path / "out.h5ad")
     assert out.obs["leiden_scgen"].tolist() == adata.obs["leiden_scgen"].tolist()
     np.testing.assert_array_equal(out.obsm["X_umap_scgen"], adata.obsm["X_umap_scgen"])
     assert {"X_two", "X_umap_two"} <= set(out.obsm)
     assert "leiden_two" in out.obs
-    again = run(
+    again = here(
         "integrate", tmp_path / "out.h5ad", "-o", tmp_path / "b.h5ad", "--batch-key", "batch", "--suffix", "two"
     )
     assert again.returncode == 1
     assert 'obsm["X_two"]' in again.stderr
 
 
-def test_what_was_read_is_written_as_it_was(tmp_path):
+def test_what_was_read_is_written_as_it_was(tmp_path, here):
     # Nullable strings, in columns and names, which anndata writes only where it is asked to; and text that is text.
     adata = scgen.simulate_cells(n_cells=60, n_genes=20, n_batches=2, seed=5)
     adata.obs["nullable"] = pd.array(["a", None, "b"] * 20, dtype="string")
@@ -478,8 +478,8 @@ def test_what_was_read_is_written_as_it_was(tmp_path):
         anndata.io.write_h5ad(tmp_path / "in.h5ad", adata, convert_strings_to_categoricals=False)
     before = anndata.read_h5ad(tmp_path / "in.h5ad")
     assert isinstance(before.obs["nullable"].dtype, pd.StringDtype)  # else nothing is tested
-    done = run("integrate", tmp_path / "in.h5ad", "-o", tmp_path / "out.h5ad", "--batch-key", "sample",
-               "--max-epochs", 1, "--quiet")  # fmt: skip
+    done = here("integrate", tmp_path / "in.h5ad", "-o", tmp_path / "out.h5ad", "--batch-key", "sample",
+                "--max-epochs", 1, "--quiet")  # fmt: skip
     assert done.returncode == 0, done.stderr
     after = anndata.read_h5ad(tmp_path / "out.h5ad")
     pd.testing.assert_frame_equal(after.obs[before.obs.columns], before.obs)
@@ -608,7 +608,7 @@ def test_check_takes_the_same_data():
         assert (integrated[name].metavar, integrated[name].help) == (option.metavar, option.help)
 
 
-def test_options_reach_the_model(tmp_path):
+def test_options_reach_the_model(tmp_path, here):
     adata = scgen.simulate_cells(n_cells=120, n_genes=20, n_batches=2, n_types=2, seed=5)
     rng = np.random.default_rng(0)
     adata.obs["donor"], adata.obs["age"] = rng.choice(["a", "b"], 120), rng.normal(size=120)
@@ -617,9 +617,9 @@ def test_options_reach_the_model(tmp_path):
     adata.write_h5ad(tmp_path / "in.h5ad")
     data = ["--batch-key", "batch", "--labels-key", "cell_type", "--layer", "counts", "--covariate", "donor",
             "--continuous-covariate", "age", "--size-factor-key", "size"]  # fmt: skip
-    done = run("check", tmp_path / "in.h5ad", *data)
+    done = here("check", tmp_path / "in.h5ad", *data)
     assert done.returncode == 0, done.stdout + done.stderr
-    done = run("integrate", tmp_path / "in.h5ad", "-o", tmp_path / "out.h5ad", *data, "--report", tmp_path / "report",
+    done = here("integrate", tmp_path / "in.h5ad", "-o", tmp_path / "out.h5ad", *data, "--report", tmp_path / "report",
                "--n-latent", 3, "--n-hidden", 16, "--prior", "mog", "--n-components", 4, "--posterior", "planar",
                "--dispersion", "gene-label", "--gene-likelihood", "nb", "--no-encode-covariates", "--kl-start", 2,
                "--max-epochs", 2, "--batch-size", 32, "--train-size", 0.8, "--no-early-stopping")  # fmt: skip

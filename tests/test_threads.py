@@ -20,6 +20,8 @@ from scgen.threads import Crowd, Watch
 
 CPU = torch.device("cpu")
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 
 def made(seed: int = 0, **arguments):
     adata = scgen.simulate_cells(n_cells=400, n_genes=60, n_batches=2, seed=0)
@@ -217,8 +219,10 @@ def test_a_copy_of_a_model_has_its_own_lock():
 
 
 def run(code: str, **environment: str) -> str:
-    # Nothing of what the tests' own process was told of threads.
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP", "GOMP", "NUMBA", "SCGEN"))}
+    # Nothing of what the tests' own process was told of threads, but the folder of compiled kernels.
+    told = ("OMP", "GOMP", "NUMBA", "SCGEN")
+    kept = {name for name in os.environ if name == "NUMBA_CACHE_DIR" or not name.startswith(told)}
+    env = {name: os.environ[name] for name in kept}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], env=env | environment, capture_output=True, text=True, timeout=240
     )

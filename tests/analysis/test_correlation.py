@@ -11,7 +11,7 @@ import scgen
 from scgen.analysis.correlation import Moments
 
 
-def model_of(likelihood, **arguments) -> scgen.SCVI:
+def model_with_likelihood(likelihood, **arguments) -> scgen.SCVI:
     adata = scgen.simulate_cells(n_cells=150, n_genes=12, n_batches=2, n_types=3, seed=1)
     scgen.setup_anndata(adata, batch_key="batch", labels_key="cell_type")
     model = scgen.SCVI(adata, n_latent=3, n_hidden=16, gene_likelihood=likelihood, **arguments)
@@ -21,7 +21,7 @@ def model_of(likelihood, **arguments) -> scgen.SCVI:
 
 @pytest.fixture(scope="module")
 def negative_binomial() -> scgen.SCVI:
-    return model_of("nb")
+    return model_with_likelihood("nb")
 
 
 OF_VALUES = {
@@ -35,7 +35,7 @@ OF_VALUES = {
 @pytest.mark.parametrize("batch", ["observed", ["batch_1", "batch_2"]])
 def test_of_values_without_noise_it_is_scipys(likelihood, kind, batch):
     """These are the draws of `get_normalized_expression` with the same seed, in blocks of 40 cells or all at once."""
-    model = model_of(likelihood)
+    model = model_with_likelihood(likelihood)
     expected = []
     for one in [batch] if batch == "observed" else batch:
         draws = model.get_normalized_expression(batch=one, n_samples=4, return_mean=False, batch_size=40)
@@ -53,7 +53,7 @@ def test_of_values_without_noise_it_is_scipys(likelihood, kind, batch):
 @pytest.mark.parametrize("likelihood", ["zinb", "nb"])
 def test_gamma_noise_is_that_of_the_dispersions(likelihood, dispersion):
     """Noise of variance rho^2 / theta, independent, adds E[rho^2 / theta] to variances and nothing to covariances."""
-    model = model_of(likelihood, dispersion=dispersion, use_observed_lib_size=True)
+    model = model_with_likelihood(likelihood, dispersion=dispersion, use_observed_lib_size=True)
     with torch.no_grad():  # so that no few draws decide
         decoder = model.vae.decoder.dispersion
         (decoder.head.bias if dispersion == "gene-cell" else decoder.log_theta).add_(1.5)
@@ -81,7 +81,7 @@ def test_spearman_of_noisy_values(negative_binomial):
 @pytest.mark.parametrize("kind", ["pearson", "spearman"])
 @pytest.mark.parametrize("likelihood", ["zinb", "nb"])
 def test_noise_does_not_depend_on_the_genes_asked_for(likelihood, kind):
-    model = model_of(likelihood, dispersion="gene-cell")
+    model = model_with_likelihood(likelihood, dispersion="gene-cell")
     everything = model.get_feature_correlation_matrix(correlation_type=kind)
     genes = ["gene_9", "gene_3", "gene_9"]
     found = model.get_feature_correlation_matrix(gene_list=genes, correlation_type=kind)
@@ -127,7 +127,7 @@ def test_equal_values_have_no_correlation(constant):
 
 
 def test_what_does_not_vary_correlates_with_nothing():
-    model = model_of("poisson")
+    model = model_with_likelihood("poisson")
     with torch.no_grad():
         model.vae.decoder.scale.bias[2] = -200.0  # a rate that underflows
     for kind in OF_VALUES:

@@ -233,7 +233,9 @@ def wide():
     scgen.setup_anndata(adata, batch_key="batch")
     model = scgen.SCVI(adata, n_latent=2, n_hidden=8)
     model.train(1, accelerator="cpu", progress=False)
-    model.get_normalized_expression(n_samples=2, weights="importance")  # kernels are compiled with much memory
+    # The first time, modules are imported and kernels compiled, with much memory.
+    for asked in ({"weights": "importance"}, {"library_size": "latent"}, {"sparse_below": 1e6}):
+        memory(model, n_samples=2, **asked)
     return model
 
 

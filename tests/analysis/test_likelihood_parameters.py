@@ -7,11 +7,10 @@ from scipy import special, stats
 import scgen
 
 
-def model_of(likelihood, dispersion="gene", **arguments) -> scgen.SCVI:
+def model_with_donors(likelihood, dispersion="gene", size_factor_key=None, **arguments) -> scgen.SCVI:
     adata = scgen.simulate_cells(n_cells=90, n_genes=15, n_batches=2, n_types=3, seed=1)
     adata.obs["donor"] = np.resize(["a", "b", "c"], 90)
     adata.obs["factor"] = np.random.default_rng(0).uniform(0.5, 2, 90)
-    size_factor_key = "factor" if arguments.pop("size_factors", False) else None
     scgen.setup_anndata(
         adata,
         batch_key="batch",
@@ -49,12 +48,12 @@ def log_p(likelihood: str, x: np.ndarray, parameters: dict[str, np.ndarray]) -> 
 
 
 @pytest.mark.parametrize(
-    ("likelihood", "size_factors"),
-    [("zinb", False), ("nb", False), ("poisson", False), ("normal", False), ("zinb", True), ("poisson", True)],
+    ("likelihood", "size_factor_key"),
+    [("zinb", None), ("nb", None), ("poisson", None), ("normal", None), ("zinb", "factor"), ("poisson", "factor")],
 )
 @pytest.mark.parametrize("dispersion", ["gene", "gene-batch", "gene-label", "gene-cell"])
-def test_they_give_the_reconstruction_error(likelihood, dispersion, size_factors):
-    model = model_of(likelihood, dispersion, size_factors=size_factors)
+def test_they_give_the_reconstruction_error(likelihood, dispersion, size_factor_key):
+    model = model_with_donors(likelihood, dispersion, size_factor_key)
     x = model.adata.X.toarray()
     for batch_size in (1024, 30):
         parameters = model.get_likelihood_parameters(batch_size=batch_size)
@@ -71,7 +70,7 @@ def test_they_give_the_reconstruction_error(likelihood, dispersion, size_factors
 
 @pytest.mark.parametrize("likelihood", ["zinb", "normal"])
 def test_draws_genes_and_means(likelihood):
-    model = model_of(likelihood)
+    model = model_with_donors(likelihood)
     genes = ["gene_12", "gene_2"]
     draws = model.get_likelihood_parameters(n_samples=6, batch_size=50)
     means = model.get_likelihood_parameters(n_samples=6, give_mean=True, batch_size=50)
@@ -88,7 +87,7 @@ def test_draws_genes_and_means(likelihood):
 @pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson", "normal"])
 def test_at_the_means_of_the_latents(likelihood):
     """Dispersions of genes do not depend on z; the mean is l rho at the means of q, found by another way."""
-    model = model_of(likelihood)
+    model = model_with_donors(likelihood)
     found = model.get_likelihood_parameters(n_samples=None)
     again = model.get_likelihood_parameters(n_samples=None, seed=7)
     for name in found:
@@ -117,7 +116,7 @@ def test_at_the_means_of_the_latents(likelihood):
 
 
 def test_other_batches_and_covariates():
-    model = model_of("zinb", "gene-batch")
+    model = model_with_donors("zinb", "gene-batch")
     ask = {"n_samples": None}
     of_batch = [model.get_likelihood_parameters(batch=name, **ask) for name in ("batch_1", "batch_2")]
     both = model.get_likelihood_parameters(batch="average", **ask)

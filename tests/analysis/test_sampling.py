@@ -13,7 +13,7 @@ from scgen.analysis.counterfactual import Condition
 from scgen.analysis.sampling import replicates
 
 
-def model_of(batch_column="batch", likelihood="nb", **changed) -> scgen.SCVI:
+def model_with_covariates(batch_column="batch", likelihood="nb", **changed) -> scgen.SCVI:
     """Return a model that reads a layer, labels and three covariates, one of them of numbers in a unit of its own."""
     adata = scgen.simulate_cells(n_cells=150, n_genes=20, n_batches=3, n_types=2, seed=3)
     adata.layers["counts"], adata.X = adata.X, None
@@ -57,7 +57,7 @@ def log_p_by_hand(model, sample) -> np.ndarray:
 
 @pytest.mark.parametrize("batch_key", ["batch", "library"])
 def test_a_sample_can_be_asked_about(batch_key):
-    model = model_of(batch_key)
+    model = model_with_covariates(batch_key)
     sample = model.sample_prior(300)
     assert np.isfinite(model.get_elbo(sample))
     assert set(sample.obs) == {batch_key, "cell_type", "plate", "donor", "age", "library"}
@@ -82,28 +82,28 @@ def test_a_sample_can_be_asked_about(batch_key):
 
 @pytest.mark.parametrize("likelihood", ["zinb", "poisson", "normal"])
 def test_samples_of_every_likelihood(likelihood):
-    model = model_of(likelihood=likelihood, counts=likelihood != "normal")
+    model = model_with_covariates(likelihood=likelihood, counts=likelihood != "normal")
     sample = model.sample_prior(50)
     assert np.isfinite(model.get_elbo(sample))
     assert ("library" in sample.obsm) == ("library" in sample.obs) == (likelihood != "normal")
 
 
 def test_size_factors_are_samples_too():
-    model = model_of(size_factor_key="factor")
+    model = model_with_covariates(size_factor_key="factor")
     sample = model.sample_prior(50)
     np.testing.assert_allclose(model.get_latent_library_size(sample), sample.obsm["library"], rtol=1e-5)
     assert np.isfinite(model.get_elbo(sample))
 
 
 def test_without_a_batch_there_is_no_column_of_it():
-    model = model_of(batch_key=None, categorical_covariate_keys=["plate", "donor", "batch"])
+    model = model_with_covariates(batch_key=None, categorical_covariate_keys=["plate", "donor", "batch"])
     sample = model.sample_prior(60)
     assert set(sample.obs["batch"]) == {"batch_1", "batch_2", "batch_3"}
     assert np.isfinite(model.get_elbo(sample))
 
 
 def test_covariates_of_a_sample_are_those_asked_for():
-    model = model_of()
+    model = model_with_covariates()
     sample = model.sample_prior(400, "batch_3", covariates={"donor": "b", "age": 55, "plate": 2}, seed=1)
     for key, value in {"batch": "batch_3", "donor": "b", "plate": "2"}.items():
         assert (sample.obs[key] == value).all()

@@ -37,7 +37,7 @@ def cells_of(form="csr"):
     return adata
 
 
-def model_of(adata, **setup):
+def trained_on(adata, **setup):
     scgen.setup_anndata(adata, **SETUP | setup)
     model = scgen.SCVI(adata, n_hidden=16)
     model.train(max_epochs=2, accelerator="cpu", progress=False)
@@ -131,7 +131,7 @@ CHANGES = (
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_cell_that_is_asked_about_is_noticed(change, form):
     adata = cells_of(form)
-    model = model_of(adata)
+    model = trained_on(adata)
     for _ in range(2):
         for indices in (None, [7], [3, 7]):
             model.get_latent_representation(indices=indices)
@@ -144,7 +144,7 @@ def test_a_changed_cell_that_is_asked_about_is_noticed(change, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_answers_about_other_cells_go_on(form):
     adata = cells_of(form)
-    model = model_of(adata)
+    model = trained_on(adata)
     before = model.get_latent_representation()
     one_value(adata, 7)
     np.testing.assert_allclose(
@@ -155,7 +155,7 @@ def test_answers_about_other_cells_go_on(form):
 def test_replaced_by_the_same(monkeypatch):
     """New objects with the values of before are the same cells, and are remembered again."""
     adata = cells_of()
-    model = model_of(adata)
+    model = trained_on(adata)
     before = model.get_latent_representation()
     adata.X, adata.obs_names, adata.obs["batch"] = (
         adata.X.copy(),
@@ -170,7 +170,7 @@ def test_replaced_by_the_same(monkeypatch):
 @pytest.mark.parametrize("genes", [slice(None), slice(None, None, -1)])
 @pytest.mark.parametrize("form", FORMS)
 def test_other_cells_are_checked_once(form, genes, monkeypatch):
-    model = model_of(cells_of(form))
+    model = trained_on(cells_of(form))
     other = cells_of(form)[:, genes].copy()
     before = model.get_latent_representation(other)
     monkeypatch.setattr(findings, "_values", None)  # which would fail if values were looked at again
@@ -187,7 +187,7 @@ def test_other_cells_are_checked_once(form, genes, monkeypatch):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_other_cells_that_become_unfit_are_refused(form):
-    model = model_of(cells_of(form))
+    model = trained_on(cells_of(form))
     other = cells_of(form)
     model.get_latent_representation(other)
     other.X = other.X.astype(np.float64) * 1.5
@@ -234,7 +234,7 @@ def test_own_values_that_are_no_counts_in_another_form_are_the_same():
 
 def test_a_missing_column_of_the_models_own_cells():
     adata = cells_of()
-    model = model_of(adata)
+    model = trained_on(adata)
     del adata.obs["donor"]
     for indices in ([0], None):
         with pytest.raises(ValueError, match=r'adata\.obs has 0 columns named "donor"'):
@@ -244,7 +244,7 @@ def test_a_missing_column_of_the_models_own_cells():
 def test_files_are_read_where_they_are_asked_about(tmp_path, monkeypatch):
     cells_of().write_h5ad(tmp_path / "cells.h5ad")
     adata = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
-    model = model_of(adata)
+    model = trained_on(adata)
     before = model.get_latent_representation()
     read = []
     rows = type(adata.X).__getitem__
@@ -267,7 +267,7 @@ def test_few_rows_of_any_form_are_those_of_the_matrix(form):
 
 def test_a_damaged_row_that_is_asked_about_is_refused():
     adata = cells_of()
-    model = model_of(adata)
+    model = trained_on(adata)
     model.get_latent_representation()
     index = adata.X.indptr[7]
     for damage in (2**30, -1):
@@ -285,7 +285,7 @@ def test_a_damaged_row_that_is_asked_about_is_refused():
 
 def test_what_was_seen_is_no_part_of_the_model():
     adata, other = cells_of(), cells_of()
-    model = model_of(adata)
+    model = trained_on(adata)
     before = model.get_latent_representation(other)
     for made in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         np.testing.assert_array_equal(made.get_latent_representation(other), before)
@@ -308,7 +308,7 @@ def test_what_was_seen_is_no_part_of_the_model():
 ])  # fmt: skip
 def test_columns_that_become_of_another_kind(column, values, told):
     adata, other = cells_of(), cells_of()
-    model = model_of(adata)
+    model = trained_on(adata)
     for cells in (adata, other):
         model.get_latent_representation(cells)
         cells.obs[column] = pd.Series(values, index=cells.obs_names, dtype=object)

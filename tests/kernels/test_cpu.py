@@ -16,6 +16,8 @@ from scgen.kernels.cpu import likelihood
 
 KINDS = ["poisson", "negative binomial", "zero-inflated"]
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 
 def inputs(kind, n_draws=1, theta_shape=(700,), normalised=True, seed=0):
     """Return counts (40, 700), with large and fractional ones among them, and the parameters of ``n_draws`` x 40."""

@@ -1,6 +1,7 @@
 """What a trained model answers, and what training guarantees."""
 
 import copy
+import itertools
 import json
 import os
 import signal
@@ -21,11 +22,12 @@ from scgen.analysis import inference
 from scgen.data.stores import MemoryStore
 from scgen.distributions import CellCounts
 from scgen.kernels import dispatch
+from scgen.models.scvi import CHOICES
 from scgen.seeding import seeded
 from scgen.training import loop, monitoring, optimizer
 
 
-def model_of(adata, **arguments):
+def new_model(adata, **arguments):
     scgen.setup_anndata(adata, batch_key="batch")
     return scgen.SCVI(adata, **arguments)
 
@@ -41,7 +43,7 @@ def small():
 
 
 def test_the_bound_is_the_sum_of_its_parts(small):
-    model = train(model_of(small))
+    model = train(new_model(small))
     error, elbo = model.get_reconstruction_error(return_mean=False), model.get_elbo(return_mean=False)
     mean, variance = (a.astype(float) for a in model.get_latent_representation(return_dist=True))
     kl_z = 0.5 * (mean**2 + variance - np.log(variance) - 1).sum(1)
@@ -66,7 +68,7 @@ def test_the_bound_is_the_sum_of_its_parts(small):
 
 def test_truth_is_recovered():
     adata = scgen.simulate_cells(2000, 100, n_batches=2, mean_library=1000, batch_effect=0.7, seed=0)
-    model = train(model_of(adata), None)
+    model = train(new_model(adata), None)
     theta = model.vae.decoder.dispersion.log_theta.detach().numpy()
     assert np.corrcoef(theta, adata.var["log_theta"])[0, 1] >= 0.8
     rho = model.get_normalized_expression(n_samples=10, return_numpy=True)
@@ -99,7 +101,7 @@ def test_four_hops_to_the_mathematics(small, monkeypatch):
         return original(self, value)
 
     monkeypatch.setattr(CellCounts, "log_prob", spy)
-    train(model_of(small), 1)
+    train(new_model(small), 1)
     package = Path(scgen.__file__).parent
     ours = [f for f in stacks[0] if package in Path(f.filename).parents]
     places = [f"{Path(f.filename).relative_to(package)}:{f.name}" for f in ours]
@@ -110,7 +112,7 @@ def test_same_seed_same_bits_and_global_generators_untouched(small):
     torch.manual_seed(11)
     np.random.seed(11)  # noqa: NPY002  the global generator is what is watched
     before = torch.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
-    one, two, other = (train(model_of(small, seed=s), seed=s).get_latent_representation() for s in (0, 0, 1))
+    one, two, other = (train(new_model(small, seed=s), seed=s).get_latent_representation() for s in (0, 0, 1))
     assert np.array_equal(one, two)
     assert not np.allclose(one, other)
     assert torch.equal(before[0], torch.get_rng_state())
@@ -120,11 +122,11 @@ def test_same_seed_same_bits_and_global_generators_untouched(small):
 def test_the_kl_weight_gets_to_one(small):
     for epochs in (1, 3, 7):
         for start in (0.0, 1.0, 4.0):
-            assert train(model_of(small), epochs, kl_start=start).history["kl_weight"].iloc[-1] == 1.0
+            assert train(new_model(small), epochs, kl_start=start).history["kl_weight"].iloc[-1] == 1.0
 
 
 def test_training_goes_on(small):
-    model = train(model_of(small), 3)
+    model = train(new_model(small), 3)
     split = model.train_indices
     elbo = model.get_elbo()
     train(model, 20)
@@ -171,12 +173,12 @@ def test_a_number_of_draws_is_a_whole_one(trained, number):
 
 
 def test_split_and_history(small):
-    model = train(model_of(small))
+    model = train(new_model(small))
     both = np.concatenate([model.train_indices, model.validation_indices])
     assert np.array_equal(np.sort(both), np.arange(120))
     assert len(model.train_indices) == 108
     assert {"elbo_train", "elbo_validation", "kl_z_validation"} <= set(model.history.columns)
-    whole = train(model_of(small), train_size=1.0)
+    whole = train(new_model(small), train_size=1.0)
     assert len(whole.validation_indices) == 0
     assert "elbo_validation" not in whole.history
 
@@ -197,7 +199,7 @@ def test_early_stopping_keeps_no_weights_of_the_first_half():
 
 
 def test_trainings_tell_which_weights_were_kept(small, tmp_path, monkeypatch):
-    model, original = model_of(small), monitoring.Best.stop_after
+    model, original = new_model(small), monitoring.Best.stop_after
     values, ends = iter([5.0, 9, 1, 3, 2, 2, 9, 9, 1, 2]), []
 
     def told(self, epoch, value):
@@ -214,7 +216,7 @@ def test_trainings_tell_which_weights_were_kept(small, tmp_path, monkeypatch):
         assert np.flatnonzero(same).tolist() == [kept - 1]
     # Nothing is compared where there are no validation cells, or where an error comes first: the last weights are kept.
     monkeypatch.undo()
-    whole = train(model_of(small), 3, train_size=1.0)
+    whole = train(new_model(small), 3, train_size=1.0)
     assert whole.trainings[-1]["kept_epoch"] == 3
     monkeypatch.setattr(loop, "evaluate", failing_at(loop.evaluate, 3))
     with pytest.raises(FloatingPointError):
@@ -240,13 +242,13 @@ def failing_at(evaluate, number):
 @pytest.mark.parametrize("n_cells", [2, 3, 5, 17, 33])
 def test_no_number_of_cells_breaks_batch_normalisation(n_cells):
     adata = scgen.simulate_cells(n_cells=n_cells, n_genes=10, n_batches=1, seed=0)
-    model = train(model_of(adata), batch_size=4)
+    model = train(new_model(adata), batch_size=4)
     assert np.isfinite(model.get_latent_representation()).all()
 
 
 def test_one_cell_is_refused():
     with pytest.raises(ValueError, match="at least 2"):
-        train(model_of(scgen.simulate_cells(n_cells=1, n_genes=10, n_batches=1)))
+        train(new_model(scgen.simulate_cells(n_cells=1, n_genes=10, n_batches=1)))
 
 
 def test_odd_cells_and_genes(small):
@@ -255,7 +257,7 @@ def test_odd_cells_and_genes(small):
     small.X = sparse.csr_matrix(x)
     small.obs["batch"] = ["lonely"] + ["rest"] * 119  # a batch of one cell
     with pytest.warns(UserWarning, match="lonely: 1"):
-        model = model_of(small)
+        model = new_model(small)
     train(model)
     assert np.isfinite(model.get_elbo(return_mean=False)).all()
     assert model.get_normalized_expression(gene_list=["gene_5"]).shape == (120, 1)
@@ -266,7 +268,7 @@ def test_odd_cells_and_genes(small):
 
 
 def test_a_value_that_is_not_finite_is_named_and_good_weights_kept(small, monkeypatch):
-    model = train(model_of(small))
+    model = train(new_model(small))
     good = {name: tensor.clone() for name, tensor in model.vae.state_dict().items()}
     row = model.train_indices[7]
     # A value that is damaged after all checks, as by a failing disk.
@@ -289,7 +291,7 @@ def damaged(rows, row, column):
 
 
 def test_cells_that_have_changed_are_refused(small):
-    model = train(model_of(small))
+    model = train(new_model(small))
     before = model.get_latent_representation()
     counts = small.X.copy()
     small.X = np.log1p(small.X.toarray())
@@ -305,14 +307,14 @@ def test_cells_that_have_changed_are_refused(small):
 
 def test_normal_likelihood_starts_at_the_values(small):
     # On values set up as counts, too: they are not divided by a library that the model does not have.
-    model = train(model_of(small, gene_likelihood="normal"), 100)
+    model = train(new_model(small, gene_likelihood="normal"), 100)
     x = small.X.toarray()
     # About as good as a Gaussian for each gene by itself; divided by a library, it was 1e8 nats off.
     assert model.get_elbo() > stats.norm(x.mean(0), x.std(0)).logpdf(x).sum(1).mean() - 5
 
 
 def test_a_first_training_interrupted_at_once_leaves_an_untrained_model(small, monkeypatch):
-    model = model_of(small)
+    model = new_model(small)
 
     def interrupt(*args):
         raise KeyboardInterrupt
@@ -327,7 +329,7 @@ def test_a_first_training_interrupted_at_once_leaves_an_untrained_model(small, m
 
 
 def test_an_interrupt_keeps_what_was_learned(small, caplog):
-    model = model_of(small)
+    model = new_model(small)
     calls = []
     original = monitoring.Best.stop_after
 
@@ -347,7 +349,7 @@ def test_an_interrupt_keeps_what_was_learned(small, caplog):
     assert 3 <= len(model.history) <= 5
     assert "interrupted" in caplog.text
     assert model.trainings[-1]["finished"] is False
-    assert train(model_of(small), 2).trainings[-1]["finished"] is True
+    assert train(new_model(small), 2).trainings[-1]["finished"] is True
     assert np.isfinite(model.get_latent_representation()).all()
 
 
@@ -362,7 +364,7 @@ def assert_same_weights(model, weights):
 
 def test_on_epoch_is_told_each_row_of_the_history(small):
     told = []
-    model = train(model_of(small), 3, on_epoch=told.append)
+    model = train(new_model(small), 3, on_epoch=told.append)
     train(model, 2, on_epoch=told.append)
     assert told == [{"epoch": epoch, **row} for epoch, row in enumerate(model.history.to_dict("records"), start=1)]
     assert {type(value) for row in told for name, value in row.items() if name != "epoch"} == {float}
@@ -371,7 +373,7 @@ def test_on_epoch_is_told_each_row_of_the_history(small):
 
 
 def test_on_epoch_may_ask_the_model(small):
-    model, alone, asked = model_of(small), train(model_of(small), 4), []
+    model, alone, asked = new_model(small), train(new_model(small), 4), []
     train(model, 4, on_epoch=lambda row: asked.append((model.get_elbo(), model.get_latent_representation(indices=[3]))))
     assert_same_weights(model, weights_of(alone))
     elbos, embeddings = zip(*asked, strict=True)
@@ -382,7 +384,7 @@ def test_on_epoch_may_ask_the_model(small):
 
 
 def test_on_epoch_may_save_the_model(small, tmp_path):
-    model, seen = model_of(small), []
+    model, seen = new_model(small), []
 
     def checkpoint(row):
         model.save(tmp_path, overwrite=True)
@@ -397,7 +399,7 @@ def test_on_epoch_may_save_the_model(small, tmp_path):
 
 @pytest.mark.parametrize("last", [2, 7])
 def test_on_epoch_stops_where_it_returns_true(small, last):
-    model, seen = model_of(small), {}
+    model, seen = new_model(small), {}
 
     def stop(row):
         seen[row["epoch"]] = weights_of(model)
@@ -414,11 +416,11 @@ def test_on_epoch_stops_where_it_returns_true(small, last):
 
 def test_on_epoch_goes_on_where_it_returns_anything_else(small):
     for answer in (1, "stop", [1], np.ones(2), False, np.False_, None):
-        assert len(train(model_of(small), 2, on_epoch=lambda row, answer=answer: answer).history) == 2
+        assert len(train(new_model(small), 2, on_epoch=lambda row, answer=answer: answer).history) == 2
 
 
 def test_an_error_of_on_epoch_is_raised_and_keeps_the_weights_of_its_epoch(small):
-    model, seen = model_of(small), []
+    model, seen = new_model(small), []
 
     def fail(row):
         seen.append(weights_of(model))
@@ -437,7 +439,7 @@ def test_an_error_of_on_epoch_is_raised_and_keeps_the_weights_of_its_epoch(small
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_half_an_epoch_leaves_no_trace(small, monkeypatch, error):
-    model = train(model_of(small), 5)
+    model = train(new_model(small), 5)
     answers = model.get_latent_representation(), model.history.copy(), list(model.trainings)
     steps = []
     original = optimizer.Adam.step
@@ -448,7 +450,7 @@ def test_half_an_epoch_leaves_no_trace(small, monkeypatch, error):
             raise error  # between backward, which left gradients, and the step
         original(self, *args)
 
-    for trained in (model, fresh := model_of(small, seed=4)):
+    for trained in (model, fresh := new_model(small, seed=4)):
         steps.clear()
         monkeypatch.setattr(optimizer.Adam, "step", failing)
         with pytest.raises(error):
@@ -460,7 +462,7 @@ def test_half_an_epoch_leaves_no_trace(small, monkeypatch, error):
     # A model whose first training failed is as new: the split, too, is still to be chosen.
     assert not fresh.is_trained
     again = train(fresh, train_size=0.5).get_latent_representation()
-    assert np.array_equal(again, train(model_of(small, seed=4), train_size=0.5).get_latent_representation())
+    assert np.array_equal(again, train(new_model(small, seed=4), train_size=0.5).get_latent_representation())
 
 
 @pytest.mark.parametrize(
@@ -481,7 +483,7 @@ def test_half_an_epoch_leaves_no_trace(small, monkeypatch, error):
 )
 def test_wrong_training_options(small, options, words):
     with pytest.raises(ValueError, match=words):
-        model_of(small).train(**{"max_epochs": 1, "progress": False} | options)
+        new_model(small).train(**{"max_epochs": 1, "progress": False} | options)
 
 
 @pytest.mark.parametrize(
@@ -498,7 +500,7 @@ def test_wrong_training_options(small, options, words):
 )
 def test_wrong_arguments(small, arguments, words):
     with pytest.raises(ValueError, match=words):
-        model_of(small, **arguments)
+        new_model(small, **arguments)
 
 
 def test_not_set_up(small):
@@ -508,14 +510,22 @@ def test_not_set_up(small):
 
 def test_untrained_models_say_so(small):
     with pytest.raises(RuntimeError, match=r"model\.train\(\)"):
-        model_of(small).get_latent_representation()
+        new_model(small).get_latent_representation()
 
 
-@pytest.mark.parametrize("smallest", [0, 2**14], ids=["compiled", "plain"])
-@pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson", "normal"])
-@pytest.mark.parametrize("dispersion", ["gene", "gene-batch", "gene-label", "gene-cell"])
-def test_every_model_answers_everything(small, monkeypatch, likelihood, dispersion, smallest):
-    monkeypatch.setattr(dispatch, "SMALLEST", smallest)
+#: Every model, with compiled kernels. The plain ones only know whether all cells have the same dispersions, and have no
+#: part in normal models.
+COMPILED = [(*pair, "compiled") for pair in itertools.product(CHOICES["gene_likelihood"], CHOICES["dispersion"])]
+PLAIN = [
+    *(("zinb", "gene", "plain"), ("zinb", "gene-batch", "plain")),
+    *(("nb", "gene", "plain"), ("nb", "gene-cell", "plain")),
+    ("poisson", "gene", "plain"),
+]
+
+
+@pytest.mark.parametrize(("likelihood", "dispersion", "kernels"), COMPILED + PLAIN)
+def test_every_model_answers_everything(small, monkeypatch, likelihood, dispersion, kernels):
+    monkeypatch.setattr(dispatch, "SMALLEST", {"compiled": 0, "plain": 2**14}[kernels])
     small.obs["donor"] = np.resize(["a", "b", "c"], 120)
     small.obs["age"] = np.linspace(20, 60, 120)
     scgen.setup_anndata(
@@ -551,7 +561,7 @@ def test_compiled_and_plain_kernels_agree(small, monkeypatch):
     answers = []
     for smallest in (0, 2**14):
         monkeypatch.setattr(dispatch, "SMALLEST", smallest)
-        model = train(model_of(small), 5)
+        model = train(new_model(small), 5)
         answers.append((model.get_latent_representation(), model.get_elbo()))
     np.testing.assert_allclose(answers[0][0], answers[1][0], atol=1e-3)
     assert answers[0][1] == pytest.approx(answers[1][1], rel=1e-5)
@@ -559,7 +569,7 @@ def test_compiled_and_plain_kernels_agree(small, monkeypatch):
 
 @pytest.mark.parametrize("at_once", [7, 30])
 def test_marginal_likelihood_is_the_mean_weight(small, monkeypatch, at_once):
-    model = train(model_of(small))
+    model = train(new_model(small))
     loader = model._loader(None, None, 120)
     monkeypatch.setattr(inference, "AT_ONCE", at_once)
     estimate, _ = inference.marginal(model.vae, loader, 30, seed=0)
@@ -591,7 +601,7 @@ def test_bfloat16_where_layers_are_wide(small):
 
 
 def test_an_embedding_is_the_means_of_the_posterior(small):
-    model = train(model_of(small))
+    model = train(new_model(small))
     mean, variance = model.get_latent_representation(return_dist=True)
     assert np.array_equal(model.get_latent_representation(), mean)
     draws = model.get_latent_representation(give_mean=False)
@@ -602,7 +612,7 @@ def test_an_embedding_is_the_means_of_the_posterior(small):
 
 
 def test_rows_come_in_the_order_asked_for(small, tmp_path):
-    model = train(model_of(small))
+    model = train(new_model(small))
     order = np.random.default_rng(0).permutation(120)[:50]
     whole = model.get_latent_representation()
     np.testing.assert_allclose(model.get_latent_representation(indices=order), whole[order], atol=1e-5)
@@ -630,7 +640,7 @@ def test_rows_come_in_the_order_asked_for(small, tmp_path):
 
 
 def test_counterfactual_batches(small):
-    model = train(model_of(small), 10)
+    model = train(new_model(small), 10)
     observed, first, second, both = (
         model.get_normalized_expression(batch=b, return_numpy=True)
         for b in ("observed", "batch_1", "batch_2", ["batch_1", "batch_2"])
@@ -680,7 +690,7 @@ def test_size_factors_replace_the_library(small):
 
 def test_samples_look_like_the_data():
     adata = scgen.simulate_cells(1000, 50, n_batches=2, seed=1)
-    model = train(model_of(adata), None)
+    model = train(new_model(adata), None)
     drawn = model.posterior_predictive_sample()
     x = adata.X.toarray()
     assert np.corrcoef(np.log1p(np.asarray(drawn.mean(0)).ravel()), np.log1p(x.mean(0)))[0, 1] > 0.98
@@ -718,7 +728,7 @@ def test_kill_during_training_leaves_files_alone(tmp_path, start):
 
 
 def test_a_training_within_a_training_is_refused(small):
-    model = model_of(small)
+    model = new_model(small)
     with pytest.raises(RuntimeError, match="cannot be trained again meanwhile"):
         train(model, 3, on_epoch=lambda row: train(model, 1))
     train(model, 2)  # the refusal has left nothing locked
@@ -726,6 +736,6 @@ def test_a_training_within_a_training_is_refused(small):
 
 
 def test_a_model_that_is_saved_in_training_has_its_history(small, tmp_path):
-    model = model_of(small)
+    model = new_model(small)
     train(model, 4, on_epoch=lambda row: row["epoch"] == 3 and model.save(tmp_path / "model"))
     assert len(scgen.SCVI.load(tmp_path / "model").history) == 3

@@ -22,7 +22,7 @@ from scgen.models.scvi import POSTERIORS, PRIORS
 PAIRS = [pair for pair in itertools.product(POSTERIORS, PRIORS) if "normal" in pair or pair in {("iaf", "vamp")}]
 
 
-def model_of(adata: AnnData, posterior: str, prior: str, **others) -> scgen.SCVI:
+def model_with_posterior(adata: AnnData, posterior: str, prior: str, **others) -> scgen.SCVI:
     model = scgen.SCVI(adata, n_latent=4, n_hidden=16, posterior=posterior, prior=prior, **others)
     model.train(max_epochs=3, accelerator="cpu", progress=False)
     return model
@@ -30,7 +30,7 @@ def model_of(adata: AnnData, posterior: str, prior: str, **others) -> scgen.SCVI
 
 @pytest.fixture(scope="module", params=PAIRS, ids="-".join)
 def asked(request, cells):
-    return model_of(cells, *request.param)
+    return model_with_posterior(cells, *request.param)
 
 
 def test_saved_and_loaded_it_answers_alike(asked, cells, tmp_path):
@@ -110,7 +110,7 @@ def test_only_a_new_batch_is_learned(asked, cells):
 @pytest.mark.parametrize(("posterior", "prior"), [("iaf", "flow"), ("planar", "vamp"), ("planar", "mog")])
 @pytest.mark.parametrize("likelihood", ["nb", "poisson", "normal"])
 def test_other_likelihoods(cells, likelihood, posterior, prior):
-    model = model_of(cells, posterior, prior, gene_likelihood=likelihood)
+    model = model_with_posterior(cells, posterior, prior, gene_likelihood=likelihood)
     assert np.isfinite([model.get_elbo(), model.get_marginal_ll(n_mc_samples=20)]).all()
     assert np.isfinite(model.sample_prior(10).X.toarray()).all()
 
@@ -128,7 +128,7 @@ def test_pseudo_inputs_start_at_cells(cells):
 
 @pytest.mark.parametrize("prior", ["mog", "vamp"])
 def test_cluster_probabilities_are_bayes_rule(cells, prior):
-    model = model_of(cells, "normal", prior, n_components=5)
+    model = model_with_posterior(cells, "normal", prior, n_components=5)
     probs = model.get_cluster_probs(indices=[5, 2, 9], n_samples=400)
     assert (probs.shape, probs.index.tolist()) == ((3, 5), cells.obs_names[[5, 2, 9]].tolist())
     np.testing.assert_allclose(probs.sum(1), 1, rtol=1e-5)
