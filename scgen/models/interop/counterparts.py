@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Collection
 from contextlib import ContextDecorator
+from typing import TYPE_CHECKING
 
 from scgen.arguments import did_you_mean
 
@@ -243,12 +244,14 @@ class Answering(type):
                 setattr(cls, key, classmethod(_Answered(value.__func__)(value.__func__)))
             elif inspect.isfunction(value) and (key == "__init__" or not key.startswith("_")):
                 setattr(cls, key, _Answered(value)(value))
-        # Not written as a method, since type checkers take a class with such a method to have every attribute.
-        cls.__getattr__ = lambda self, missing: _refuse(type(self), missing, vars(self).get("model"))
+        if not TYPE_CHECKING:  # a type checker takes a class with this method to have every attribute
+            cls.__getattr__ = lambda self, missing: _refuse(type(self), missing, vars(self).get("model"))
         cls.__dir__ = lambda self: [key for key in object.__dir__(self) if key not in cls._hidden]
 
-    def __getattr__(cls, missing: str):
-        _refuse(cls, missing)
+    if not TYPE_CHECKING:  # as above
+
+        def __getattr__(cls, missing: str):
+            _refuse(cls, missing)
 
     def __dir__(cls) -> list[str]:
         return [key for key in super().__dir__() if key not in cls._hidden]
