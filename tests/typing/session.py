@@ -37,3 +37,6 @@ scgen.plots.history(model, save="history.png")
 
 model.train(max_epoch=3)  # type: ignore[call-arg]  # a misspelt name is found
 scgen.SCVI(adata, n_latent="ten")  # type: ignore[arg-type]  # and a wrong type
+scgen.SCVI.laod("model")  # type: ignore[attr-defined]  # a misspelt method of a class
+model.get_elbos()  # type: ignore[attr-defined]  # and of an object
+model.get_latent_representation(indexes=[0])  # type: ignore[call-arg]  # a misspelt argument
