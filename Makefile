@@ -35,7 +35,7 @@ test: $(VENV)/test
 
 coverage: $(VENV)/test
 	$(PIP) pytest-cov
-	$(BIN)/python -m pytest --cov=scgen --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov=scgen --cov-report=term-missing:skip-covered
 
 # What is published for a tag: dist/, of the version that the tag, scgen/__init__.py and CHANGELOG.md all name.
 release: $(VENV)/base

@@ -249,9 +249,11 @@ def test_a_signal_that_was_swallowed_ends_the_command_all_the_same(tmp_path, mon
 
     monkeypatch.setattr(clustering, "cluster", interrupted)
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" makes the tests ignore it
     with pytest.raises(SystemExit) as ended:
         cli.main(["integrate", str(tmp_path / "in.h5ad"), "-o", str(tmp_path / "out.h5ad"), "--batch-key", "batch",
                   "--max-epochs", "1", "--quiet"])  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130
     assert "scgen: interrupted; nothing was written" in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.h5ad"]
