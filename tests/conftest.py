@@ -24,9 +24,11 @@ from scgen import threads  # noqa: E402
 # numba sees a change of the file that a compiled function is in, but not of those that it calls into.
 KERNELS = sorted((Path(scgen.__file__).parent / "kernels").rglob("*.py"))
 VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in KERNELS)).hexdigest()[:16]
-# Each worker has its own folder: numba does not expect that two processes write into one at the same time.
-CACHE = Path(tempfile.gettempdir(), f"scgen-kernels-{VERSION}", WORKER)
-os.environ.setdefault("NUMBA_CACHE_DIR", str(CACHE))
+# Each worker has its own folder: numba does not expect that two processes write into one at the same time. The process
+# that starts the workers hands its environment to them, so that one folder, if it was not set before, is replaced.
+CACHE = Path(tempfile.gettempdir(), f"scgen-kernels-{VERSION}")
+if os.environ.setdefault("NUMBA_CACHE_DIR", str(CACHE)) == str(CACHE) and WORKER:
+    os.environ["NUMBA_CACHE_DIR"] = str(CACHE / WORKER)
 if WORKER:
     import numba  # after the variable is set
 

@@ -16,7 +16,7 @@ class Cells:
     """Cells as tensors. "batch" always means the experimental batch.
 
     Every field has one row per cell, or is None. ``cells[rows]`` returns some of the cells, in the order of ``rows``. A
-    model that needs more data per cell adds a field with a default value, or a subclass with that field.
+    model that needs more data per cell has a subclass with more fields: see `Model.sources`.
 
     Attributes
     ----------

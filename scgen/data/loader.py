@@ -3,7 +3,6 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -42,10 +41,10 @@ class CellLoader:
         `DeviceStore` on this device or from the host's memory; for a GPU, through pinned memory.
     impute
         Function that adds the expected counts of genes that were not measured; None if all were measured.
-    further
-        Further stores of all N cells, by the field of the minibatches that their rows become.
-    form
-        The class of the minibatches: `Cells`, or a subclass that has the fields of ``columns`` and ``further``.
+    stores
+        Further stores of all N cells, by the field of the minibatches that their rows become; None for none.
+    cells_class
+        The class of the minibatches: `Cells`, or a subclass that has the fields of ``columns`` and ``stores``.
 
     Examples
     --------
@@ -59,8 +58,8 @@ class CellLoader:
     >>> codes = torch.zeros(3, dtype=torch.int64)
     >>> columns = {"library": codes[:, None], "batch": codes, "labels": codes}
     >>> columns |= {"categorical": codes[:, None], "continuous": codes[:, None]}
-    >>> further = {"proteins": MemoryStore(proteins)}
-    >>> loader = CellLoader(MemoryStore(counts), columns, batch_size=2, further=further, form=CellsWithProteins)
+    >>> further = {"stores": {"proteins": MemoryStore(proteins)}, "cells_class": CellsWithProteins}
+    >>> loader = CellLoader(MemoryStore(counts), columns, batch_size=2, **further)
     >>> [cells.proteins.tolist() for cells in loader]
     [[[5.0, 1.0]], [[2.0, 2.0], [0.0, 7.0]]]
     """
@@ -75,12 +74,12 @@ class CellLoader:
         as_sparse: bool = False,
         device: torch.device | str = "cpu",
         impute: Callable[[Cells], Cells] | None = None,
-        further: Mapping[str, Store] = MappingProxyType({}),
-        form: type[Cells] = Cells,
+        stores: Mapping[str, Store] | None = None,
+        cells_class: type[Cells] = Cells,
     ):
         self.store, self.batch_size, self.rng = store, batch_size, rng
         self.as_sparse, self.device, self.impute = as_sparse, torch.device(device), impute
-        self.further, self.form = further, form
+        self.stores, self.cells_class = stores or {}, cells_class
         self.columns = {name: column.to(device) for name, column in columns.items()}
         self.index = np.arange(store.shape[0]) if index is None else np.asarray(index)
 
@@ -102,9 +101,9 @@ class CellLoader:
             threads.watch.look()
             here = slice(start, stop)
             some = {name: column[here] for name, column in columns.items()}
-            some |= {name: self._rows(store, order[here], index[here]) for name, store in self.further.items()}
+            some |= {name: self._rows(store, order[here], index[here]) for name, store in self.stores.items()}
             counts = self._rows(self.store, order[here], index[here], self.as_sparse)
-            cells = self.form(counts=counts, index=index[here], **some)
+            cells = self.cells_class(counts=counts, index=index[here], **some)
             yield cells if self.impute is None else self.impute(cells)
 
     def _rows(self, store: Store, rows: np.ndarray, rows_on_device: Tensor, as_sparse: bool = False) -> Tensor:

@@ -90,8 +90,10 @@ class Model(metaclass=Answering):
     def sources(self, adata: AnnData) -> dict[str, Store | Tensor]:
         """Return what the model reads of each cell of ``adata`` besides its counts and the columns of ``obs``.
 
-        The keys are fields of the model's `Cells`. A tensor has a row for each cell of ``adata``; rows of a store are
-        read when they are needed.
+        The keys are the fields that the model's `Cells` adds. A value is a tensor or a store, with a row for each cell
+        of ``adata``; rows of a store are read when they are needed. This is called for every training and every
+        question. Unlike counts and columns, what it returns is not compared with what the model was made of. A vamp
+        prior and `sample_prior` do without it.
         """
         return {}
 

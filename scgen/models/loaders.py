@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from scgen.arguments import check_flag, check_memory, check_seed, check_whole, counted
+from scgen.data.cells import Cells
 from scgen.data.checks import check_types
 from scgen.data.counts import matrix_of
 from scgen.data.loader import CellLoader, Store, rows_asked_for, split
@@ -75,17 +76,18 @@ def of_training(
     store, columns = _read(model, adata, None)
     store = on_device(store, device)
     rng = np.random.default_rng(options.seed)
-    if model.train_indices is None:
+    training, validation = model.train_indices, model.validation_indices
+    first = training is None
+    if first:
         training, validation = split(columns["batch"].numpy(), train_size, rng)
         if len(training) < 2:
-            raise ValueError(f"only {counted(len(training), 'cell')} would be trained on; at least 2 are needed.")
-        if not model.is_trained:  # a loaded model goes on from its weights
-            first = over(model, adata, store, columns, training, 256, device, as_sparse=False)
-            start_from_data(model.vae.to(device), first)
-        model.train_indices, model.validation_indices = training, validation
-    batch_size = int(batch_size or default_batch_size(len(model.train_indices), device))
-    held_out = np.sort(rng.permutation(model.validation_indices)[:MAX_VALIDATION_CELLS])
-    loader = over(model, adata, store, columns, model.train_indices, batch_size, device, rng)
+            raise ValueError(f"adata has {counted(adata.n_obs, 'cell')}; training needs 2 or more.")
+    batch_size = int(batch_size or default_batch_size(len(training), device))
+    loader = loader_of(model, adata, store, columns, training, batch_size, device=device, rng=rng)
+    if first and not model.is_trained:  # a loaded model goes on from its weights
+        start_from_data(model.vae.to(device), loader.over(training, 256))
+    model.train_indices, model.validation_indices = training, validation
+    held_out = np.sort(rng.permutation(validation)[:MAX_VALIDATION_CELLS])
     return loader, loader.over(held_out, max(batch_size, 512)) if len(held_out) else None
 
 
@@ -110,35 +112,48 @@ def of_question(
     check_types(adata, model.registry.setup)
     index = rows_asked_for(indices, adata.n_obs)
     store, columns = _read(model, adata, None if indices is None else index)
-    return over(model, adata, store, columns, index, batch_size)
+    return loader_of(model, adata, store, columns, index, batch_size)
 
 
-def over(
+def loader_of(
     model,
     adata: AnnData,
     store: Store,
     columns: dict[str, Tensor],
     index: np.ndarray,
     batch_size: int,
+    *,
     device: torch.device | None = None,
     rng: np.random.Generator | None = None,
-    as_sparse: bool | None = None,
 ) -> CellLoader:
-    """Return minibatches of some cells with all that the model reads of them.
+    """Return minibatches of some cells, with all that the model reads of them.
 
-    A device other than None is the one to train on. Questions read from the host, and move each minibatch themselves.
+    Parameters
+    ----------
+    model, adata
+        The model, and the cells of which ``store`` and ``columns`` were read.
+    store, columns, index, batch_size, rng
+        As in `CellLoader`.
+    device
+        The device to train on. Without one, minibatches stay on the host: a question moves each of them itself.
     """
-    further, columns = {}, dict(columns)
+    stores, columns = {}, dict(columns)
     for name, source in model.sources(adata).items():
+        where = f"{type(model).__name__}.sources: {name!r}"
+        if name not in {field.name for field in fields(model.Cells)} - {field.name for field in fields(Cells)}:
+            raise ValueError(f"{where} is not a field that {model.Cells.__name__} adds to Cells.")
+        if not hasattr(source, "rows") and not isinstance(source, Tensor):
+            raise TypeError(f"{where} is a {type(source).__name__}; it takes a tensor or a store.")
+        if source.shape[0] != adata.n_obs:
+            raise ValueError(f"{where} has {source.shape[0]} rows; adata has {counted(adata.n_obs, 'cell')}.")
         if isinstance(source, Tensor):
             columns[name] = source
         else:
-            further[name] = source if device is None else on_device(source, device)
-    if as_sparse is None:
-        as_sparse = model.vae.reads_sparse(device or model.vae.device)
+            stores[name] = source if device is None else on_device(source, device)
+    as_sparse = model.vae.reads_sparse(device or model.vae.device)
     impute = model.vae.impute if model.registry.missing else None
-    where = device or "cpu"
-    return CellLoader(store, columns, index, batch_size, rng, as_sparse, where, impute, further, model.Cells)
+    further = {"impute": impute, "stores": stores, "cells_class": model.Cells}
+    return CellLoader(store, columns, index, batch_size, rng, as_sparse, device or "cpu", **further)
 
 
 def cells_of(model) -> AnnData:

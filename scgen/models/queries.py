@@ -263,7 +263,7 @@ class Query(metaclass=Answering):
         missing = set(self.model.registry.missing)
         genes = [gene for gene in self.reference.registry.genes if gene not in missing]  # in the query's order
         store, snapshot = Snapshot.of(replace(self.reference.registry, genes=genes), self.reference.adata)
-        return loaders.over(self.model, self.reference.adata, store, snapshot.columns, rows, 1024)
+        return loaders.loader_of(self.model, self.reference.adata, store, snapshot.columns, rows, 1024)
 
 
 def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, min_overlap: float) -> Query:

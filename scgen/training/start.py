@@ -18,7 +18,7 @@ def start_from_data(vae: nn.Module, loader: CellLoader) -> None:
         total, squares = 0.0, 0.0
         for cells in loader:
             # Changed in place, since new memory costs more than the sums.
-            rate = vae.decoder.target(cells).to(torch.float64, copy=True)
+            rate = vae.decoder.target(cells).to_dense().to(torch.float64, copy=True)
             if vae.has_library:
                 rate /= cells.library.double().exp()
             total = total + rate.sum(0)

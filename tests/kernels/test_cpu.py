@@ -1,10 +1,13 @@
 """The compiled kernels against the plain ones in float64, which scipy holds, and their gradients."""
 
 import itertools
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -290,3 +293,11 @@ def test_what_the_kernel_does_not_know_is_left_to_the_plain_one(kind, fused):
     narrow = [values.bfloat16() for values in parameters]
     assert dispatch.cells_log_prob(counts, *narrow).isfinite().all()
     assert not fused
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="without workers there is one process")
+def test_workers_compile_into_folders_of_their_own():
+    folder = Path(numba.config.CACHE_DIR)
+    if not folder.parent.name.startswith("scgen-kernels-"):
+        pytest.skip("NUMBA_CACHE_DIR was set by hand")
+    assert folder.name == os.environ["PYTEST_XDIST_WORKER"]

@@ -113,3 +113,20 @@ def test_what_is_not_finite_is_named(placed, monkeypatch):
     monkeypatch.setattr(damaged, "forward", lambda h: torch.nn.functional.linear(h, damaged.weight) * torch.nan)
     with pytest.raises(FloatingPointError, match="the loss is not finite"):
         model.train(1, accelerator="cpu", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("sources", "error", "words"),
+    [
+        ({"near": torch.zeros(1200, 12)}, ValueError, "'near' has 1200 rows; adata has 600 cells"),
+        ({"near": MemoryStore(np.zeros((599, 12)))}, ValueError, "'near' has 599 rows; adata has 600 cells"),
+        ({"near": np.zeros((600, 12))}, TypeError, "'near' is a ndarray; it takes a tensor or a store"),
+        ({"batch": torch.zeros(600)}, ValueError, "'batch' is not a field that PlacedCells adds to Cells"),
+        ({"far": torch.zeros(600)}, ValueError, "'far' is not a field that PlacedCells adds to Cells"),
+    ],
+    ids=["long", "short", "array", "batch", "unknown"],
+)
+def test_sources_that_do_not_fit_the_cells_are_refused(placed, monkeypatch, sources, error, words):
+    monkeypatch.setattr(Places, "sources", lambda self, adata: sources)
+    with pytest.raises(error, match=f"Places.sources: {words}"):
+        placed.get_elbo()
