@@ -247,7 +247,7 @@ def test_no_number_of_cells_breaks_batch_normalisation(n_cells):
 
 
 def test_one_cell_is_refused():
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="adata has 1 cell; training needs 2 or more"):
         train(new_model(scgen.simulate_cells(n_cells=1, n_genes=10, n_batches=1)))
 
 
