@@ -39,8 +39,6 @@ MEANINGS = {
 }
 #: More names could not be read.
 MOST_LABELS = 50
-#: Wider legends, in inches, do not fit beside a panel in the middle of a row. Half a panel is free there.
-LEGEND_BESIDE = 2.2
 
 
 def scatters(
@@ -129,7 +127,7 @@ def scatters(
                 column.draw(axes, xy[order], order, canvas.plain(f"{of}, by {name}"))
             column.add_legend(row[-1])
             if len(row) < max(sizes):
-                _place_alone(row[0], i)
+                canvas.place_alone(row[0], i)
         if parts:
             lower.suptitle(canvas.plain(f"{title}, each {split_by} with all other cells in grey"), fontsize=11)
             panels = [axes for row in canvas.panels(lower, in_rows) for axes in row]
@@ -458,17 +456,6 @@ def _check_maps(maps: Mapping, colours: Mapping[str, pd.Series]) -> dict[str, np
         if values.dtype == object and not values.map(pd.api.types.is_hashable).all():
             raise TypeError(f"colours[{name!r}]={shown(values)}; it takes a Series of categories, not of lists.")
     return maps
-
-
-def _place_alone(axes: Axes, row: int) -> None:
-    """Keep the only panel of a row in its middle, or move it to the right end if its legend is wide."""
-    legend = axes.get_legend()
-    if legend and legend.get_window_extent().width > LEGEND_BESIDE * axes.figure.figure.dpi:
-        axes.set_subplotspec(axes.get_gridspec()[row, -2:])
-        return
-    # The layout would make the panels of other rows narrower for them.
-    for artist in filter(None, (axes.yaxis.label, legend)):
-        artist.set_in_layout(False)
 
 
 def _mark_trainings(ax: Axes, table: pd.DataFrame, trainings: Sequence[Mapping]) -> None:
