@@ -17,7 +17,8 @@ DATA ?=
 BATCH ?= batch
 LABELS ?= $(if $(DATA),,cell_type)
 
-# The processes that `make test` shares the tests among, each with one thread.
+# The processes that `make test` shares the tests among, each with one thread. WORKERS=0 uses one process with all
+# threads.
 WORKERS ?= 2
 
 .PHONY: demo test coverage release

@@ -221,10 +221,12 @@ def _check(args: argparse.Namespace) -> int:
     if n_errors:
         print(f"NOT OK: {counted(n_errors, 'error')}; scgen cannot use this file as it is.")
         return FAILED
-    batches = counted(adata.obs[args.batch_key].nunique(), "batch, ", "batches, ") if args.batch_key else ""
+    sizes = [counted(adata.n_obs, "cell"), counted(adata.n_vars, "gene")]
+    if args.batch_key:
+        sizes.insert(0, counted(adata.obs[args.batch_key].nunique(), "batch", "batches"))
     what = "raw counts" if args.counts else "values"
     where = "X" if args.layer is None else f'the layer "{args.layer}"'
-    print(f"OK: {batches}{counted(adata.n_obs, 'cell')}, {counted(adata.n_vars, 'gene')}, {what} in {where}.")
+    print(f"OK: {', '.join(sizes)}, {what} in {where}.")
     return OK
 
 

@@ -64,14 +64,14 @@ def scatters(
         A Series of n categories for each row of panels, by title.
     last_map_only
         Titles of ``colours`` that are drawn on the last map only, such as clusters that were found there. This map is
-        then in the middle of its row.
+        then in the middle of its row, or at its right end if the legend is wide.
     split_by
         A title of ``colours``. A further row has the last map once for each of its categories, with all other cells in
         light grey behind.
     max_categories
         With more categories, there is no legend.
     ax
-        Where to draw, for one map and one column without ``split_by``; None makes a figure.
+        Where to draw a single panel; None makes a figure.
     save
         File to write, such as "maps.png"; None shows the picture instead.
 
@@ -108,30 +108,29 @@ def scatters(
     parts = [] if split_by is None else columns[split_by].labels
     if split_by is not None and not parts:
         raise ValueError(f"split_by={shown(split_by)}; no cell has a category there: leave split_by out.")
-    n_panels = len(maps) * len(columns) + len(parts)
-    canvas.check_ax(ax, n_panels)
     title, last = list(maps.items())[-1]
+    shown_on = [[(title, last)] if name in last_map_only else list(maps.items()) for name in columns]
+    sizes = [len(on) for on in shown_on]
+    n_panels = sum(sizes) + len(parts)
+    canvas.check_ax(ax, n_panels)
     order = np.random.default_rng(0).permutation(len(last))
-    width = 4.8 * len(maps) + max(column.legend_width for column in columns.values())
+    width = 4.8 * max(sizes) + max(column.legend_width for column in columns.values())
     heights = [4.6 * len(columns)]
     if parts:
-        sizes = [len(some) for some in np.array_split(parts, -(-len(parts) // 6))]
-        heights.append(0.4 + min(width / sizes[0], 4.6) * len(sizes))
+        in_rows = [len(some) for some in np.array_split(parts, -(-len(parts) // 6))]
+        heights.append(0.4 + min(width / in_rows[0], 4.6) * len(in_rows))
     with canvas.drawing(ax, width, sum(heights), save) as figure:
         upper, lower = figure.subfigures(2, 1, height_ratios=heights) if parts else (figure, None)
-        shown_on = [[(title, last)] if name in last_map_only else list(maps.items()) for name in columns]
-        rows = [[ax]] if ax is not None else canvas.panels(upper, [len(on) for on in shown_on])
-        for row, on, (name, column) in zip(rows, shown_on, columns.items(), strict=True):
+        rows = [[ax]] if ax is not None else canvas.panels(upper, sizes)
+        for i, (row, on, (name, column)) in enumerate(zip(rows, shown_on, columns.items(), strict=True)):
             for axes, (of, xy) in zip(row, on, strict=True):
                 column.draw(axes, xy[order], order, canvas.plain(f"{of}, by {name}"))
             column.add_legend(row[-1])
-            if len(row) < len(maps) and column.legend_width < 2.4:
-                # They fit beside a panel in the middle of its row; in the layout, they would widen other panels.
-                for artist in filter(None, (row[0].yaxis.label, row[0].get_legend())):
-                    artist.set_in_layout(False)
+            if len(row) < max(sizes):
+                canvas.place_alone(row[0], i)
         if parts:
             lower.suptitle(canvas.plain(f"{title}, each {split_by} with all other cells in grey"), fontsize=11)
-            panels = [axes for row in canvas.panels(lower, sizes) for axes in row]
+            panels = [axes for row in canvas.panels(lower, in_rows) for axes in row]
             for i, (axes, label) in enumerate(zip(panels, parts, strict=True)):
                 columns[split_by].draw(axes, last[order], order, label, only=i)
     return rows[0][0] if n_panels == 1 else figure

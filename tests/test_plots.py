@@ -2,6 +2,8 @@
 
 import itertools
 import stat
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
@@ -382,7 +384,8 @@ def test_columns_on_the_last_map_and_categories_apart(tmp_path):
 @pytest.mark.parametrize("labels", [["kind"], []])
 @pytest.mark.parametrize("n_clusters", [3, 40])
 def test_no_cell_of_the_layout_stays_empty(tmp_path, n_batches, labels, n_clusters):
-    batch, cluster = (pd.Series([f"number {i % n:,}" for i in range(200)]) for n in (n_batches, n_clusters))
+    batch = pd.Series([f"number {i % n_batches}" for i in range(200)])
+    cluster = pd.Series(np.arange(200) % n_clusters)
     colours = {"batch": batch, **dict.fromkeys(labels, KINDS), "cluster": cluster}
     options = {"last_map_only": ["cluster"], "split_by": "batch", "save": tmp_path / "a.png"}
     figure = plots.scatters({"before": XY, "after": -XY}, colours, **options)
@@ -398,6 +401,50 @@ def test_no_cell_of_the_layout_stays_empty(tmp_path, n_batches, labels, n_cluste
     drawn = [axes.get_tightbbox() for axes in figure.axes]  # with titles and legends
     assert not any(a.overlaps(b) for a, b in itertools.combinations(drawn, 2))
     assert max(box.x1 for box in drawn) <= figure.bbox.x1
+
+
+# Numbers and lengths of names; W is a wide letter.
+@pytest.mark.parametrize("wide", [(25, "a" * 36), (25, "a" * 16), (20, "a" * 22), (40, "W" * 36), (12, "W" * 22)])
+@pytest.mark.parametrize("n_maps", [2, 3])
+def test_a_wide_legend_stands_beside_the_last_map(tmp_path, wide, n_maps):
+    n_clusters, name = wide
+    colours = {"batch": KINDS, "cluster": pd.Series([f"{i % n_clusters}{name}" for i in range(200)])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, that the layout does not fit
+        maps = {f"map {i}": XY for i in range(n_maps)}
+        figure = plots.scatters(maps, colours, last_map_only=["cluster"], save=tmp_path / "a.png")
+    last, alone = (axes.get_window_extent() for axes in figure.axes[-2:])
+    assert (alone.x0, alone.x1) == pytest.approx((last.x0, last.x1))
+    assert_nothing_is_cut(tmp_path / "a.png", figure)
+
+
+@pytest.mark.parametrize("n_columns", [1, 2])
+def test_columns_that_are_all_on_the_last_map_only(tmp_path, n_columns):
+    colours = dict.fromkeys(["cluster", "batch"][:n_columns], KINDS)
+    options = {"last_map_only": list(colours), "save": tmp_path / "a.png"}
+    picture = plots.scatters({"before": XY, "after": -XY}, colours, **options)
+    assert isinstance(picture, Axes) == (n_columns == 1)
+    for axes in picture.figure.axes:
+        assert 0.8 < axes.get_window_extent().width / axes.get_window_extent().height < 1.25
+    assert_nothing_is_cut(tmp_path / "a.png", picture.figure)
+
+
+def test_one_column_on_the_last_map_only_is_drawn_on_given_axes():
+    ax = Figure().subplots()
+    assert plots.scatters({"before": XY, "after": -XY}, {"kind": KINDS}, last_map_only=["kind"], ax=ax) is ax
+    np.testing.assert_allclose(in_order(points(ax)[0]), in_order(-XY))
+
+
+def assert_nothing_is_cut(path: Path, figure: Figure) -> None:
+    """Check that legends lie within a figure, and that the left and right edges of its file are white."""
+    image = matplotlib.image.imread(path)
+    assert (image[:, [0, -1]] == 1).all()
+    figure.dpi = canvas.DPI  # with which the file was laid out
+    legends = [axes.get_legend().get_window_extent() for axes in figure.axes if axes.get_legend()]
+    assert legends
+    for legend in legends:
+        assert legend.x1 <= figure.bbox.x1 + 1
+        assert not any(legend.overlaps(other.get_window_extent()) for other in figure.axes)
 
 
 @pytest.mark.parametrize("n_batches", [1, 2, 7])

@@ -9,7 +9,7 @@ from anndata import AnnData
 
 from scgen.arguments import check_key, counted, did_you_mean, shown
 from scgen.data.categories import name_of, names_of, unhashable
-from scgen.data.checks import some
+from scgen.data.checks import did_you_mean_column, some
 from scgen.data.loader import rows_asked_for
 from scgen.data.registry import check_writable
 
@@ -101,7 +101,7 @@ def _groups_of(obs: pd.DataFrame, groupby: str) -> tuple[np.ndarray, list[str]]:
     if groupby not in obs:
         raise ValueError(
             f"groupby={groupby!r} is not a column of adata.obs (it has: {', '.join(columns)})."
-            + did_you_mean(groupby, columns)
+            + did_you_mean_column(obs.columns, groupby)
         )
     if (n := list(obs.columns).count(groupby)) > 1:
         raise ValueError(f"adata.obs has {n} columns named {groupby!r}; it must have one.")
@@ -113,7 +113,8 @@ def _groups_of(obs: pd.DataFrame, groupby: str) -> tuple[np.ndarray, list[str]]:
     if len(names) > MOST_GROUPS or len(set(names)) < len(names):
         why = "too many to compare" if len(names) > MOST_GROUPS else "some with the same text"
         raise ValueError(
-            f"adata.obs[{groupby!r}] has {len(names)} values, {why} ({some(names, 20)}); it must hold names of groups."
+            f"adata.obs[{groupby!r}] has {len(names):,} values, {why} ({some(names, 20)}); it must hold names of "
+            "groups."
         )
     return column.cat.codes.to_numpy().astype(np.int64), names
 

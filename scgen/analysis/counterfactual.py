@@ -85,7 +85,9 @@ def conditions(
     n = math.prod(sizes.values())
     if n > MOST_COMBINATIONS and len(sizes) > 1:
         product = " x ".join(f"{size} ({name})" for name, size in sizes.items())
-        raise ValueError(f"{product} are {n} combinations; at most {MOST_COMBINATIONS} are possible. Fix some of them.")
+        raise ValueError(
+            f"{product} are {n:,} combinations; at most {MOST_COMBINATIONS:,} are possible. Fix some of them."
+        )
     found = []
     for code, *values in itertools.product(*chosen.values()):
         replaced: dict[str, dict] = {"categorical": {}, "continuous": {}}
@@ -152,7 +154,7 @@ def one_condition(registry: Registry, batch: str | None, covariates: Mapping[str
     found = conditions(registry, batch, covariates)
     if len(found) > 1:
         raise ValueError(
-            f"batch={batch!r}, covariates={covariates!r} are {len(found)} combinations; a sample has one batch "
+            f"batch={batch!r}, covariates={covariates!r} are {len(found):,} combinations; a sample has one batch "
             'and one value of each covariate. Name one of each, or "observed" for each cell\'s own.'
         )
     return found[0]

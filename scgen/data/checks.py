@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from scgen.arguments import did_you_mean
+
 #: Larger numbers are refused, because their squares and other results must fit into float32, which ends at 3e38.
 LARGEST = 1e15
 
@@ -96,6 +98,22 @@ def check_setup(setup: Setup) -> None:
             raise TypeError(f"{name}={list(value)!r} has items that are not column names.")
     if not isinstance(setup.counts, bool | np.bool_):
         raise TypeError(f"counts={setup.counts!r} must be True or False.")
+
+
+def did_you_mean_column(columns: pd.Index, key: str) -> str:
+    """Return a sentence that names the column that ``key`` may stand for, or an empty string.
+
+    Examples
+    --------
+    >>> did_you_mean_column(pd.Index(["donor", 5]), "5")
+    ' The name of the column 5 is not a string. Make it one: adata.obs = adata.obs.rename(columns=str).'
+    >>> did_you_mean_column(pd.Index(["donor", 5]), "doner")
+    ' Did you mean "donor"?'
+    """
+    names = [str(name) for name in columns]
+    if key in names and key not in columns:
+        return f" The name of the column {key} is not a string. Make it one: adata.obs = adata.obs.rename(columns=str)."
+    return did_you_mean(key, names)
 
 
 def raise_errors(found: list[Finding], call: str) -> None:

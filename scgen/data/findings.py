@@ -9,7 +9,7 @@ from scipy import sparse
 
 from scgen.arguments import counted, nearest
 from scgen.data.categories import name_of, names_of, unhashable
-from scgen.data.checks import LARGEST, Finding, Setup, some
+from scgen.data.checks import LARGEST, Finding, Setup, did_you_mean_column, some
 from scgen.data.counts import NEEDS_COUNTS, are_counts, counts_are_in, layers_of, looks_like, matrix_of
 from scgen.data.stores import BackedStore, DamagedMatrix, MemoryStore, open_store, unreadable
 
@@ -99,6 +99,8 @@ def _no_column(adata: AnnData, role: str, key: str) -> Finding:
         f'setup_anndata(adata, {argument}=["{closest}"])' if listed else f'setup_anndata(adata, {argument}="{closest}")'
     )
     hint = f"Did you mean {call}?" if closest else "Name one of these columns."
+    if key in names:  # the name of the column is another type's
+        hint = did_you_mean_column(adata.obs.columns, key).strip()
     if key in adata.obsm or key in adata.var:
         hint += f' ("{key}" is in adata.{"obsm" if key in adata.obsm else "var"}; it must be in adata.obs.)'
     text = f'{argument}="{key}" is not a column of adata.obs (it has: {some(names, 12) or "none"})'
@@ -226,7 +228,8 @@ def _values(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, empt
     if n["large"]:
         values = counted(n["large"], "value")
         text = f"{setup.where} has {values} larger than {LARGEST:g} (first at {first['large']})"
-        yield Finding("error", setup.where, text, n["large"], "Values must be smaller to compute with; rescale them.")
+        fix = "The model cannot compute with such large values. Correct or rescale them."
+        yield Finding("error", setup.where, text, n["large"], fix)
     if n["negative"]:
         text = f"{setup.where} has {counted(n['negative'], 'negative value')} (first at {first['negative']})"
         yield Finding("error", setup.where, text, n["negative"], counts_are_in(adata, setup, NEEDS_COUNTS))

@@ -14,7 +14,7 @@ from scgen.arguments import counted, shown
 from scgen.data.advice import advice
 from scgen.data.categories import codes_of_column, names_of
 from scgen.data.cells import Cells
-from scgen.data.checks import LARGEST, Finding, Setup, check_types, raise_errors, some
+from scgen.data.checks import LARGEST, Finding, Setup, check_types, did_you_mean_column, raise_errors, some
 from scgen.data.counts import matrix_of
 from scgen.data.findings import findings
 from scgen.data.genes import identifiers, places_of
@@ -258,17 +258,17 @@ class Registry:
         self._gene_columns(adata)  # raises where genes are missing
         setup, n = self.setup, adata.n_obs
         obs = _columns_of(adata.obs, [*setup.categorical.values(), *setup.numeric.values()], slice(None))
-        genes = f"{len(self.genes)}: {some(self.genes)}" + (f"; {len(self.missing)} not measured" * bool(self.missing))
+        lacking = f"; {len(self.missing):,} not measured" if self.missing else ""
         shape = f"{counted(n, 'cell')} x {counted(len(self.genes), 'gene')}"
         rows = [
             ("counts" if setup.counts else "values", setup.where, shape),
-            ("cells", "adata.obs_names", f"{n}: {some(adata.obs_names)}"),
-            ("genes", "adata.var_names", genes),
+            ("cells", "adata.obs_names", f"{n:,}: {some(adata.obs_names)}"),
+            ("genes", "adata.var_names", f"{len(self.genes):,}: {some(self.genes)}{lacking}"),
         ]
         for role, key in setup.categorical.items():
             names, sizes = self.categories[key], np.bincount(self._codes(obs, key, n), minlength=1)
-            told = [f"{name} ({size})" for name, size in zip(names, sizes, strict=False) if size]
-            rows.append((role, f'adata.obs["{key}"]', f"{len(told)}: {some(told, 12)}"))
+            told = [f"{name} ({size:,})" for name, size in zip(names, sizes, strict=False) if size]
+            rows.append((role, f'adata.obs["{key}"]', f"{len(told):,}: {some(told, 12)}"))
         for role, key in setup.numeric.items():
             values = _numbers(obs, key)
             told = f"{values.min():g} to {values.max():g}, mean {values.mean():g}" if n else "none"
@@ -388,7 +388,8 @@ def _columns_of(obs: pd.DataFrame, keys: Iterable[str], rows: np.ndarray | slice
     """Return columns for some cells; ValueError unless there is exactly one of each name."""
     for key in keys:
         if (n := list(obs.columns).count(key)) != 1:
-            raise ValueError(f'adata.obs has {n} columns named "{key}", which the model reads; it must have one.')
+            hint = "" if n else did_you_mean_column(obs.columns, key)
+            raise ValueError(f'adata.obs has {n} columns named "{key}", which the model reads; it must have one.{hint}')
     return {key: obs[key].iloc[rows] for key in keys}
 
 

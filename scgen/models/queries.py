@@ -11,9 +11,9 @@ from anndata import AnnData
 from torch import Tensor
 
 from scgen.analysis import query as analysis
-from scgen.arguments import check_memory, check_path, check_seed, check_share, check_whole, counted, did_you_mean, shown
+from scgen.arguments import check_memory, check_path, check_seed, check_share, check_whole, counted, shown
 from scgen.data.categories import codes_of_column, codes_of_values, names_of
-from scgen.data.checks import Setup, check_types, some
+from scgen.data.checks import Setup, check_types, did_you_mean_column, some
 from scgen.data.genes import identifiers, matched
 from scgen.data.loader import CellLoader
 from scgen.data.registry import Registry
@@ -152,7 +152,7 @@ class Query(metaclass=Answering):
             kind = ValueError if isinstance(labels_key, str) else TypeError
             raise kind(
                 f"labels_key={shown(labels_key)} is not a column of the reference's adata.obs (it has: "
-                f"{some(names, 12)})." + (did_you_mean(labels_key, names) if kind is ValueError else "")
+                f"{some(names, 12)})." + (did_you_mean_column(obs.columns, labels_key) if kind is ValueError else "")
             )
         if (n := list(obs.columns).count(labels_key)) > 1:
             raise ValueError(f'the reference\'s adata.obs has {n} columns named "{labels_key}"; it must have one.')
@@ -276,24 +276,21 @@ def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, 
     asked = {"layer": layer, "batch_key": batch_key}
     setup = replace(setup, **{name: value for name, value in asked.items() if value is not None})
     check_types(adata, setup)
-    names = [str(name) for name in adata.obs.columns]
-    if setup.batch_key is not None and setup.batch_key not in names:
+    if setup.batch_key is not None and setup.batch_key not in adata.obs:
+        names = [str(name) for name in adata.obs.columns]
         raise ValueError(
             f'batch_key="{setup.batch_key}" is not a column of adata.obs (it has: {some(names, 12)}). Name the column '
-            "of the new cells' batches: model.query(adata, batch_key=...)." + did_you_mean(setup.batch_key, names)
+            "of the new cells' batches: model.query(adata, batch_key=...)."
+            + did_you_mean_column(adata.obs.columns, setup.batch_key)
         )
-    if (n := names.count(setup.batch_key)) > 1:
+    if (n := list(adata.obs.columns).count(setup.batch_key)) > 1:
         raise ValueError(f'adata.obs has {n} columns named "{setup.batch_key}"; it must have one.')
     if not adata.var_names.is_unique:
         raise ValueError("adata.var_names has duplicate names. Call adata.var_names_make_unique() first.")
     genes, by = matched(reference.registry.genes, reference.registry.gene_ids, adata)
     overlap = sum(gene is not None for gene in genes) / len(genes)
     if not overlap or overlap < min_overlap:
-        raise ValueError(
-            f"adata has {overlap:.0%} of the model's {counted(len(genes), 'gene')} (matched: {by}); it must have some, "
-            f"and at least the share min_overlap={min_overlap}. Rename adata's genes ({some(adata.var_names, 3)}) like "
-            f"the model's ({some(reference.registry.genes, 3)}), or put such names into a column of adata.var."
-        )
+        raise ValueError(_few_matches(reference.registry.genes, genes, adata.var_names, by, min_overlap))
     if overlap < 1 and not reference.vae.has_library:
         raise ValueError(
             f"adata lacks {genes.count(None):,} of the model's {counted(len(genes), 'gene')}. A model with "
@@ -310,6 +307,27 @@ def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, 
     files.give_cells(model, adata)
     _fit_new_libraries(model, adata)
     return Query(model, reference, overlap, by, len(reference.trainings))
+
+
+def _few_matches(ours: list[str], found: list[str | None], theirs: pd.Index, by: str, min_overlap: float) -> str:
+    """Return the message that too few of the model's genes are in ``adata``."""
+    lacking = [name for name, match in zip(ours, found, strict=True) if match is None]
+    matches = set(found)
+    others = [name for name in map(str, theirs) if name not in matches]
+    of_genes = f"of the model's {counted(len(ours), 'gene')}"
+    text = f"adata has none {of_genes} ({some(lacking, 3)})."
+    if len(lacking) < len(ours):
+        n = len(ours) - len(lacking)
+        text = (
+            f"adata has {n:,} {of_genes} (matched: {by}), but min_overlap={min_overlap} asks for a larger share. It "
+            f"lacks {counted(len(lacking), 'gene')} ({some(lacking, 3)})."
+        )
+    if others:
+        text += (
+            f" If its genes without a match ({some(others, 3)}) are the same genes under other names, rename them like "
+            "the model's, or put the model's names into a column of adata.var."
+        )
+    return text
 
 
 def load(reference, folder: str | Path, adata: AnnData) -> Query:

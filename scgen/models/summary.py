@@ -42,7 +42,7 @@ def of_model(model) -> tuple[str, dict[str, str]]:
     cells = "no cells" if model.adata is None else counted(model.adata.n_obs, "cell")
     rows = {"arguments": ", ".join(changed) or "the defaults", "training": of_training(model)}
     if registry.setup.batch_key is not None:
-        rows = {"batches": f"{len(registry.batches)} ({some(registry.batches, 3)})", **rows}
+        rows = {"batches": f"{len(registry.batches):,} ({some(registry.batches, 3)})", **rows}
     return f"{type(model).__name__} model of {cells} x {counted(len(registry.genes), 'gene')}", rows
 
 
@@ -67,7 +67,7 @@ def of_query(query) -> tuple[str, dict[str, str]]:
     """Return the title and the rows of a query."""
     registry, cells = query.model.registry, query.model.adata
     n = len(registry.genes)
-    rows = {"genes": f"{n} of {n + len(registry.missing)} ({query.overlap:.0%}), by {query.matched_by}"}
+    rows = {"genes": f"{n:,} of {n + len(registry.missing):,} ({query.overlap:.0%}), by {query.matched_by}"}
     rows |= {f"new in {key}": some(registry.categories[key][known:]) for key, known in registry.known.items()}
     key = registry.setup.batch_key
     if key in cells.obs:  # a user may have removed it since

@@ -20,6 +20,8 @@ DPI = 150
 LIGHT_GREY = "0.83"
 #: Names of categories are cut to so many letters.
 LONGEST_NAME = 36
+#: Wider legends, in inches, do not fit beside a panel in the middle of a row. Half a panel is free there.
+LEGEND_BESIDE = 2.2
 
 
 class NotebookFigure(Figure):
@@ -159,6 +161,17 @@ def panels(figure: FigureBase, sizes: Sequence[int]) -> list[list[Axes]]:
         [figure.add_subplot(grid[row, start : start + 2]) for start in range(most - n, most + n, 2)]
         for row, n in enumerate(sizes)
     ]
+
+
+def place_alone(axes: Axes, row: int) -> None:
+    """Keep the only panel of a row in its middle, or move it to the right end if its legend is wide."""
+    legend = axes.get_legend()
+    if legend and legend.get_window_extent().width > LEGEND_BESIDE * axes.figure.figure.dpi:
+        axes.set_subplotspec(axes.get_gridspec()[row, -2:])
+        return
+    # The layout would make the panels of other rows narrower for them.
+    for artist in filter(None, (axes.yaxis.label, legend)):
+        artist.set_in_layout(False)
 
 
 def write(figure: Figure, path: Path | None) -> None:

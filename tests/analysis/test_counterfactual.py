@@ -199,7 +199,7 @@ def test_a_known_effect_of_a_covariate_is_recovered():
         (
             {"batch": "average", "covariates": {"donor": "average", "age": list(range(200))}},
             ValueError,
-            r"2 \(batch\) x 3 \(donor\) x 200 \(age\) are 1200",
+            r"2 \(batch\) x 3 \(donor\) x 200 \(age\) are 1,200",
         ),
     ],
 )

@@ -931,6 +931,14 @@ def test_the_setup_as_a_table(good):
         model.view_anndata_setup(good[:, 1:].copy())
 
 
+def test_large_numbers_of_the_setup_have_commas():
+    adata = scgen.simulate_cells(n_cells=1200, n_genes=1001, n_batches=1, seed=0)
+    scgen.setup_anndata(adata, batch_key="batch")
+    table = scgen.SCVI(adata).view_anndata_setup()
+    assert table.loc[["cells", "genes", "batch_key"], "what"].str.split(":").str[0].tolist() == ["1,200", "1,001", "1"]
+    assert table.loc["batch_key", "what"] == "1: batch_1 (1,200)"
+
+
 def test_the_setup_of_a_model_without_batches(good):
     scgen.setup_anndata(good)
     assert scgen.SCVI(good).view_anndata_setup().index.tolist() == ["counts", "cells", "genes"]

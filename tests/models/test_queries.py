@@ -620,13 +620,13 @@ def test_a_loaded_reference_knows_its_identifiers(reference, new, tmp_path):
 
 
 def test_what_cannot_be_mapped_is_refused_with_reasons(reference, new):
-    with pytest.raises(ValueError, match=r"adata has 8% .* share min_overlap=0.5"):
+    with pytest.raises(ValueError, match=r"adata has 10 of the model's 120 genes .* min_overlap=0.5 asks for a larger"):
         reference.query(new[:, :10].copy())
     reference.query(new[:, :10].copy(), min_overlap=0.05)
     other = new.copy()
     other.var_names = [f"probe_{i}" for i in range(new.n_vars)]
     del other.var["ensembl"]
-    with pytest.raises(ValueError, match=r"has 0% of the model's 120 genes \(matched: nothing\).*probe_0.*gene_1"):
+    with pytest.raises(ValueError, match=r"has none of the model's 120 genes \(gene_1, .*\(probe_0, "):
         reference.query(other, min_overlap=0)
     with pytest.raises(ValueError, match="min_overlap=2"):
         reference.query(new, min_overlap=2)
@@ -655,6 +655,39 @@ def test_what_cannot_be_mapped_is_refused_with_reasons(reference, new):
         query.model.query(new)
     with pytest.raises(RuntimeError, match="untrained"):
         scgen.SCVI(reference.adata).query(new)
+
+
+@pytest.mark.parametrize("renamed", [0, 2])
+def test_genes_named_in_the_refusal_have_no_match(reference, new, renamed):
+    there = new[:, :119].copy()
+    del there.var["ensembl"]
+    names = [f"probe_{i}" for i in range(renamed)]
+    there.var_names = [*names, *there.var_names[renamed:]]
+    with pytest.raises(ValueError, match=f"has {119 - renamed} of the model's 120 genes") as refused:
+        reference.query(there, min_overlap=1.0)
+    lacking = [gene for gene in reference.registry.genes if gene not in set(there.var_names)]
+    assert f"({', '.join(lacking)})." in str(refused.value)
+    told = [part in str(refused.value) for part in ("without a match (probe_0, probe_1)", "rename them")]
+    assert told == [renamed > 0] * 2
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda reference, adata: reference.query(adata, batch_key="5"),
+        lambda reference, adata: reference.query(adata).model.differential_expression("5"),
+        lambda _, adata: scgen.setup_anndata(adata, batch_key="5"),
+        lambda _, adata: scgen.setup_anndata(adata, categorical_covariate_keys=["5"]),
+    ],
+)
+def test_a_column_named_by_a_number_is_to_be_renamed(reference, new, ask):
+    new.obs[5] = new.obs["batch"].astype(str).to_numpy()
+    with pytest.raises(ValueError, match="The name of the column 5 is not a string") as refused:
+        ask(reference, new)
+    assert "Did you mean" not in str(refused.value)
+    assert "adata.obs = adata.obs.rename(columns=str)." in str(refused.value)
+    new.obs = new.obs.rename(columns=str)  # as the message says
+    assert reference.query(new, batch_key="5").model.registry.setup.batch_key == "5"
 
 
 def test_normalised_values_need_all_genes(simulated, new):

@@ -116,6 +116,14 @@ def test_a_query(model):
     assert repr(query) == "; ".join(line.strip() for line in str(query).splitlines())
 
 
+def test_large_numbers_of_genes_have_commas():
+    adata = scgen.simulate_cells(n_cells=60, n_genes=1100, seed=0)
+    scgen.setup_anndata(adata)
+    model = scgen.SCVI(adata, n_hidden=8, n_latent=2)
+    model.train(1, progress=False)
+    assert "genes: 1,000 of 1,100 (91%)" in str(model.query(adata[:20, :1000].copy()))
+
+
 def test_a_query_whose_batches_were_removed_is_still_shown(model):
     new = model.adata[:20].copy()
     query = model.query(new)
