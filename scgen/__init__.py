@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what type checkers and editors see in place of `__getattr__
     from scgen.data.registry import check as check
     from scgen.data.registry import setup_anndata as setup_anndata
     from scgen.data.simulate import simulate_cells as simulate_cells
+    from scgen.data.tissue import simulate_tissue as simulate_tissue
     from scgen.evaluation.posterior_predictive import PosteriorPredictiveCheck as PosteriorPredictiveCheck
     from scgen.evaluation.posterior_predictive import posterior_predictive_check as posterior_predictive_check
     from scgen.models.scvi import SCVI as SCVI
@@ -33,6 +34,7 @@ _HOME = {
     "posterior_predictive_check": "evaluation.posterior_predictive",
     "setup_anndata": "data.registry",
     "simulate_cells": "data.simulate",
+    "simulate_tissue": "data.tissue",
     "tune": "workflows.tuning",
 }
 __all__ = sorted(_HOME)

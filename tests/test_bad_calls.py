@@ -247,6 +247,11 @@ CALLS = {
         | {"batch_effect": "effect", "type_effect": "effect", "zero_inflation": "share below 1"}
         | {"mean_library": "positive"},
     ),
+    "simulate_tissue": (
+        lambda on, **given: scgen.simulate_tissue(**{"n_sections": 1, "n_rows": 2, "n_genes": 10} | given),
+        dict.fromkeys(("n_sections", "n_rows", "n_genes"), "size")
+        | {"random_types": "share", "mean_library": "positive"},
+    ),
     "integrate": (
         lambda on, **given: scgen.integrate(**{"adata": on.new, "key": "batch", "max_epochs": 1} | given),
         {name: f"{kind} or None" for name, kind in PASSED_ON.items()} | {"batch_size": "optional whole"},
@@ -455,6 +460,7 @@ def test_wrong_values_are_refused_by_name(on, before, call, name):
 #: What takes more memory than there is, where there is little.
 LARGE = {
     "simulate_cells": {"n_cells": 1000},
+    "simulate_tissue": {"n_rows": 100},
     "posterior_predictive_check": {"n_samples": 1000},
     "SCVI": {"n_hidden": 3000},
     "SCVI.train": {"n_importance_samples": 1000},
