@@ -10,6 +10,7 @@ from importlib import metadata
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # what type checkers and editors see in place of `__getattr__`
     from scgen import plots as plots
+    from scgen.analysis.neighborhood_features import neighborhood_features as neighborhood_features
     from scgen.data.registry import check as check
     from scgen.data.registry import setup_anndata as setup_anndata
     from scgen.data.simulate import simulate_cells as simulate_cells
@@ -31,6 +32,7 @@ _HOME = {
     "Tuning": "workflows.tuning",
     "check": "data.registry",
     "integrate": "workflows.integration",
+    "neighborhood_features": "analysis.neighborhood_features",
     "posterior_predictive_check": "evaluation.posterior_predictive",
     "setup_anndata": "data.registry",
     "simulate_cells": "data.simulate",

@@ -94,6 +94,7 @@ WRONG = {
     "batch": ["nope", "", ["nope"], [], b"batch_1", object(), [None], [["batch_1"]], 1.5, NAN, True, [b"batch_1"]],
     "covariates": ["donor", 3, [("donor", "a")], b"", object(), {"nope": 1}, {3: 1}, {"donor": "z"}, {"donor": []}],
     "column": [*NO_TEXT, "nope", ""],
+    "missing column": [*NO_TEXT, None, "nope", ""],
     "kind of column": NO_TEXT,
     "columns": [*NO_NAMES, "donor", ["nope"], [""]],
     "kind of columns": [*NO_NAMES, "donor"],
@@ -252,6 +253,14 @@ CALLS = {
         dict.fromkeys(("n_sections", "n_rows", "n_genes"), "size")
         | {"random_types": "share", "mean_library": "positive"},
     ),
+    "neighborhood_features": (
+        lambda on, **given: scgen.neighborhood_features(
+            **{"adata": on.cells, "method": "composition" if "labels_key" in given else "mean", "spatial_key": "places"}
+            | given
+        ),
+        {"method": "choice", "use_rep": "column", "spatial_key": "missing column", "section_key": "column"}
+        | {"radius": "optional positive"},
+    ),
     "integrate": (
         lambda on, **given: scgen.integrate(**{"adata": on.new, "key": "batch", "max_epochs": 1} | given),
         {name: f"{kind} or None" for name, kind in PASSED_ON.items()} | {"batch_size": "optional whole"},
@@ -386,6 +395,7 @@ def on(tmp_path_factory):
     on.table = on.model.differential_expression("cell_type", n_samples=10, n_cells=10)
     on.check = scgen.posterior_predictive_check(on.model, n_samples=2)
     cells.obsm["z"] = on.model.get_latent_representation()
+    cells.obsm["places"] = np.random.default_rng(0).uniform(size=(120, 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("files"))
         on.model.save("saved")
