@@ -42,6 +42,7 @@ NO_MAPS = [None, 3, "xy", [], {}, {"a": np.zeros((4, 2)), "b": np.zeros((3, 2))}
 NO_MAPS += [{"a": of} for of in (None, 3, "xy", object(), [[0, 0], [1]], [["x", "y"]] * 4, np.zeros(4))]
 NO_MAPS += [{"a": of} for of in (np.zeros((4, 3)), np.zeros((4, 2), bool), np.full((4, 2), NAN))]
 NO_MAPS += [{"a": pd.DataFrame([["x", "y"]] * 4)}]
+NO_FEATURES = [*NO_MAPS, {3: "z"}, {"a": "nope"}, {"a": ""}, {"a": np.full((120, 2), INF)}, {"a": np.zeros((120, 0))}]
 NO_COLOURS = [None, 3, "red", [], {}]
 NO_COLOURS += [{"a": of} for of in (3, None, [1] * 4, pd.Series([1]), pd.Series([[1]] * 4))]
 
@@ -130,6 +131,7 @@ WRONG = {
     "model": [None, 3, "model", b"", [], {}, True, object(), AnnData(), torch.nn.Linear(1, 1), Model, NAN],
     "prefix": [None, 3, 1.5, True, b"p_", [], {}, object(), NAN],
     "maps": NO_MAPS,
+    "features": NO_FEATURES,
     "colours": NO_COLOURS,
     "function": [3, 1.5, True, "print", b"print", [], [print], {}, {"print": print}, np.zeros(2), NAN, AnnData()],
     "table": [None, 3, "table", [], {}, True, np.zeros((2, 2)), pd.DataFrame(), object(), pd.DataFrame({"a": ["x"]})],
@@ -260,6 +262,12 @@ CALLS = {
         ),
         {"method": "choice", "use_rep": "column", "spatial_key": "missing column", "section_key": "column"}
         | {"radius": "optional positive"},
+    ),
+    "score_niches": (
+        lambda on, **given: scgen.score_niches(
+            **{"adata": on.cells, "labels_key": "cell_type", "features": {"a": "z"}, "section_key": "batch"} | given
+        ),
+        {"labels_key": "missing column", "section_key": "missing column", "features": "features"},
     ),
     "integrate": (
         lambda on, **given: scgen.integrate(**{"adata": on.new, "key": "batch", "max_epochs": 1} | given),

@@ -58,8 +58,10 @@ def groups_of(adata: AnnData, name: str, key: str) -> pd.Categorical:
     return pd.Categorical(column).remove_unused_categories()
 
 
-def features_of(adata: AnnData, name: str, key: str, n_columns: int | None = None) -> np.ndarray:
-    """Return a matrix of ``adata.obsm``, (N, D) float64.
+def features_of(
+    adata: AnnData, name: str, key: str, n_columns: int | None = None, rows: np.ndarray | slice = slice(None)
+) -> np.ndarray:
+    """Return a matrix of ``adata.obsm``, or some rows of it, (n, D) float64.
 
     Parameters
     ----------
@@ -69,6 +71,8 @@ def features_of(adata: AnnData, name: str, key: str, n_columns: int | None = Non
         The argument to name in errors.
     n_columns
         The number of columns that it must have; None allows any.
+    rows
+        The rows to check and to return.
 
     Raises
     ------
@@ -89,7 +93,7 @@ def features_of(adata: AnnData, name: str, key: str, n_columns: int | None = Non
         raise TypeError(there)
     if key not in adata.obsm:
         raise ValueError(there + did_you_mean(key, list(adata.obsm)))
-    values = finite_matrix(f'{name}={key!r}: adata.obsm["{key}"]', adata.obsm[key], adata.obs_names)
+    values = finite_matrix(f'{name}={key!r}: adata.obsm["{key}"]', adata.obsm[key], adata.obs_names, rows)
     if n_columns is not None and values.shape[1] != n_columns:
         raise ValueError(
             f'{name}={key!r}: adata.obsm["{key}"] has {values.shape[1]} columns, but {n_columns} are needed.'
@@ -113,7 +117,10 @@ def finite_matrix(
     rows
         The rows to check and to return; others may hold anything.
     """
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except Exception as error:  # anything that cannot be an array, such as lists of different lengths
+        raise TypeError(f"{where} is a {type(values).__name__}, but not an array.") from error
     if array.ndim != 2 or len(array) != len(cells) or not array.shape[1] or array.dtype.kind not in "iuf":
         what = f"has shape {array.shape} and dtype {array.dtype}" if array.ndim else f"is a {type(values).__name__}"
         kind = ValueError if array.ndim else TypeError
