@@ -32,7 +32,9 @@ def neighborhood_features(
 ) -> np.ndarray:
     """Describe each cell and its neighbours in the tissue by features that do not depend on how the tissue is rotated.
 
-    These are baselines for models of niches: cells can be clustered by the result.
+    These are baselines for models of niches: cells can be clustered by the result. A cell's own features vary more than
+    means over many cells. Standardise the columns before you use distances between cells. None of the methods tells an
+    arrangement from its mirror image.
 
     Parameters
     ----------

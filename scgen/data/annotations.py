@@ -83,7 +83,7 @@ def features_of(
 
     Examples
     --------
-    >>> adata = AnnData(obsm={"spatial": np.zeros((2, 3))}, shape=(2, 0))
+    >>> adata = AnnData(np.zeros((2, 1)), obsm={"spatial": np.zeros((2, 3))})
     >>> features_of(adata, "spatial_key", "spatial", 2)
     Traceback (most recent call last):
     ValueError: spatial_key='spatial': adata.obsm["spatial"] has 3 columns, but 2 are needed.

@@ -33,7 +33,8 @@ def simulate_tissue(
 
     A section consists of ``n_rows`` x ``n_rows`` motifs. Each motif is a disc of radius 1 with 19 cells: one at the
     centre, of a random type, and six of each of three types around it. The niche of a motif says how its outer cells
-    are arranged. The niches therefore differ in what lies beside what, but not in their composition.
+    are arranged. The niches therefore differ in what lies beside what, but not in their composition. This holds for the
+    18 cells nearest to a centre, nearly all of which are of its motif. Fewer cells are mostly of the middle band.
 
     ============= =====================================================================================
     niche         arrangement of the outer cells, before the motif is rotated
@@ -74,8 +75,8 @@ def simulate_tissue(
 
     Motif i of a section is centred at (2.1 c, 1.82 r), where r = i // n_rows and c = i % n_rows, with half added to c
     in every second row. Counts are negative binomial. Log fold changes between types have standard deviation 1, and
-    theta is log-uniform over [0.5, 10]. A cell without counts is given one count, in the gene that its type expresses
-    most.
+    theta is log-uniform over [0.5, 10]. The logarithm of the library size is normal around the mean of its section. A
+    cell without counts is given one count, in the gene that its type expresses most.
 
     Raises
     ------

@@ -72,7 +72,7 @@ def test_a_loop_over_cells_gives_the_same(tissue, monkeypatch, method, asked):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_rotation_changes_nothing(tissue, method):
+def test_rotation_and_reflection_change_nothing(tissue, method):
     turned = tissue.copy()
     one = (tissue.obs["section"] == "left").to_numpy()
     before = scgen.neighborhood_features(tissue, method, section_key="section", **read(method))
@@ -81,6 +81,9 @@ def test_rotation_changes_nothing(tissue, method):
         turned.obsm["spatial"][rows] = turned.obsm["spatial"][rows] @ turn - 30
         after = scgen.neighborhood_features(turned, method, section_key="section", **read(method))
         np.testing.assert_allclose(before, after, atol=1e-4)
+    turned.obsm["spatial"][:, 0] *= -1
+    mirrored = scgen.neighborhood_features(turned, method, section_key="section", **read(method))
+    np.testing.assert_allclose(before, mirrored, atol=1e-4)
 
 
 def test_gradients_tell_a_half_from_a_mixture():
