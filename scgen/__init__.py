@@ -10,9 +10,12 @@ from importlib import metadata
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # what type checkers and editors see in place of `__getattr__`
     from scgen import plots as plots
+    from scgen.analysis.neighborhood_features import neighborhood_features as neighborhood_features
     from scgen.data.registry import check as check
     from scgen.data.registry import setup_anndata as setup_anndata
     from scgen.data.simulate import simulate_cells as simulate_cells
+    from scgen.data.tissue import simulate_tissue as simulate_tissue
+    from scgen.evaluation.niches import score_niches as score_niches
     from scgen.evaluation.posterior_predictive import PosteriorPredictiveCheck as PosteriorPredictiveCheck
     from scgen.evaluation.posterior_predictive import posterior_predictive_check as posterior_predictive_check
     from scgen.models.scvi import SCVI as SCVI
@@ -30,9 +33,12 @@ _HOME = {
     "Tuning": "workflows.tuning",
     "check": "data.registry",
     "integrate": "workflows.integration",
+    "neighborhood_features": "analysis.neighborhood_features",
     "posterior_predictive_check": "evaluation.posterior_predictive",
+    "score_niches": "evaluation.niches",
     "setup_anndata": "data.registry",
     "simulate_cells": "data.simulate",
+    "simulate_tissue": "data.tissue",
     "tune": "workflows.tuning",
 }
 __all__ = sorted(_HOME)

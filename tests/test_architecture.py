@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "scgen"
 
 #: Prefixes of what each part may import of scgen. The rule for a file is that of the longest key that fits.
 ALLOWED = {
-    "__init__": ("plots", "data", "evaluation", "models", "workflows"),  # names alone, for type checkers
+    "__init__": ("plots", "data", "analysis", "evaluation", "models", "workflows"),  # names alone, for type checkers
     "arguments": (),
     "cli": ("command", "reporting", "workflows", "models", "data"),
     "command": (),

@@ -42,6 +42,7 @@ NO_MAPS = [None, 3, "xy", [], {}, {"a": np.zeros((4, 2)), "b": np.zeros((3, 2))}
 NO_MAPS += [{"a": of} for of in (None, 3, "xy", object(), [[0, 0], [1]], [["x", "y"]] * 4, np.zeros(4))]
 NO_MAPS += [{"a": of} for of in (np.zeros((4, 3)), np.zeros((4, 2), bool), np.full((4, 2), NAN))]
 NO_MAPS += [{"a": pd.DataFrame([["x", "y"]] * 4)}]
+NO_FEATURES = [*NO_MAPS, {3: "z"}, {"a": "nope"}, {"a": ""}, {"a": np.full((120, 2), INF)}, {"a": np.zeros((120, 0))}]
 NO_COLOURS = [None, 3, "red", [], {}]
 NO_COLOURS += [{"a": of} for of in (3, None, [1] * 4, pd.Series([1]), pd.Series([[1]] * 4))]
 
@@ -94,6 +95,7 @@ WRONG = {
     "batch": ["nope", "", ["nope"], [], b"batch_1", object(), [None], [["batch_1"]], 1.5, NAN, True, [b"batch_1"]],
     "covariates": ["donor", 3, [("donor", "a")], b"", object(), {"nope": 1}, {3: 1}, {"donor": "z"}, {"donor": []}],
     "column": [*NO_TEXT, "nope", ""],
+    "missing column": [*NO_TEXT, None, "nope", ""],
     "kind of column": NO_TEXT,
     "columns": [*NO_NAMES, "donor", ["nope"], [""]],
     "kind of columns": [*NO_NAMES, "donor"],
@@ -129,6 +131,7 @@ WRONG = {
     "model": [None, 3, "model", b"", [], {}, True, object(), AnnData(), torch.nn.Linear(1, 1), Model, NAN],
     "prefix": [None, 3, 1.5, True, b"p_", [], {}, object(), NAN],
     "maps": NO_MAPS,
+    "features": NO_FEATURES,
     "colours": NO_COLOURS,
     "function": [3, 1.5, True, "print", b"print", [], [print], {}, {"print": print}, np.zeros(2), NAN, AnnData()],
     "table": [None, 3, "table", [], {}, True, np.zeros((2, 2)), pd.DataFrame(), object(), pd.DataFrame({"a": ["x"]})],
@@ -246,6 +249,25 @@ CALLS = {
         dict.fromkeys(("n_cells", "n_genes", "n_batches", "n_types", "n_latent"), "size")
         | {"batch_effect": "effect", "type_effect": "effect", "zero_inflation": "share below 1"}
         | {"mean_library": "positive"},
+    ),
+    "simulate_tissue": (
+        lambda on, **given: scgen.simulate_tissue(**{"n_sections": 1, "n_rows": 2, "n_genes": 10} | given),
+        dict.fromkeys(("n_sections", "n_rows", "n_genes"), "size")
+        | {"random_types": "share", "mean_library": "positive"},
+    ),
+    "neighborhood_features": (
+        lambda on, **given: scgen.neighborhood_features(
+            **{"adata": on.cells, "method": "composition" if "labels_key" in given else "mean", "spatial_key": "places"}
+            | given
+        ),
+        {"method": "choice", "use_rep": "column", "spatial_key": "missing column", "section_key": "column"}
+        | {"radius": "optional positive"},
+    ),
+    "score_niches": (
+        lambda on, **given: scgen.score_niches(
+            **{"adata": on.cells, "labels_key": "cell_type", "features": {"a": "z"}, "section_key": "batch"} | given
+        ),
+        {"labels_key": "missing column", "section_key": "missing column", "features": "features"},
     ),
     "integrate": (
         lambda on, **given: scgen.integrate(**{"adata": on.new, "key": "batch", "max_epochs": 1} | given),
@@ -381,6 +403,7 @@ def on(tmp_path_factory):
     on.table = on.model.differential_expression("cell_type", n_samples=10, n_cells=10)
     on.check = scgen.posterior_predictive_check(on.model, n_samples=2)
     cells.obsm["z"] = on.model.get_latent_representation()
+    cells.obsm["places"] = np.random.default_rng(0).uniform(size=(120, 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("files"))
         on.model.save("saved")
@@ -455,6 +478,7 @@ def test_wrong_values_are_refused_by_name(on, before, call, name):
 #: What takes more memory than there is, where there is little.
 LARGE = {
     "simulate_cells": {"n_cells": 1000},
+    "simulate_tissue": {"n_rows": 100},
     "posterior_predictive_check": {"n_samples": 1000},
     "SCVI": {"n_hidden": 3000},
     "SCVI.train": {"n_importance_samples": 1000},
