@@ -72,6 +72,8 @@ class Model(metaclass=Answering):
         with seeded(arguments.seed), torch.inference_mode(False):
             self.vae = self.build(registry, arguments).eval()
 
+    #: Epsilon of Adam, which must be small beside the gradients, and what the bound is of.
+    _epsilon, _unit = 0.01, "cell"
     #: Public for other parts of scgen, but not for users: tab completion does not list these names.
     _hidden = (
         "Arguments",
@@ -192,7 +194,7 @@ class Model(metaclass=Answering):
         """
         plan = max_epochs, batch_size, train_size, early_stopping, patience, learning_rate, kl_start
         options = trainings.checked(
-            *plan, n_importance_samples, accelerator, devices, precision, seed, progress, on_epoch
+            *plan, n_importance_samples, accelerator, devices, precision, seed, progress, on_epoch, self._epsilon
         )
         with trainings.recorded(self, options, batch_size, train_size) as (training, validation, rows):
             told = trainings.told(self, rows, on_epoch)

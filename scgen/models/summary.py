@@ -59,7 +59,7 @@ def of_training(model) -> str:
         told += f" in {seconds:.0f} s" if seconds < 60 else f" in {seconds / 60:.1f} min"
     if "elbo_validation" in history:
         bound = "ELBO" if last.get("n_importance_samples", 1) == 1 else "importance-weighted bound"
-        told += f", best validation {bound} {history['elbo_validation'].max():.1f} nats per cell"
+        told += f", best validation {bound} {history['elbo_validation'].max():.1f} nats per {model._unit}"
     return told + (", interrupted" if last.get("finished") is False else "")
 
 

@@ -29,8 +29,9 @@ def checked(
     seed: int,
     progress: bool,
     on_epoch: Callable | None = None,
+    epsilon: float = 0.01,
 ) -> Options:
-    """Return the arguments of `Model.train`, in its order, as options; raise where one is wrong.
+    """Return the arguments of `Model.train`, in its order, and Adam's epsilon as options; raise where one is wrong.
 
     ``on_epoch`` is checked but is not an option, because options are saved.
     """
@@ -38,7 +39,7 @@ def checked(
         raise TypeError(f"on_epoch={shown(on_epoch)}; it takes a function of a dict, such as on_epoch=print.")
     device = choose_device(accelerator)
     plan = max_epochs, learning_rate, kl_start, n_importance_samples, early_stopping, patience
-    options = Options(*plan, device, precision, seed, progress)
+    options = Options(*plan, device, precision, seed, progress, epsilon)
     options.check(batch_size, train_size, devices)
     return options
 

@@ -78,7 +78,7 @@ def fit(
     n_steps = max_epochs * len(training)
     patience = (options.patience or math.ceil(max_epochs / 4)) if options.early_stopping else None
     best = Best(vae, first_epoch=max_epochs // 2, patience=patience)
-    state = TrainingState(vae, Adam(vae), best, training.rng)
+    state = TrainingState(vae, Adam(vae, options.epsilon), best, training.rng)
     reduced = options.precision == "bf16"
     n_before, interrupted = len(rows), False
     with (

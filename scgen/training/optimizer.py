@@ -7,7 +7,8 @@ from torch import nn
 class Adam:
     """torch's fused Adam, called directly. Its class loads torch's compiler, which takes 2 s and 60 MB.
 
-    Epsilon is 0.01, as in the scVI paper, so that rarely used weights do not jump. The norm of all gradients is clipped
+    With an epsilon of 0.01, as in the scVI paper, rarely used weights do not jump. Models whose gradients are smaller
+    than that need a smaller one. The norm of all gradients is clipped
     to `LONGEST` times its usual value, a running mean (Pascanu et al. 2013). Otherwise one outlying cell makes Adam's
     second moments large, and the steps of these weights stay small for hundreds of minibatches.
     """
@@ -15,7 +16,8 @@ class Adam:
     #: The largest multiple of the usual norm, and the decay of the running mean.
     LONGEST, KEPT = 3.0, 0.9
 
-    def __init__(self, vae: nn.Module):
+    def __init__(self, vae: nn.Module, epsilon: float = 0.01):
+        self.epsilon = epsilon
         self.weights = [weight for weight in vae.parameters() if weight.requires_grad]
         self.means, self.squares = ([torch.zeros_like(weight) for weight in self.weights] for _ in range(2))
         self.n_steps = torch.zeros((), dtype=torch.float32, device=self.weights[0].device)
@@ -43,7 +45,7 @@ class Adam:
                 beta1=0.9,
                 beta2=0.999,
                 weight_decay=1e-6,
-                eps=0.01,
+                eps=self.epsilon,
                 amsgrad=False,
                 maximize=False,
                 # They are divided by it. To look is free on a CPU, a division by 1 is not; a GPU would be waited for.

@@ -22,6 +22,7 @@ class Options:
     precision: str
     seed: int
     progress: bool
+    epsilon: float = 0.01  # of Adam; each class of models has its own
 
     def __post_init__(self):
         plain = {
