@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what type checkers and editors see in place of `__getattr__
     from scgen.evaluation.posterior_predictive import PosteriorPredictiveCheck as PosteriorPredictiveCheck
     from scgen.evaluation.posterior_predictive import posterior_predictive_check as posterior_predictive_check
     from scgen.models.scvi import SCVI as SCVI
+    from scgen.models.spatial import SpatialVAE as SpatialVAE
     from scgen.workflows.integration import integrate as integrate
     from scgen.workflows.tuning import PRESETS as PRESETS
     from scgen.workflows.tuning import Tuning as Tuning
@@ -30,6 +31,7 @@ _HOME = {
     "PRESETS": "workflows.tuning",
     "PosteriorPredictiveCheck": "evaluation.posterior_predictive",
     "SCVI": "models.scvi",
+    "SpatialVAE": "models.spatial",
     "Tuning": "workflows.tuning",
     "check": "data.registry",
     "integrate": "workflows.integration",

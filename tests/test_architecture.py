@@ -33,6 +33,7 @@ ALLOWED = {
     ),
     "analysis": ("modules", "distributions", "data", "analysis"),
     "modules": ("distributions", "data.cells", "modules.networks", "modules.flows", "modules.elbo"),
+    "modules.niches": ("distributions", "data.cells", "modules.networks", "modules.decoders", "modules.posteriors"),
     "distributions": ("kernels.dispatch", "kernels.reference", "distributions"),
     "data": ("kernels.dispatch", "data"),
     "data.simulate": ("distributions",),

@@ -87,6 +87,7 @@ WRONG = {
     "share below 1": [*NO_NUMBER, None, 1, -0.1, 1.1, NAN, INF],
     "train share": [*NO_NUMBER, None, 0, -0.1, 1.1, NAN, INF],
     "library": ["Latent", "", b"latent", None, 0, -1, True, NAN, INF, 1e300, [1], np.array([1, 2]), 1j, object()],
+    "optional choice": [*NO_TEXT, "", "Normal ", "auto "],
     "choice": [*NO_TEXT, None, "", "Normal ", "auto ", "GPU"],
     "accelerator": [*NO_TEXT, None, "", "Auto", "tpu", "mps"],
     "rows": ["a", b"ab", 1.5, [0.5], [NAN], ["x"], [[0], [1]], [[0, 1], [2]], np.array([2**64 - 1], np.uint64), [120]],
@@ -158,6 +159,7 @@ WRONG["tune"] = [one for one in WRONG["presets"] if one is not True and one is n
 
 ADATA_KEYS = {"layer": "column", "batch_key": "column", "labels_key": "column", "size_factor_key": "column"}
 ADATA_KEYS |= {"categorical_covariate_keys": "columns", "continuous_covariate_keys": "columns", "counts": "flag"}
+ADATA_KEYS |= {"spatial_key": "column", "section_key": "column"}
 #: What arguments take wherever they are; `CALLS` has what differs.
 KINDS = ADATA_KEYS | {
     "adata": "adata",
@@ -235,13 +237,20 @@ ALONE = ("self", "adata", "seed", "progress", "max_epochs", "on_epoch")
 PASSED_ON = {name: KINDS[name] for name in PASSED_ON if name not in ALONE}
 WRONG |= {f"{kind} or None": [one for one in WRONG[kind] if one is not None] for kind in PASSED_ON.values()}
 
+
+def placed(given: dict) -> dict:
+    """Return the arguments with positions, where a section is named."""
+    return {"spatial_key": "places"} | given if "section_key" in given else given
+
+
 #: Every public call, by name: how it is called rightly, and the arguments that are of another kind than elsewhere.
 CALLS = {
-    "setup_anndata": (lambda on, **given: scgen.setup_anndata(**{"adata": on.new} | given), {}),
+    "setup_anndata": (lambda on, **given: scgen.setup_anndata(**{"adata": on.new} | placed(given)), {}),
     "check": (
-        lambda on, **given: scgen.check(**{"adata": on.new} | given),
+        lambda on, **given: scgen.check(**{"adata": on.new} | placed(given)),
         # Of names that are not there, its table tells.
         dict.fromkeys(("layer", "batch_key", "labels_key", "size_factor_key"), "kind of column")
+        | dict.fromkeys(("spatial_key", "section_key"), "kind of column")
         | dict.fromkeys(("categorical_covariate_keys", "continuous_covariate_keys"), "kind of columns"),
     ),
     "simulate_cells": (
@@ -305,7 +314,15 @@ CALLS = {
         {"n_samples": "optional draws"},
     ),
     "SCVI.query": (lambda on, **given: on.model.query(**{"adata": on.new} | given), {}),
-    "SCVI.setup_anndata": (lambda on, **given: scgen.SCVI.setup_anndata(**{"adata": on.new} | given), {}),
+    "SCVI.setup_anndata": (lambda on, **given: scgen.SCVI.setup_anndata(**{"adata": on.new} | placed(given)), {}),
+    "SpatialVAE": (
+        lambda on, **given: scgen.SpatialVAE(**{"adata": on.cells} | given),
+        {"likelihood": "optional choice", "radius": "optional positive", "angle": "choice"}
+        | {"rotate": "flag", "translate": "flag"},
+    ),
+    "SpatialVAE.train": (lambda on, **given: on.niches.train(**{"max_epochs": 1} | given), {}),
+    "SpatialVAE.get_rotation": (lambda on, **given: on.niches.get_rotation(**given), {}),
+    "SpatialVAE.get_translation": (lambda on, **given: on.niches.get_translation(**given), {}),
     "SCVI.load_query": (
         lambda on, **given: on.model.load_query(**{"folder": "query", "adata": on.other} | given),
         {},
@@ -355,7 +372,13 @@ OTHERS = {"PRESETS", "PosteriorPredictiveCheck", "Tuning", "Query.get_latent_rep
 
 def function_of(call: str):
     *of, name = call.split(".")
-    homes = {"plots": plots, "clustering": clustering, "SCVI": scgen.SCVI, "Query": Query}
+    homes = {
+        "plots": plots,
+        "clustering": clustering,
+        "SCVI": scgen.SCVI,
+        "Query": Query,
+        "SpatialVAE": scgen.SpatialVAE,
+    }
     return getattr(homes[of[0]] if of else scgen, name)
 
 
@@ -373,6 +396,8 @@ def test_every_argument_has_a_kind():
     for prefix, home in (("SCVI", scgen.SCVI), ("Query", Query), ("plots", plots)):
         names = [name for name in dir(home) if not name.startswith("_")]
         public |= {f"{prefix}.{name}" for name in names if inspect.isroutine(getattr(home, name))}
+    # What is as in SCVI is tried there.
+    public |= {f"SpatialVAE.{name}" for name in {*vars(scgen.SpatialVAE)} & {*dir(scgen.SpatialVAE)} if name[0] != "_"}
     known = {call for call in CALLS if not call.startswith("clustering.")}
     public -= {"plots.check_names", "plots.check_whole", "plots.shown", "plots.label_points"}  # of other modules
     assert public == known | OTHERS
@@ -389,21 +414,23 @@ def on(tmp_path_factory):
     cells = scgen.simulate_cells(n_cells=120, n_genes=30, n_batches=2, n_types=2, seed=1)
     cells.obs["donor"], cells.obs["age"] = ["a", "b", "c"] * 40, np.linspace(20, 80, 120)
     cells.layers["more"] = cells.X.copy()
+    cells.obsm["places"] = np.random.default_rng(0).uniform(size=(120, 2))
     new = cells.copy()
     covariates = {"categorical_covariate_keys": ["donor"], "continuous_covariate_keys": ["age"]}
-    scgen.setup_anndata(cells, batch_key="batch", labels_key="cell_type", **covariates)
+    scgen.setup_anndata(cells, batch_key="batch", labels_key="cell_type", spatial_key="places", **covariates)
     on = SimpleNamespace(cells=cells, new=new)
     for name, prior in (("model", "normal"), ("mixture", "mog")):
         model = scgen.SCVI(cells, n_latent=3, n_hidden=8, prior=prior, n_components=2 if prior == "mog" else None)
         model.train(max_epochs=1, accelerator="cpu", progress=False)
         setattr(on, name, model)
+    on.niches = scgen.SpatialVAE(cells, n_latent=3, n_hidden=8, n_neighbors=3, translate=True)
+    on.niches.train(max_epochs=1, accelerator="cpu", progress=False)
     other = new[:60].copy()
     other.obs["batch"] = "other"
     on.query, on.other = on.model.query(other), other
     on.table = on.model.differential_expression("cell_type", n_samples=10, n_cells=10)
     on.check = scgen.posterior_predictive_check(on.model, n_samples=2)
     cells.obsm["z"] = on.model.get_latent_representation()
-    cells.obsm["places"] = np.random.default_rng(0).uniform(size=(120, 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("files"))
         on.model.save("saved")
@@ -429,7 +456,7 @@ def of_model(model: Model) -> list:
 def everything(on: SimpleNamespace) -> bytes:
     """Return a hash of all that a wrong call must leave as it is: cells, models, files and global generators."""
     parts = [*of_cells(on.cells), *of_cells(on.new), *of_cells(on.query.model.adata)]
-    for model in (on.model, on.mixture, on.query.model):
+    for model in (on.model, on.mixture, on.query.model, on.niches):
         parts += of_model(model)
     parts += [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(Path().rglob("*"))]
     _, state, position, *_ = np.random.get_state()  # noqa: NPY002

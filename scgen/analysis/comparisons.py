@@ -9,9 +9,8 @@ from anndata import AnnData
 
 from scgen.arguments import check_key, counted, did_you_mean, shown
 from scgen.data.categories import name_of, names_of, unhashable
-from scgen.data.checks import did_you_mean_column, some
+from scgen.data.checks import check_writable, did_you_mean_column, some
 from scgen.data.loader import rows_asked_for
-from scgen.data.registry import check_writable
 
 #: A column with more values than this hardly holds groups.
 MOST_GROUPS = 500

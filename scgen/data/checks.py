@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from scgen.arguments import did_you_mean
+from scgen.arguments import did_you_mean, shown
 
 #: Larger numbers are refused, because their squares and other results must fit into float32, which ends at 3e38.
 LARGEST = 1e15
@@ -24,6 +24,8 @@ class Setup:
     categorical_covariate_keys: tuple[str, ...] = ()
     continuous_covariate_keys: tuple[str, ...] = ()
     counts: bool = True
+    spatial_key: str | None = None
+    section_key: str | None = None
 
     @property
     def categorical(self) -> dict[str, str]:
@@ -82,7 +84,7 @@ def check_types(adata: AnnData, setup: Setup) -> None:
 
 def check_setup(setup: Setup) -> None:
     """Raise TypeError if a name is not a string, or a list of names is not a list."""
-    for name in ("layer", "batch_key", "labels_key", "size_factor_key"):
+    for name in ("layer", "batch_key", "labels_key", "size_factor_key", "spatial_key", "section_key"):
         value = getattr(setup, name)
         if value is not None and not isinstance(value, str):
             raise TypeError(
@@ -114,6 +116,27 @@ def did_you_mean_column(columns: pd.Index, key: str) -> str:
     if key in names and key not in columns:
         return f" The name of the column {key} is not a string. Make it one: adata.obs = adata.obs.rename(columns=str)."
     return did_you_mean(key, names)
+
+
+def check_writable(adata: AnnData) -> None:
+    """Raise ValueError if ``adata.uns["scgen"]`` cannot be written."""
+    if adata.isbacked and adata.is_view:
+        raise ValueError(
+            "adata is a view of a backed AnnData, which cannot be written to. Set up the whole object and pass "
+            "indices=, or load the view: adata = adata.to_memory()."
+        )
+    check_ours(adata)
+
+
+def check_ours(adata: AnnData) -> None:
+    """Raise ValueError if ``adata.uns["scgen"]`` holds something that scgen did not write."""
+    ours = adata.uns.get("scgen", {})
+    if not isinstance(ours, Mapping):
+        raise ValueError(f'adata.uns["scgen"] holds {shown(ours)}, which is not from scgen: del adata.uns["scgen"].')
+    if not isinstance(ours.get("setup", {}), Mapping | None):
+        raise ValueError(
+            f'adata.uns["scgen"]["setup"] holds {shown(ours["setup"])}, which is not from setup_anndata. Call it again.'
+        )
 
 
 def raise_errors(found: list[Finding], call: str) -> None:

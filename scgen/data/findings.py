@@ -8,6 +8,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from scgen.arguments import counted, nearest
+from scgen.data import positions
 from scgen.data.categories import name_of, names_of, unhashable
 from scgen.data.checks import LARGEST, Finding, Setup, did_you_mean_column, some
 from scgen.data.counts import NEEDS_COUNTS, are_counts, counts_are_in, layers_of, looks_like, matrix_of
@@ -31,7 +32,7 @@ def findings(
     empty_cells
         Whether a cell without counts is an error.
     """
-    found = list(_shape(adata)) + list(_columns(adata, setup))
+    found = [*_shape(adata), *_columns(adata, setup), *positions.findings(adata, setup)]
     matrix = matrix_of(adata, setup.layer)
     if matrix is None:
         found.append(_no_matrix(adata, setup))

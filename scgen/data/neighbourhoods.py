@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.spatial import KDTree
+from torch import Tensor
 
-from scgen.arguments import check_number, check_whole
+from scgen.arguments import check_memory, check_number, check_whole, counted
+from scgen.data.stores import BackedStore, MemoryStore
 
 #: Distances that differ by less than this share are equal: a rotation rounds them.
 EQUAL = 1e-6
@@ -81,12 +83,15 @@ class Neighbourhoods:
         n_neighbors = check_whole("n_neighbors", n_neighbors, 1)
         if radius is not None:
             radius = check_number("radius", radius, "a distance, a number above 0", above=0)
+        # What a rotation in the precision of the coordinates changes.
+        precision = np.finfo(coordinates.dtype).eps if coordinates.dtype.kind == "f" else 0.0
+        rounding = 8 * precision * np.abs(coordinates).max(initial=0)
         coordinates = np.asarray(coordinates, dtype=np.float64)
         sections = np.zeros(len(coordinates), int) if sections is None else np.unique(sections, return_inverse=True)[1]
         parts = []
         for section in range(sections.max() + 1):
             rows = np.flatnonzero(sections == section)
-            near, farthest = _near(KDTree(coordinates[rows]), n_neighbors, radius)
+            near, farthest = _near(KDTree(coordinates[rows]), n_neighbors, radius, rounding)
             # A row number too many stands for none.
             parts.append((rows, np.append(rows, -1)[near], farthest))
         n_most = max(near.shape[1] for _, near, _ in parts)
@@ -105,21 +110,29 @@ class Neighbourhoods:
         return cls(index, offsets.astype(np.float32), mask, scale)
 
 
-def _near(tree: KDTree, n_neighbors: int, radius: float | None) -> tuple[np.ndarray, np.ndarray]:
+def _near(tree: KDTree, n_neighbors: int, radius: float | None, rounding: float) -> tuple[np.ndarray, np.ndarray]:
     """Return, for each cell of a section, the rows of cells near it, itself first, and the farthest distance.
 
     The rows are (n, J); the number of cells of the section stands for none.
     """
     if radius is None and tree.n <= n_neighbors:
         raise ValueError(
-            f"a section has {tree.n} cells, but each cell needs {n_neighbors} neighbours. Leave out the section, or use "
-            f"n_neighbors={max(tree.n - 1, 1)}."
+            f"a section has {counted(tree.n, 'cell')}, but each cell needs {n_neighbors} neighbours. Leave out the "
+            "section, or make a model with fewer n_neighbors, or with a radius."
         )
     n_asked = 2 * n_neighbors + 1
+    if radius is not None:
+        n_most = max(tree.query_ball_point(tree.data, radius, return_length=True))
+        text = "A radius in the unit of the coordinates holds far fewer cells."
+        check_memory("radius", radius, 24 * tree.n * n_most, text)
     while True:
-        distances, near = tree.query(tree.data, min(n_asked, tree.n))
+        distances, near = tree.query(tree.data, np.arange(1, min(n_asked, tree.n) + 1))
         farthest = np.full(tree.n, radius) if radius is not None else distances[:, n_neighbors]
-        inside = distances <= farthest[:, None] * (1 + EQUAL)
+        inside = distances <= farthest[:, None] * (1 + EQUAL) + rounding
+        if (distances[:, 1:] == 0).any():
+            raise ValueError(
+                "two cells of a section are at the same place. Leave out one of them, or name the sections."
+            )
         if n_asked >= tree.n or not inside[:, -1].any():
             break
         n_asked *= 2
@@ -134,5 +147,28 @@ def _near(tree: KDTree, n_neighbors: int, radius: float | None) -> tuple[np.ndar
 def _spacing(coordinates: np.ndarray, sections: np.ndarray) -> float:
     """Return the median distance of a cell to the nearest other one of its section."""
     trees = (KDTree(coordinates[sections == section]) for section in np.unique(sections))
-    distances = np.concatenate([tree.query(tree.data, min(2, tree.n))[0][:, 1:].ravel() for tree in trees])
+    distances = np.concatenate(
+        [tree.query(tree.data, np.arange(1, min(2, tree.n) + 1))[0][:, 1:].ravel() for tree in trees]
+    )
     return float(np.median(distances)) if len(distances) else np.nan
+
+
+class NeighbourStore:
+    """The values of the cells of each neighbourhood, read from the store of all cells.
+
+    Parameters
+    ----------
+    store
+        The values of all N cells.
+    index
+        (N, J): rows of the cells of each neighbourhood.
+    """
+
+    def __init__(self, store: MemoryStore | BackedStore, index: np.ndarray):
+        self.store, self.index = store, index
+        self.shape = (*index.shape, store.shape[1])
+
+    def rows(self, index: np.ndarray, as_sparse: bool = False) -> Tensor:
+        """Return the values of the cells of some neighbourhoods, in their order, (n, J, F) float32."""
+        near = self.index[index]
+        return self.store.rows(near.ravel()).reshape(*near.shape, -1)

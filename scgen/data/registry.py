@@ -10,11 +10,22 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
-from scgen.arguments import counted, shown
+from scgen.arguments import counted
+from scgen.data import positions
 from scgen.data.advice import advice
 from scgen.data.categories import codes_of_column, names_of
 from scgen.data.cells import Cells
-from scgen.data.checks import LARGEST, Finding, Setup, check_types, did_you_mean_column, raise_errors, some
+from scgen.data.checks import (
+    LARGEST,
+    Finding,
+    Setup,
+    check_ours,
+    check_types,
+    check_writable,
+    did_you_mean_column,
+    raise_errors,
+    some,
+)
 from scgen.data.counts import matrix_of
 from scgen.data.findings import findings
 from scgen.data.genes import identifiers, places_of
@@ -31,6 +42,8 @@ def setup_anndata(
     categorical_covariate_keys: Sequence[str] | None = None,
     continuous_covariate_keys: Sequence[str] | None = None,
     counts: bool = True,
+    spatial_key: str | None = None,
+    section_key: str | None = None,
 ) -> None:
     """Check ``adata`` and record in ``adata.uns["scgen"]["setup"]`` which parts of it the models read.
 
@@ -52,6 +65,11 @@ def setup_anndata(
         Further columns of ``adata.obs`` whose effect is removed. The model standardises continuous ones.
     counts
         Whether the values must be counts. False allows other values, for ``gene_likelihood="normal"``.
+    spatial_key
+        Key of ``adata.obsm`` with the positions of cells in tissue, (n_obs, 2), in any unit. Spatial models need it.
+    section_key
+        Column of ``adata.obs`` with the tissue section. Cells of different sections are never neighbours. None stands
+        for the column of the batches.
 
     Raises
     ------
@@ -59,7 +77,8 @@ def setup_anndata(
         If an argument is of the wrong type, such as a string instead of a list.
     ValueError
         If the values are not finite non-negative integers (with ``counts=False``: not finite), a cell is empty, names
-        are not unique, or a column is missing, has NaN or is not numeric but must be.
+        are not unique, or a column is missing, has NaN or is not numeric but must be. If coordinates are missing or
+        not finite, or two cells of a section are at the same place.
 
     Examples
     --------
@@ -84,27 +103,6 @@ def setup_anndata(
     adata.uns["scgen"] = {**adata.uns.get("scgen", {}), "setup": record}
 
 
-def check_writable(adata: AnnData) -> None:
-    """Raise ValueError if ``adata.uns["scgen"]`` cannot be written."""
-    if adata.isbacked and adata.is_view:
-        raise ValueError(
-            "adata is a view of a backed AnnData, which cannot be written to. Set up the whole object and pass "
-            "indices=, or load the view: adata = adata.to_memory()."
-        )
-    check_ours(adata)
-
-
-def check_ours(adata: AnnData) -> None:
-    """Raise ValueError if ``adata.uns["scgen"]`` holds something that scgen did not write."""
-    ours = adata.uns.get("scgen", {})
-    if not isinstance(ours, Mapping):
-        raise ValueError(f'adata.uns["scgen"] holds {shown(ours)}, which is not from scgen: del adata.uns["scgen"].')
-    if not isinstance(ours.get("setup", {}), Mapping | None):
-        raise ValueError(
-            f'adata.uns["scgen"]["setup"] holds {shown(ours["setup"])}, which is not from setup_anndata. Call it again.'
-        )
-
-
 def check(
     adata: AnnData,
     *,
@@ -115,12 +113,15 @@ def check(
     categorical_covariate_keys: Sequence[str] | None = None,
     continuous_covariate_keys: Sequence[str] | None = None,
     counts: bool = True,
+    spatial_key: str | None = None,
+    section_key: str | None = None,
 ) -> pd.DataFrame:
     """Return a table of the errors and warnings of `setup_anndata`, with advice about genes and covariates.
 
     Parameters
     ----------
-    adata, layer, batch_key, labels_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys, counts
+    adata, layer, batch_key, labels_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys, \
+    counts, spatial_key, section_key
         As in `setup_anndata`.
 
     Returns
@@ -181,8 +182,8 @@ class Registry:
     known: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, adata: AnnData, labels: bool = True) -> "Registry":
-        """Read what `setup_anndata` recorded, with or without the labels, and check ``adata`` again."""
+    def of(cls, adata: AnnData, labels: bool = True, places: bool = False) -> "Registry":
+        """Read what `setup_anndata` recorded, with or without labels and positions, and check ``adata`` again."""
         record = {}
         if isinstance(adata, AnnData):
             check_ours(adata)
@@ -192,7 +193,8 @@ class Registry:
                 'this AnnData was not set up: adata.uns["scgen"]["setup"] is missing. Call '
                 "scgen.setup_anndata(adata, layer=..., batch_key=...) first."
             )
-        setup = _setup(adata, dict(record) if labels else {**record, "labels_key": None})
+        unread = ([] if labels else ["labels_key"]) + ([] if places else ["spatial_key", "section_key"])
+        setup = _setup(adata, {**record, **dict.fromkeys(unread)})
         raise_errors(findings(adata, setup), "the model")
         categories = {
             key: names_of(adata.obs[key].astype("category").cat.remove_unused_categories().cat.categories)
@@ -273,6 +275,10 @@ class Registry:
             values = _numbers(obs, key)
             told = f"{values.min():g} to {values.max():g}, mean {values.mean():g}" if n else "none"
             rows.append((role, f'adata.obs["{key}"]', told))
+        if setup.spatial_key is not None:
+            sections = positions.sections_of(adata, setup)
+            n_sections = 1 if sections is None else len(np.unique(sections))
+            rows.append(("spatial_key", f'adata.obsm["{setup.spatial_key}"]', counted(n_sections, "section")))
         return pd.DataFrame(rows, columns=["part", "where", "what"]).set_index("part")
 
     def known_rows(self, category_rows: Mapping[str, str | int]) -> dict[str, int]:

@@ -12,10 +12,10 @@ from scipy import sparse
 
 from scgen.arguments import check_flag, check_key, check_names, check_whole, counted, shown
 from scgen.data.categories import names_of
-from scgen.data.checks import Setup, check_types, raise_errors
+from scgen.data.checks import Setup, check_types, check_writable, raise_errors
 from scgen.data.counts import matrix_of
 from scgen.data.findings import findings
-from scgen.data.registry import check_writable, setup_anndata
+from scgen.data.registry import setup_anndata
 from scgen.data.stores import open_store, totals
 from scgen.models import trainings
 from scgen.models.scvi import SCVI

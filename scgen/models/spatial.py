@@ -1,0 +1,341 @@
+"""SpatialVAE: niches of tissue, whatever their orientation on the slide (Bepler et al. 2019)."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from torch import Tensor
+
+from scgen.analysis import inference
+from scgen.arguments import check_choice, check_flag, check_number, check_seed, check_whole, set_fields
+from scgen.data import positions
+from scgen.data.checks import raise_errors
+from scgen.data.loader import Store
+from scgen.data.neighbourhoods import Neighbourhoods, NeighbourStore
+from scgen.data.registry import Registry
+from scgen.models.base import Model
+from scgen.modules.niches import (
+    UNIT_OF_TRANSLATION,
+    EquivariantAngle,
+    FreeAngle,
+    NicheDecoder,
+    NichePosterior,
+    Niches,
+    UniformAngle,
+    WideAngle,
+)
+from scgen.modules.priors import StandardNormalPrior
+from scgen.modules.vae import VAE
+
+#: Number of minibatches of a training with the default number of epochs, which is in the range below.
+N_STEPS, EPOCHS = 3000, (25, 250)
+#: Angles with less information than this, in nats, hardly depend on the niche.
+LITTLE = 0.1
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The settings of `SpatialVAE`, whose documentation describes each; all are checked."""
+
+    n_latent: int
+    n_hidden: int
+    n_neighbors: int
+    radius: float | None
+    likelihood: str
+    rotate: bool
+    translate: bool
+    angle: str
+    seed: int
+
+    def __post_init__(self):
+        plain = {name: check_whole(name, getattr(self, name), 1, 10_000) for name in ("n_latent", "n_hidden")}
+        plain["n_neighbors"] = check_whole("n_neighbors", self.n_neighbors, 1)
+        if self.radius is not None:
+            plain["radius"] = check_number("radius", self.radius, "a distance, a number above 0", above=0)
+        plain["likelihood"] = check_choice("likelihood", self.likelihood, ("nb", "zinb", "poisson", "normal"))
+        plain |= {name: check_flag(name, getattr(self, name)) for name in ("rotate", "translate")}
+        plain["angle"] = check_choice("angle", self.angle, ("equivariant", "wrapped-normal", "normal"))
+        plain["seed"] = check_seed(self.seed)
+        set_fields(self, plain)
+
+
+class SpatialVAE(Model):
+    """Embed niches: a cell with its neighbours in tissue, whose orientation on the slide means nothing.
+
+    A niche has a state z, a rotation theta and, if asked for, a translation. The values at each place of the
+    neighbourhood are decoded from z and from the place, turned back by theta. z therefore describes which cells are
+    where, but not how the niche lies on the slide. Batches, such as sections, are inputs of the decoder.
+
+    Neighbours are looked for among the cells of the AnnData that a method is given. Pass whole sections, and choose
+    cells by ``indices``. Bounds and likelihoods are those of all cells of a niche, in nats per niche, and depend on the
+    number of neighbours. Niches overlap, so that validation cells are neighbours of training cells.
+
+    Parameters
+    ----------
+    adata
+        Cells with positions, set up by ``scgen.setup_anndata(adata, spatial_key="spatial", ...)``. The values are
+        counts or, with ``counts=False``, any others, such as principal components. Every value is decoded for every
+        neighbour, so a few hundred genes are many.
+    n_latent
+        Number of values of z.
+    n_hidden
+        Width of the encoders' layers; those of the decoder are twice as wide.
+    n_neighbors
+        Number of nearest cells that belong to the niche, with all that are as near as the last of them.
+    radius
+        If given, the niche is all cells within this distance, in the unit of the coordinates.
+    likelihood
+        Distribution of the values: "nb", "zinb", "poisson", or "normal" for values that are not counts. None is "nb"
+        for counts and "normal" for others.
+    rotate, translate
+        Whether niches have a rotation and a translation.
+    angle
+        How theta is inferred. "equivariant" is an angle that turns with the niche by construction, and z does not
+        change with it. "wrapped-normal" and "normal" are as in the paper: a network may return any angle, and z is
+        inferred from the niche as it lies. In training, such a network often stops using the angle.
+    seed
+        Seed of the initial weights.
+
+    Raises
+    ------
+    ValueError
+        If ``adata`` was not set up with positions, or with size factors or covariates, which this model does not use.
+        If a section has too few cells or several batches, or an argument is out of range.
+
+    References
+    ----------
+    Bepler et al. (2019), Explicitly disentangling image content from translation and rotation with spatial-VAE.
+
+    Examples
+    --------
+    >>> import scgen
+    >>> adata = scgen.simulate_tissue(n_sections=1, n_rows=5, counts=False, seed=0)
+    >>> scgen.setup_anndata(adata, spatial_key="spatial", batch_key="section", counts=False)
+    >>> model = scgen.SpatialVAE(adata, n_latent=4)
+    >>> model.train(max_epochs=2, progress=False)
+    >>> adata.obsm["X_niche"] = model.get_latent_representation()
+    >>> adata.obs["niche_rotation"] = model.get_rotation()
+    >>> adata.obsm["X_niche"].shape
+    (475, 4)
+    """
+
+    Arguments, Cells = Arguments, Niches
+    _epsilon, _unit = 1e-8, "niche"
+    _own_offsets: np.ndarray | None = None  # of the model's own cells, when they were first read
+
+    def __init__(
+        self,
+        adata: AnnData,
+        *,
+        n_latent: int = 10,
+        n_hidden: int = 64,
+        n_neighbors: int = 18,
+        radius: float | None = None,
+        likelihood: str | None = None,
+        rotate: bool = True,
+        translate: bool = False,
+        angle: str = "equivariant",
+        seed: int = 0,
+    ):
+        registry = Registry.of(adata, labels=False, places=True)
+        setup = registry.setup
+        if setup.spatial_key is None:
+            raise ValueError(
+                "this AnnData was set up without positions, which SpatialVAE needs. Call "
+                'scgen.setup_anndata(adata, spatial_key="spatial", ...) first.'
+            )
+        if unused := [*setup.numeric.values(), *setup.categorical_covariate_keys]:
+            raise ValueError(
+                f"SpatialVAE uses no size factors and no covariates but the batch, and {', '.join(unused)} would be "
+                "ignored. Set the data up without them."
+            )
+        if likelihood is None:
+            likelihood = "nb" if registry.setup.counts else "normal"
+        sizes = n_latent, n_hidden, n_neighbors, radius
+        super().__init__(adata, registry, Arguments(*sizes, likelihood, rotate, translate, angle, seed))
+        self._neighbourhoods(adata)  # raises where a section has too few cells
+
+    @staticmethod
+    def build(registry: Registry, arguments: Arguments) -> VAE:
+        """Return the module for these arguments."""
+        a, n_features, counts = arguments, len(registry.genes), registry.setup.counts
+        if a.likelihood != "normal" and not counts:
+            raise ValueError(
+                f'likelihood="{a.likelihood}" needs counts, but the data were set up with counts=False. Use '
+                'likelihood="normal", or set the counts up.'
+            )
+        read = a.n_hidden, counts
+        posteriors, priors, angle = {}, {}, None
+        if a.rotate and a.angle == "equivariant":
+            angle = EquivariantAngle(n_features, *read)
+        elif a.rotate:
+            angle = FreeAngle(n_features, *read, wrapped=a.angle == "wrapped-normal")
+        if angle is not None:
+            posteriors["rotation"], priors["rotation"] = angle, WideAngle() if a.angle == "normal" else UniformAngle()
+        posteriors["z"], priors["z"] = (
+            NichePosterior(n_features, a.n_latent, *read, angle),
+            StandardNormalPrior(a.n_latent),
+        )
+        if a.translate:
+            posteriors["translation"] = NichePosterior(n_features, 2, *read, angle)
+            priors["translation"] = StandardNormalPrior(2)
+        decoder = NicheDecoder(a.likelihood, a.n_latent, n_features, 2 * a.n_hidden, len(registry.batches))
+        return VAE(posteriors, priors, decoder)
+
+    def _neighbourhoods(self, adata: AnnData) -> Neighbourhoods:
+        setup, a = self.registry.setup, self.arguments
+        raise_errors(list(positions.findings(adata, setup)), "SpatialVAE")
+        if adata.is_view:
+            warnings.warn(
+                "adata is a view, and neighbours are looked for in it alone. Pass whole sections, and choose cells by "
+                "indices=.",
+                stacklevel=6,
+            )
+        places, sections = positions.coordinates_of(adata, setup), positions.sections_of(adata, setup)
+        near = Neighbourhoods.of(places, sections, n_neighbors=a.n_neighbors, radius=a.radius)
+        if adata is self.adata:
+            known = self._own_offsets
+            if known is not None and not (
+                known.shape == near.offsets.shape and np.allclose(known, near.offsets, atol=1e-4)
+            ):
+                raise ValueError(
+                    "the positions of the model's cells have changed since the model was made. Restore them, or pass "
+                    "adata= with the other positions."
+                )
+            self._own_offsets = near.offsets
+        return near
+
+    def sources(self, adata: AnnData) -> dict[str, Store | Tensor]:
+        """Return the features, offsets and mask of the cells' neighbourhoods: see `Model.sources`."""
+        near = self._neighbourhoods(adata)
+        return {
+            "features": NeighbourStore(self.registry.store(adata), near.index),
+            "offsets": torch.from_numpy(near.offsets),
+            "mask": torch.from_numpy(near.mask),
+        }
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        *,
+        batch_size: int = 256,
+        train_size: float = 0.9,
+        early_stopping: bool = True,
+        patience: int | None = None,
+        learning_rate: float = 1e-2,
+        kl_start: float = 0.0,
+        n_importance_samples: int = 1,
+        accelerator: str = "auto",
+        devices: int = 1,
+        precision: str = "auto",
+        seed: int = 0,
+        progress: bool = True,
+        on_epoch: Callable[[dict[str, float]], object] | None = None,
+    ) -> None:
+        """Train the model as `Model.train` does, with other defaults.
+
+        ``max_epochs=None`` makes as many passes as 3000 minibatches take, between 25 and 250. ``kl_start=0`` lets the
+        niches use all latents before the KL divergence is weighted: with a weight of 1 from the start, the angle is
+        lost.
+
+        Warns
+        -----
+        UserWarning
+            If the KL divergence of the angle of the validation cells is near 0: nothing depends on the angle.
+        """
+        batch_size = check_whole("batch_size", batch_size, 3)
+        if max_epochs is None and self.adata is not None:
+            n_steps = max(round(0.9 * self.adata.n_obs / batch_size), 1)
+            max_epochs = min(max(math.ceil(N_STEPS / n_steps), EPOCHS[0]), EPOCHS[1])
+        plan = {"batch_size": batch_size, "train_size": train_size, "learning_rate": learning_rate}
+        plan |= {"early_stopping": early_stopping, "patience": patience, "kl_start": kl_start}
+        where = {"accelerator": accelerator, "devices": devices, "precision": precision}
+        super().train(
+            max_epochs,
+            n_importance_samples=n_importance_samples,
+            seed=seed,
+            progress=progress,
+            on_epoch=on_epoch,
+            **plan,
+            **where,
+        )
+        kl = self.history.get("kl_rotation_validation", pd.Series(dtype=float)).get(self.trainings[-1]["kept_epoch"])
+        if kl is not None and kl < LITTLE:
+            free = "" if self.arguments.angle == "equivariant" else ' angle="equivariant" finds them more often.'
+            warnings.warn(
+                f"the angle holds only {kl:.2f} nats: the niches have no orientation, or the model did not find "
+                f"it.{free}",
+                stacklevel=3,  # the call of the user
+            )
+
+    def get_rotation(
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Sequence[int] | np.ndarray | None = None,
+        batch_size: int = 4096,
+    ) -> np.ndarray:
+        """Return the rotation theta of each niche, in radians counter-clockwise, above -pi and up to pi.
+
+        Only differences of angles between niches of one kind have a meaning: each kind has an orientation of its own
+        at which theta is 0. On images, whose y-axis points down, theta is clockwise.
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            As in `get_latent_representation`.
+
+        Returns
+        -------
+        (n,) float32: the means of q(theta).
+
+        Raises
+        ------
+        ValueError
+            If the model has no rotation, or as `get_latent_representation`.
+
+        Examples
+        --------
+        >>> adata.obs["niche_rotation"] = model.get_rotation()  # doctest: +SKIP
+        """
+        angle = self._means_of("rotation", "rotate", adata, indices, batch_size)[:, 0]
+        return np.pi - np.remainder(np.pi - angle, np.float32(2 * np.pi))
+
+    def get_translation(
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Sequence[int] | np.ndarray | None = None,
+        batch_size: int = 4096,
+    ) -> np.ndarray:
+        """Return where the content of each niche lies after it was turned back by theta, in radii of the neighbourhood.
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            As in `get_latent_representation`.
+
+        Returns
+        -------
+        (n, 2) float32: the means of q. The prior has a standard deviation of 0.1.
+
+        Raises
+        ------
+        ValueError
+            If the model has no translation, or as `get_latent_representation`.
+
+        Examples
+        --------
+        >>> adata.obsm["niche_translation"] = model.get_translation()  # doctest: +SKIP
+        """
+        return -UNIT_OF_TRANSLATION * self._means_of("translation", "translate", adata, indices, batch_size)
+
+    def _means_of(self, name: str, argument: str, adata, indices, batch_size) -> np.ndarray:
+        if name not in self.vae.posteriors:
+            raise ValueError(f"this model has no {name}: make one with SpatialVAE(adata, {argument}=True).")
+        return inference.latent(self.vae, self._loader(adata, indices, batch_size), name)[0]

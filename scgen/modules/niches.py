@@ -1,0 +1,323 @@
+"""Niches: a cell with its neighbours. Encoders and a decoder for which the orientation on the slide means nothing.
+
+The model is that of Bepler et al. (2019): the values at a place are a function of z and of the place, turned back by an
+angle theta and then shifted. There the values are the pixels of an image. Here they are the cells of a neighbourhood.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Independent
+from torch.nn.functional import embedding, silu, softplus
+
+from scgen.data.cells import Cells
+from scgen.distributions import CellCounts, CellsOfNiches, CircularUniform, DiagonalNormal, SeededNormal, WrappedNormal
+from scgen.modules.decoders import MAX_LOG, Dispersion
+from scgen.modules.networks import Linear, WideLinear
+from scgen.modules.posteriors import positive_variance
+
+#: One standard deviation of the prior of the translation, in radii of the neighbourhood.
+UNIT_OF_TRANSLATION = 0.1
+#: Limits of the logarithm of the angle's standard deviation. The widest angle is uniform but for 1e-5 nats.
+NARROWEST, WIDEST = -6.0, 1.2
+#: Number of `harmonics`.
+N_HARMONICS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Niches(Cells):
+    """Cells with the J cells of their neighbourhoods, the first of which is the cell itself.
+
+    Attributes
+    ----------
+    features
+        (n, J, F) float: counts or other values of the cells of each neighbourhood.
+    offsets
+        (n, J, 2) float: where they lie relative to the cell, in the unit disc.
+    mask
+        (n, J) bool: False for padding.
+    """
+
+    features: Tensor
+    offsets: Tensor
+    mask: Tensor
+
+
+def turned(offsets: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn positions (..., J, 2) counter-clockwise by an angle, given by its cosine and sine, (...) each.
+
+    Examples
+    --------
+    >>> angle = torch.tensor(0.7)
+    >>> turned(torch.tensor([[1.0, 0.0]]), angle.cos(), angle.sin())
+    tensor([[0.7648, 0.6442]])
+    """
+    x, y, cosine, sine = offsets[..., 0], offsets[..., 1], cosine[..., None], sine[..., None]
+    return torch.stack([x * cosine - y * sine, x * sine + y * cosine], -1)
+
+
+def harmonics(offsets: Tensor) -> Tensor:
+    """Return functions of positions, (..., 5): x, y, the second harmonics x^2 - y^2 and 2 x y, and x^2 + y^2."""
+    x, y = offsets.unbind(-1)
+    return torch.stack([x, y, x * x - y * y, 2 * x * y, x * x + y * y], -1)
+
+
+def perceptron(*widths: int) -> nn.Sequential:
+    """Return linear layers of these widths, with SiLU between them."""
+    layers = [Linear(*pair) for pair in itertools.pairwise(widths)]
+    return nn.Sequential(*itertools.chain(*((layer, nn.SiLU()) for layer in layers[:-1])), layers[-1])
+
+
+def pooled(h: Tensor, mask: Tensor) -> Tensor:
+    """Return mean and maximum over the cells of each neighbourhood, (n, J, H) -> (n, 2 H), without the padding."""
+    mean = (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    return torch.cat([mean, h.masked_fill(~mask[..., None], -math.inf).amax(1)], -1)
+
+
+def angular_scale(log_scale: Tensor) -> Tensor:
+    """Return the standard deviation of an angle within its limits. The upper one is smooth: there is a way back."""
+    return (WIDEST - softplus(WIDEST - log_scale)).clamp(min=NARROWEST).exp()
+
+
+class Standardised(nn.Module):
+    """The features of each cell, or log(1 + counts), minus their mean and divided by their standard deviation.
+
+    Both are averages over all minibatches of the training so far, of the cells that the niches are around. Padding has
+    no influence on them.
+    """
+
+    def __init__(self, n_features: int, log_input: bool):
+        super().__init__()
+        self.log_input = log_input
+        self.norm = nn.BatchNorm1d(n_features, momentum=None, affine=False, dtype=torch.float32)
+
+    def forward(self, cells: Niches) -> Tensor:
+        x = cells.features.log1p() if self.log_input else cells.features
+        if self.training:
+            with torch.no_grad():
+                self.norm(x[:, 0])
+        return (x - self.norm.running_mean) * (self.norm.running_var + self.norm.eps).rsqrt()
+
+
+class NicheEncoder(nn.Module):
+    """Outputs (n, n_out) that depend on which cells are where in a neighbourhood, but not on the order of the cells.
+
+    Parameters
+    ----------
+    n_features, n_out, n_hidden
+        F, the number of outputs, and the width of all hidden layers.
+    log_input
+        Whether the features are counts; the network then reads log(1 + x).
+    """
+
+    def __init__(self, n_features: int, n_out: int, n_hidden: int, log_input: bool):
+        super().__init__()
+        self.features = Standardised(n_features, log_input)
+        self.cell = perceptron(n_features + N_HARMONICS, n_hidden, n_hidden)
+        self.whole = perceptron(2 * n_hidden, n_hidden, n_out)
+
+    def forward(self, cells: Niches, offsets: Tensor) -> Tensor:
+        h = silu(self.cell(torch.cat([self.features(cells), harmonics(offsets)], -1)))
+        return self.whole(pooled(h, cells.mask))
+
+
+class FreeAngle(nn.Module):
+    """q(theta | niche) as in the paper: the network may return any angle, and need not turn with the niche.
+
+    Parameters
+    ----------
+    n_features, n_hidden, log_input
+        As in `NicheEncoder`.
+    wrapped
+        Whether theta is a wrapped normal, whose mean is the direction of two outputs. Otherwise it is a normal whose
+        mean is an output; angles that differ by a full turn are then different.
+    """
+
+    def __init__(self, n_features: int, n_hidden: int, log_input: bool, wrapped: bool):
+        super().__init__()
+        self.encoder, self.wrapped = NicheEncoder(n_features, 3, n_hidden, log_input), wrapped
+
+    def frame(self, cells: Niches) -> Tensor:
+        """Return the positions that the other encoders read: as they are."""
+        return cells.offsets
+
+    def forward(self, cells: Niches) -> WrappedNormal | DiagonalNormal:
+        direction, log_scale = self.encoder(cells, cells.offsets).split([2, 1], -1)
+        scale = angular_scale(log_scale)
+        if not self.wrapped:
+            return DiagonalNormal(direction[..., :1], scale.square())
+        return WrappedNormal(torch.atan2(direction[..., 1:], direction[..., :1]), scale)
+
+    def means(self, cells: Niches) -> Tensor:
+        """Return the mean angle, (n, 1)."""
+        return self(cells).mean
+
+
+class EquivariantAngle(nn.Module):
+    """q(theta | niche): a wrapped normal around an angle that turns with the niche, whatever the weights are.
+
+    It is the angle of c = sum_h a_h c_h with c_h = mean_j w_h(j) u_j, weighted means of the positions u_j of the cells.
+    The weights w are computed from the features, the distances |u_j| and what is pooled of both; the weights a from
+    what is pooled and from the products c_h c_k, so that a vector of a niche which is near 0 can be left out. None of
+    this changes under rotation. So if the niche turns by alpha, c and theta turn by alpha.
+
+    Parameters
+    ----------
+    n_features, n_hidden, log_input
+        As in `NicheEncoder`.
+    n_heads
+        Number of weighted sums.
+    """
+
+    def __init__(self, n_features: int, n_hidden: int, log_input: bool, n_heads: int = 4):
+        super().__init__()
+        self.features = Standardised(n_features, log_input)
+        self.cell = perceptron(n_features + 1, n_hidden, n_hidden)
+        self.weights = perceptron(3 * n_hidden, n_hidden, n_heads)
+        self.whole = perceptron(2 * n_hidden + n_heads**2, n_hidden, n_heads + 1)
+        with torch.no_grad():
+            self.whole[-1].bias[-1] = -2.0  # narrow from the start: a wide angle is of no use, and might be given up
+
+    def frame(self, cells: Niches) -> Tensor:
+        """Return the positions turned back by theta's mean. They do not change under rotation."""
+        (x, y), _ = self._direction(cells)
+        return turned(cells.offsets, x, -y)
+
+    def forward(self, cells: Niches) -> WrappedNormal:
+        (x, y), log_scale = self._direction(cells)
+        return WrappedNormal(torch.atan2(y, x)[:, None], angular_scale(log_scale)[:, None])
+
+    def means(self, cells: Niches) -> Tensor:
+        """Return the mean angle, (n, 1)."""
+        return self(cells).mean
+
+    def _direction(self, cells: Niches) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Return cosine and sine of the angle of c, and the logarithm of theta's standard deviation, (n,) each."""
+        distance = cells.offsets.square().sum(-1, keepdim=True)
+        h = silu(self.cell(torch.cat([self.features(cells), distance], -1)))
+        context = pooled(h, cells.mask)
+        weights = self.weights(torch.cat([h, context[:, None].expand(-1, h.shape[1], -1)], -1)) * cells.mask[..., None]
+        vectors = weights.mT @ cells.offsets / cells.mask.sum(1)[:, None, None]  # (n, heads, 2)
+        whole = self.whole(torch.cat([context, (vectors @ vectors.mT).flatten(1)], -1))
+        c = (whole[:, :-1, None] * vectors).sum(1)
+        cosine, sine = (c / (c.square().sum(-1, keepdim=True) + 1e-12).sqrt()).unbind(-1)
+        return (cosine, sine), whole[:, -1]
+
+
+class NichePosterior(nn.Module):
+    """q(z | niche) = N(m, diag v), or q of the translation. It reads the positions in the frame of the angle.
+
+    Parameters
+    ----------
+    n_features, n_hidden, log_input
+        As in `NicheEncoder`.
+    n_latent
+        d.
+    angle
+        The posterior of theta; None reads the positions as they are.
+    """
+
+    def __init__(self, n_features: int, n_latent: int, n_hidden: int, log_input: bool, angle: nn.Module | None = None):
+        super().__init__()
+        self.encoder = NicheEncoder(n_features, 2 * n_latent, n_hidden, log_input)
+        self.angle = (angle,)  # in a tuple: its weights are registered as those of its own latent, and not twice
+
+    def forward(self, cells: Niches) -> DiagonalNormal:
+        mean, log_variance = self._outputs(cells)
+        return DiagonalNormal(mean, positive_variance(log_variance))
+
+    def means(self, cells: Niches) -> Tensor:
+        """Return only the means m, (n, d)."""
+        return self._outputs(cells)[0]
+
+    def _outputs(self, cells: Niches) -> tuple[Tensor, Tensor]:
+        (angle,) = self.angle
+        return self.encoder(cells, cells.offsets if angle is None else angle.frame(cells)).chunk(2, -1)
+
+
+class UniformAngle(nn.Module):
+    """p(theta): uniform on the circle."""
+
+    def forward(self, cells: Niches, posterior: nn.Module) -> CircularUniform:
+        return CircularUniform(cells.offsets.device)
+
+
+class WideAngle(nn.Module):
+    """p(theta) = N(0, pi^2), for a theta that is not wrapped."""
+
+    def forward(self, cells: Niches, posterior: nn.Module) -> DiagonalNormal:
+        zero = cells.offsets.new_zeros(1)
+        return DiagonalNormal(zero, zero + math.pi**2)
+
+
+class NicheDecoder(nn.Module):
+    """p(features | z, theta, translation, s): at each place a function of z, and of the place turned and shifted.
+
+    The place is u R(-theta) + Delta for an offset u. theta is thus the angle by which the niche is turned, counter-
+    clockwise, from the orientation in which it is decoded. After it was turned back, it lies at -Delta.
+
+    Parameters
+    ----------
+    likelihood
+        "normal", "poisson", "nb" or "zinb". The library size of each cell of the niche is its total count.
+    n_latent, n_features, n_hidden, n_batches
+        d, F, the width of the two hidden layers, and the number of batches.
+    """
+
+    def __init__(self, likelihood: str, n_latent: int, n_features: int, n_hidden: int, n_batches: int):
+        super().__init__()
+        self.place, self.state = Linear(N_HARMONICS, n_hidden), Linear(n_latent, n_hidden, bias=False)
+        self.batch = nn.Parameter(torch.zeros(n_batches, n_hidden, dtype=torch.float32)) if n_batches > 1 else None
+        self.layers = nn.Sequential(nn.Tanh(), Linear(n_hidden, n_hidden), nn.Tanh())
+        self.mean = WideLinear(n_hidden, n_features)
+        normal = likelihood == "normal"
+        self.log_scale = nn.Parameter(torch.zeros(n_features, dtype=torch.float32)) if normal else None
+        dispersed = likelihood in ("nb", "zinb")
+        self.dispersion = Dispersion("gene", n_features, n_batches, 1, n_hidden) if dispersed else None
+        self.zi_logits = WideLinear(n_hidden, n_features) if likelihood == "zinb" else None
+
+    def category_rows(self) -> dict[str, str | int]:
+        """Return the column whose categories the rows of a parameter are of: see `VAE.category_rows`."""
+        return {} if self.batch is None else {"batch": "batch"}
+
+    def target(self, cells: Niches) -> Tensor:
+        """Return the features of all cells of the niches, (n, J, F), which the likelihood explains."""
+        return cells.features
+
+    def start_at(self, mean: Tensor, variance: Tensor) -> None:
+        """Start at means and variances of the features, (J, F) each. The first of the J rows is that of all cells."""
+        mean, variance = mean[0], variance[0]
+        with torch.no_grad():
+            if self.log_scale is None:
+                self.mean.bias.copy_((mean + 1e-3 * mean.mean()).log())
+            else:
+                self.mean.bias.copy_(mean)
+                self.log_scale.copy_(0.5 * variance.clamp(min=1e-6).log())
+
+    def forward(self, latents: dict[str, Tensor], cells: Niches) -> CellsOfNiches:
+        h = self.hidden(latents, cells).flatten(-3, -2)  # (..., n J, H): the cells of all niches
+        if self.log_scale is not None:
+            scale = self.log_scale.clamp(-MAX_LOG, MAX_LOG).exp() + 1e-4
+            normal = SeededNormal(self.mean(h), scale, validate_args=False)
+            return CellsOfNiches(Independent(normal, 1, validate_args=False), cells.mask)
+        log_library = cells.features.sum(-1).clamp(min=1).log().reshape(-1, 1)
+        log_theta = None if self.dispersion is None else self.dispersion(h, cells)
+        zi = (None, None) if self.zi_logits is None else (self.zi_logits.product(h), self.zi_logits.bias)
+        counts = CellCounts(self.mean.product(h), self.mean.bias, log_library, log_theta, *zi)
+        return CellsOfNiches(counts, cells.mask)
+
+    def hidden(self, latents: dict[str, Tensor], cells: Niches) -> Tensor:
+        """Return the last hidden layer at each cell of the niches, (..., n, J, H)."""
+        offsets = cells.offsets
+        if "rotation" in latents:
+            theta = latents["rotation"].squeeze(-1)
+            offsets = turned(offsets, theta.cos(), -theta.sin())
+        if "translation" in latents:
+            offsets = offsets + UNIT_OF_TRANSLATION * latents["translation"][..., None, :]
+        h = self.place(harmonics(offsets)) + self.state(latents["z"])[..., None, :]
+        if self.batch is not None:
+            h = h + embedding(cells.batch, self.batch)[:, None]
+        return self.layers(h)
