@@ -316,7 +316,7 @@ CALLS = {
     "SCVI.query": (lambda on, **given: on.model.query(**{"adata": on.new} | given), {}),
     "SCVI.setup_anndata": (lambda on, **given: scgen.SCVI.setup_anndata(**{"adata": on.new} | placed(given)), {}),
     "SpatialVAE": (
-        lambda on, **given: scgen.SpatialVAE(**{"adata": on.cells} | given),
+        lambda on, **given: scgen.SpatialVAE(**{"adata": on.tissue} | given),
         {"likelihood": "optional choice", "radius": "optional positive", "angle": "choice"}
         | {"rotate": "flag", "translate": "flag"},
     ),
@@ -417,13 +417,14 @@ def on(tmp_path_factory):
     cells.obsm["places"] = np.random.default_rng(0).uniform(size=(120, 2))
     new = cells.copy()
     covariates = {"categorical_covariate_keys": ["donor"], "continuous_covariate_keys": ["age"]}
-    scgen.setup_anndata(cells, batch_key="batch", labels_key="cell_type", spatial_key="places", **covariates)
-    on = SimpleNamespace(cells=cells, new=new)
+    scgen.setup_anndata(cells, batch_key="batch", labels_key="cell_type", **covariates)
+    on = SimpleNamespace(cells=cells, new=new, tissue=new.copy())
+    scgen.setup_anndata(on.tissue, batch_key="batch", spatial_key="places")
     for name, prior in (("model", "normal"), ("mixture", "mog")):
         model = scgen.SCVI(cells, n_latent=3, n_hidden=8, prior=prior, n_components=2 if prior == "mog" else None)
         model.train(max_epochs=1, accelerator="cpu", progress=False)
         setattr(on, name, model)
-    on.niches = scgen.SpatialVAE(cells, n_latent=3, n_hidden=8, n_neighbors=3, translate=True)
+    on.niches = scgen.SpatialVAE(on.tissue, n_latent=3, n_hidden=8, n_neighbors=3, translate=True)
     on.niches.train(max_epochs=1, accelerator="cpu", progress=False)
     other = new[:60].copy()
     other.obs["batch"] = "other"
@@ -455,7 +456,7 @@ def of_model(model: Model) -> list:
 
 def everything(on: SimpleNamespace) -> bytes:
     """Return a hash of all that a wrong call must leave as it is: cells, models, files and global generators."""
-    parts = [*of_cells(on.cells), *of_cells(on.new), *of_cells(on.query.model.adata)]
+    parts = [*of_cells(on.cells), *of_cells(on.new), *of_cells(on.tissue), *of_cells(on.query.model.adata)]
     for model in (on.model, on.mixture, on.query.model, on.niches):
         parts += of_model(model)
     parts += [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(Path().rglob("*"))]
