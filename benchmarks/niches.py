@@ -1,10 +1,12 @@
 """How well niches are told apart by arrangement, on simulated tissue of which the truth is known.
 
-    python -m benchmarks.niches tissue [SEED ...]     # one seed or several (default 0 to 4), a line of JSON each
+    python -m benchmarks.niches features [SEED ...]   # one seed or several (default 0 to 4), a line of JSON each
+    python -m benchmarks.niches random_types [SEED ...]
+    python -m benchmarks.niches counts [SEED ...]
     python -m benchmarks.niches table
 
-``tissue``: four sections of `scgen.simulate_tissue`, without counts; again with a tenth of the types at random, and
-with counts. A `SpatialVAE` is trained on all cells, with its defaults, and without rotation. Niches are scored on the
+Four sections of `scgen.simulate_tissue`, without counts; again with a tenth of the types at random, and with counts.
+Tissue and model of a seed have the seeds 100 + SEED and SEED. A `SpatialVAE` is trained on all cells, with its defaults, and without rotation. Niches are scored on the
 centres of the motifs (`scgen.score_niches`: each section is predicted from the others), beside baselines that need no
 model. "angles": the length of the mean of exp(i (theta - truth)) for each niche, 1 where theta is the true angle but
 for a constant. "invariance": the smallest correlation of a latent before and after each section was turned by a random
@@ -22,7 +24,7 @@ import pandas as pd
 import scgen
 
 RESULTS = Path(__file__).parent / "results" / "niches"
-SETTINGS = {"features": {}, "a tenth of types at random": {"random_types": 0.1}, "counts": {"counts": True}}
+SETTINGS = {"features": {}, "random_types": {"random_types": 0.1}, "counts": {"counts": True}}
 BASELINES = ("mean", "gradient", "pool")
 
 
@@ -106,17 +108,16 @@ def spread(values: list[float]) -> str:
 
 
 def main(what: str, *seeds: str) -> None:
-    """Run the part that was asked for."""
+    """Run the setting that was asked for, or print the table."""
     if what == "table":
         table()
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in map(int, seeds or range(5)):
-        for setting in SETTINGS:
-            line = json.dumps(tissue(setting, seed))
-            with (RESULTS / f"{setting.replace(' ', '_')}.jsonl").open("a") as file:
-                file.write(line + "\n")
-            print(line, flush=True)
+        line = json.dumps(tissue(what, seed))
+        with (RESULTS / f"{what}.jsonl").open("a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
