@@ -6,11 +6,12 @@
     python -m benchmarks.niches table
 
 Four sections of `scgen.simulate_tissue`, without counts; again with a tenth of the types at random, and with counts.
-Tissue and model of a seed have the seeds 100 + SEED and SEED. A `SpatialVAE` is trained on all cells, with its defaults, and without rotation. Niches are scored on the
-centres of the motifs (`scgen.score_niches`: each section is predicted from the others), beside baselines that need no
-model. "angles": the length of the mean of exp(i (theta - truth)) for each niche, 1 where theta is the true angle but
-for a constant. "invariance": the smallest correlation of a latent before and after each section was turned by a random
-angle, and the mean error of theta's turn, in radians. Seconds are those of the training, on this machine, as it was.
+Tissue and model of a seed have the seeds 100 + SEED and SEED. A `SpatialVAE` is trained on all cells, with its
+defaults, and without rotation. Niches are scored on the centres of the motifs (`scgen.score_niches`: each section is
+predicted from the others), beside baselines that need no model. "angles": the length of the mean of
+exp(i (theta - truth)) for each niche, 1 where theta is the true angle but for a constant. "invariance": the smallest
+correlation of a latent before and after each section was turned by a random angle, and the mean error of theta's turn,
+in radians. Seconds are those of the training, on this machine, as it was.
 """
 
 import json
