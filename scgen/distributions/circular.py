@@ -99,6 +99,7 @@ def _log_density(distance: Tensor, scale: Tensor) -> Tensor:
 def _kl_to_the_uniform(q: WrappedNormal, p: CircularUniform) -> Tensor:
     nodes, weights = np.polynomial.hermite_e.hermegauss(N_NODES)
     nodes, weights = (torch.from_numpy(of).to(q.scale) for of in (nodes, weights / math.sqrt(2 * math.pi)))
-    distance = torch.remainder(q.scale * nodes + math.pi, 2 * math.pi) - math.pi  # (..., nodes)
-    entropy = -(_log_density(distance, q.scale.expand(distance.shape)) * weights).sum(-1)
+    scale = q.scale.clamp(max=WIDEST)
+    distance = torch.remainder(scale * nodes + math.pi, 2 * math.pi) - math.pi  # (..., nodes)
+    entropy = -(_log_density(distance, scale.expand(distance.shape)) * weights).sum(-1)
     return math.log(2 * math.pi) - entropy

@@ -199,8 +199,9 @@ def test_nothing_else_is_taken_for_an_earlier_embedding(cells):
 
 def test_it_takes_all_that_set_up_model_and_training_take():
     ours = inspect.signature(scgen.integrate).parameters
+    others = {"self", "batch_key", "on_epoch", "spatial_key", "section_key"}  # SCVI reads no positions
     for function in (scgen.setup_anndata, scgen.SCVI, scgen.SCVI.train):
-        assert inspect.signature(function).parameters.keys() - {"self", "batch_key", "on_epoch"} <= ours.keys()
+        assert inspect.signature(function).parameters.keys() - others <= ours.keys()
     # Every default is written once: where it is one of the model or the training, None stands for it here.
     defaults = {name for name, parameter in ours.items() if parameter.default is not None}
     assert defaults == {"adata", "key", "adjusted_basis", "counts", "tune", "seed", "progress"}
