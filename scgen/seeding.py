@@ -60,3 +60,8 @@ def generator(device: torch.device) -> torch.Generator | None:
     block = _current.get()
     # A model is built on the meta device to find its shapes. Tensors there take no random numbers.
     return None if block is None or device.type == "meta" else block.on(device)
+
+
+def standard_normal(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Return standard normal numbers of the dtype and on the device of ``like``."""
+    return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator(like.device))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, MixtureSameFamily, Normal, constraints, register_kl
 
-from scgen.seeding import generator
+from scgen.seeding import generator, standard_normal
 
 
 class DiagonalNormal(Distribution):
@@ -59,9 +59,7 @@ class DiagonalNormal(Distribution):
         return self.from_noise(noise), self._log_density(noise.square())
 
     def _noise(self, sample_shape: tuple[int, ...]) -> Tensor:
-        shape = torch.Size(sample_shape) + self._batch_shape + self._event_shape
-        mean = self._mean
-        return torch.randn(shape, dtype=mean.dtype, device=mean.device, generator=generator(mean.device))
+        return standard_normal(torch.Size(sample_shape) + self._batch_shape + self._event_shape, self._mean)
 
     def _log_density(self, squares: Tensor) -> Tensor:
         """Return the log-density at a squared distance from the mean, in standard deviations."""

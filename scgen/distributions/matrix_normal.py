@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints, register_kl
 
 from scgen.distributions.gaussian import DiagonalNormal
-from scgen.seeding import generator
+from scgen.seeding import standard_normal
 
 
 class MatrixNormal(Distribution):
@@ -78,8 +78,7 @@ class MatrixNormal(Distribution):
         return n * by_rows + m * by_columns
 
     def _noise(self, sample_shape: tuple[int, ...]) -> Tensor:
-        mean, shape = self.maps, torch.Size(sample_shape) + self._batch_shape + self._event_shape
-        return torch.randn(shape, dtype=mean.dtype, device=mean.device, generator=generator(mean.device))
+        return standard_normal(self._extended_shape(sample_shape), self.maps)
 
     def _log_density(self, noise: Tensor) -> Tensor:
         """Return the log-density of the draw that is made from this noise."""

@@ -177,10 +177,8 @@ class SpatialVAE(Model):
             angle = FreeAngle(n_features, *read, wrapped=a.angle == "wrapped-normal")
         if angle is not None:
             posteriors["rotation"], priors["rotation"] = angle, WideAngle() if a.angle == "normal" else UniformAngle()
-        posteriors["z"], priors["z"] = (
-            NichePosterior(n_features, a.n_latent, *read, angle),
-            StandardNormalPrior(a.n_latent),
-        )
+        posteriors["z"] = NichePosterior(n_features, a.n_latent, *read, angle)
+        priors["z"] = StandardNormalPrior(a.n_latent)
         if a.translate:
             posteriors["translation"] = NichePosterior(n_features, 2, *read, angle)
             priors["translation"] = StandardNormalPrior(2)

@@ -151,10 +151,6 @@ class FreeAngle(nn.Module):
             return DiagonalNormal(direction[..., :1], scale.square())
         return WrappedNormal(torch.atan2(direction[..., 1:], direction[..., :1]), scale)
 
-    def means(self, cells: Niches) -> Tensor:
-        """Return the mean angle, (n, 1)."""
-        return self(cells).mean
-
 
 class EquivariantAngle(nn.Module):
     """q(theta | niche): a wrapped normal around an angle that turns with the niche, whatever the weights are.
@@ -189,10 +185,6 @@ class EquivariantAngle(nn.Module):
     def forward(self, cells: Niches) -> WrappedNormal:
         (x, y), log_scale = self._direction(cells)
         return WrappedNormal(torch.atan2(y, x)[:, None], angular_scale(log_scale)[:, None])
-
-    def means(self, cells: Niches) -> Tensor:
-        """Return the mean angle, (n, 1)."""
-        return self(cells).mean
 
     def _direction(self, cells: Niches) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Return cosine and sine of the angle of c, and the logarithm of theta's standard deviation, (n,) each."""
