@@ -158,3 +158,16 @@ def test_a_value_that_is_not_finite_is_named(monkeypatch):
     monkeypatch.setattr(DeviceStore, "rows", damaged)
     with pytest.raises(FloatingPointError, match=rf"Cells: cell_{row + 1}; genes: gene_6\."):
         model.train(1, accelerator="gpu", progress=False)
+
+
+def test_niches_on_a_gpu_are_as_good():
+    adata, elbos = scgen.simulate_tissue(n_sections=2, n_rows=8, counts=False, seed=0), {}
+    scgen.setup_anndata(adata, spatial_key="spatial", batch_key="section", counts=False)
+    for accelerator in ("cpu", "gpu"):
+        model = scgen.SpatialVAE(adata, translate=True)
+        model.train(20, accelerator=accelerator, precision="32", progress=False)
+        elbos[accelerator] = model.get_elbo()
+        assert np.isfinite(model.get_latent_representation()).all()
+        assert np.isfinite(model.get_rotation()).all()
+        assert np.isfinite(model.get_translation()).all()
+    assert elbos["gpu"] == pytest.approx(elbos["cpu"], rel=0.02)
