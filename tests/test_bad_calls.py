@@ -317,7 +317,7 @@ CALLS = {
     "SCVI.setup_anndata": (lambda on, **given: scgen.SCVI.setup_anndata(**{"adata": on.new} | placed(given)), {}),
     "SpatialVAE": (
         lambda on, **given: scgen.SpatialVAE(**{"adata": on.tissue} | given),
-        {"likelihood": "optional choice", "radius": "optional positive", "angle": "choice"}
+        {"use_rep": "column", "likelihood": "optional choice", "radius": "optional positive", "angle": "choice"}
         | {"rotate": "flag", "translate": "flag"},
     ),
     "SpatialVAE.train": (lambda on, **given: on.niches.train(**{"max_epochs": 1} | given), {}),

@@ -133,7 +133,8 @@ def _features(
         if layer is not None:
             raise ValueError(f"use_rep={use_rep!r} and layer={layer!r}: give one of them.")
         return MemoryStore(features_of(adata, "use_rep", use_rep)), None
-    setup, matrix = Setup(layer=layer, counts=False), matrix_of(adata, layer)
+    setup = Setup(layer=layer, counts=False)
+    matrix = matrix_of(adata, setup)
     if matrix is None:
         there = f"layers: {some(layers_of(adata), 12) or 'none'}; obsm: {some(adata.obsm, 12)}"
         raise ValueError(f"layer={layer!r}: {setup.where} does not exist. There are {there}. Set layer= or use_rep=.")

@@ -35,7 +35,7 @@ class _Seen:
 
     @classmethod
     def of(cls, adata: AnnData, registry: Registry, snapshot: Snapshot) -> "_Seen":
-        matrix = matrix_of(adata, registry.setup.layer)
+        matrix = matrix_of(adata, registry.setup)
         return cls(weakref.ref(adata), weakref.ref(matrix) if in_memory(matrix) else None, snapshot)
 
     def read(
@@ -44,7 +44,7 @@ class _Seen:
         """Return values and columns if this is the AnnData and these rows of it are what they were; else None."""
         if self.adata() is not adata or adata.is_view:
             return None
-        if self.matrix is not None and self.matrix() is not matrix_of(adata, registry.setup.layer):
+        if self.matrix is not None and self.matrix() is not matrix_of(adata, registry.setup):
             return None
         store = registry.store(adata, rows)
         return (store, self.snapshot.columns) if self.snapshot.holds(registry, adata, store, rows) else None
@@ -200,10 +200,15 @@ def _read(model, adata: AnnData, rows: np.ndarray | None) -> tuple[MemoryStore |
             known.snapshot.holds(registry, adata, store, None) if known else snapshot.fingerprint() == model.fingerprint
         )
         if not same:
+            setup, fix = registry.setup, "Restore them, or make a new model."
+            if setup.use_rep is None:
+                fix = (
+                    'Keep the counts in a layer of their own, setup_anndata(adata, layer="counts"), or pass adata= '
+                    "with the counts."
+                )
             raise ValueError(
                 "the model's AnnData has changed since the model was made: other or renamed cells, other values in "
-                f"{registry.setup.where} or in the columns that the model reads. Keep the counts in a layer of their "
-                'own, setup_anndata(adata, layer="counts"), or pass adata= with the counts.'
+                f"{setup.where} or in the columns that the model reads. {fix}"
             )
     _remember(model, adata, snapshot)
     return store, snapshot.columns

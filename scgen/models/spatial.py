@@ -79,8 +79,12 @@ class SpatialVAE(Model):
     ----------
     adata
         Cells with positions, set up by ``scgen.setup_anndata(adata, spatial_key="spatial", ...)``. The values are
-        counts or, with ``counts=False``, any others, such as principal components. Every value is decoded for every
-        neighbour, so a few hundred genes are many.
+        counts or, with ``counts=False``, any others. Every value is decoded for every neighbour, so a few hundred genes
+        are many; see ``use_rep``.
+    use_rep
+        Key of ``adata.obsm`` with the values to use instead, such as the principal components or the latent
+        representation of a trained `SCVI`: an array, a sparse matrix or a DataFrame of numbers, (n_obs, F). Genes are
+        then not read. Other AnnData need the same key with the same number of columns.
     n_latent
         Number of values of z.
     n_hidden
@@ -91,7 +95,7 @@ class SpatialVAE(Model):
         If given, the niche is all cells within this distance, in the unit of the coordinates.
     likelihood
         Distribution of the values: "nb", "zinb", "poisson", or "normal" for values that are not counts. None is "nb"
-        for counts and "normal" for others.
+        for counts and "normal" for others, such as those of ``use_rep``.
     rotate, translate
         Whether niches have a rotation and a translation.
     angle
@@ -105,7 +109,8 @@ class SpatialVAE(Model):
     ------
     ValueError
         If ``adata`` was not set up with positions, or with size factors or covariates, which this model does not use.
-        If a section has too few cells or several batches, or an argument is out of range.
+        If a section has too few cells or several batches, or an argument is out of range. If ``adata.obsm`` has no
+        ``use_rep``, or it holds other values than finite numbers.
 
     References
     ----------
@@ -122,6 +127,16 @@ class SpatialVAE(Model):
     >>> adata.obs["niche_rotation"] = model.get_rotation()
     >>> adata.obsm["X_niche"].shape
     (475, 4)
+
+    For data with many genes, use the latent representation of an `SCVI` that was trained on the same cells:
+
+    >>> adata = scgen.simulate_tissue(n_sections=1, n_rows=5, n_genes=50, seed=0)
+    >>> scgen.setup_anndata(adata, spatial_key="spatial")
+    >>> cells = scgen.SCVI(adata)
+    >>> cells.train(max_epochs=2, progress=False)
+    >>> adata.obsm["X_scgen"] = cells.get_latent_representation()
+    >>> scgen.SpatialVAE(adata, use_rep="X_scgen")
+    SpatialVAE model of 475 cells x 10 columns of adata.obsm["X_scgen"]; arguments: likelihood='normal'; training: none
     """
 
     Arguments, Cells = Arguments, Niches
@@ -132,6 +147,7 @@ class SpatialVAE(Model):
         self,
         adata: AnnData,
         *,
+        use_rep: str | None = None,
         n_latent: int = 10,
         n_hidden: int = 64,
         n_neighbors: int = 18,
@@ -142,7 +158,7 @@ class SpatialVAE(Model):
         angle: str = "equivariant",
         seed: int = 0,
     ):
-        registry = Registry.of(adata, labels=False, places=True)
+        registry = Registry.of(adata, labels=False, places=True, use_rep=use_rep)
         setup = registry.setup
         if setup.spatial_key is None:
             raise ValueError(
@@ -165,10 +181,10 @@ class SpatialVAE(Model):
         """Return the module for these arguments."""
         a, n_features, counts = arguments, len(registry.genes), registry.setup.counts
         if a.likelihood != "normal" and not counts:
-            raise ValueError(
-                f'likelihood="{a.likelihood}" needs counts, but the data were set up with counts=False. Use '
-                'likelihood="normal", or set the counts up.'
-            )
+            why, fix = "the data were set up with counts=False", "set the counts up"
+            if (key := registry.setup.use_rep) is not None:
+                why, fix = f'the values are those of use_rep="{key}"', "leave use_rep out"
+            raise ValueError(f'likelihood="{a.likelihood}" needs counts, but {why}. Use likelihood="normal", or {fix}.')
         read = a.n_hidden, counts
         posteriors, priors, angle = {}, {}, None
         if a.rotate and a.angle == "equivariant":

@@ -43,7 +43,7 @@ def of_model(model) -> tuple[str, dict[str, str]]:
     rows = {"arguments": ", ".join(changed) or "the defaults", "training": of_training(model)}
     if registry.setup.batch_key is not None:
         rows = {"batches": f"{len(registry.batches):,} ({some(registry.batches, 3)})", **rows}
-    return f"{type(model).__name__} model of {cells} x {counted(len(registry.genes), 'gene')}", rows
+    return f"{type(model).__name__} model of {cells} x {registry.width}", rows
 
 
 def of_training(model) -> str:

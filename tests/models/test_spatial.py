@@ -1,7 +1,10 @@
 """SpatialVAE on simulated tissue: what its answers depend on, what it refuses, and that it is saved whole."""
 
 import numpy as np
+import pandas as pd
 import pytest
+from anndata import AnnData
+from scipy import sparse
 
 import scgen
 
@@ -20,6 +23,22 @@ def tissue():
 def trained(tissue):
     model = scgen.SpatialVAE(tissue, n_latent=4, translate=True)
     model.train(5, batch_size=128, accelerator="cpu", progress=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def represented():
+    """Return counts, set up as such, with five values of each cell in obsm."""
+    adata = scgen.simulate_tissue(2, 5, n_genes=20, seed=0)
+    rng = np.random.default_rng(0)
+    adata.obsm["X_scgen"] = np.log1p(adata.X) @ rng.normal(size=(20, 5)).astype(np.float32) + [0, 10, 0, -5, 0]
+    return set_up(adata, counts=True)
+
+
+@pytest.fixture(scope="module")
+def of_representation(represented):
+    model = scgen.SpatialVAE(represented, use_rep="X_scgen", n_latent=3)
+    model.train(2, accelerator="cpu", progress=False)
     return model
 
 
@@ -89,6 +108,81 @@ def test_counts(likelihood):
     assert model.history["elbo_train"].iloc[-1] > model.history["elbo_train"].iloc[0]
     few, many = (model.get_marginal_ll(indices=np.arange(100), n_mc_samples=n) for n in (1, 30))
     assert few < many
+
+
+def test_values_in_obsm_are_read_as_if_they_were_set_up(of_representation, represented):
+    same = AnnData(represented.obsm["X_scgen"], obs=represented.obs, obsm={"spatial": represented.obsm["spatial"]})
+    model = scgen.SpatialVAE(set_up(same), n_latent=3)
+    assert of_representation.arguments == model.arguments
+    model.train(2, accelerator="cpu", progress=False)
+    assert np.array_equal(of_representation.get_latent_representation(), model.get_latent_representation())
+    assert of_representation.get_elbo() == model.get_elbo()
+
+
+def test_values_in_obsm_start_at_their_means_and_deviations(represented):
+    model = scgen.SpatialVAE(represented, use_rep="X_scgen")
+    model.train(1, learning_rate=1e-12, accelerator="cpu", progress=False)
+    values = represented.obsm["X_scgen"][model.train_indices]
+    decoder, read = model.vae.decoder, model.vae.posteriors["z"].encoder.features.norm
+    np.testing.assert_allclose(decoder.mean.bias.detach(), values.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(decoder.log_scale.detach().exp(), values.std(0), rtol=1e-4)
+    np.testing.assert_allclose(read.running_mean, values.mean(0), atol=0.05)
+    np.testing.assert_allclose(read.running_var, values.var(0), rtol=0.05)
+
+
+def test_genes_are_not_needed_beside_values_in_obsm(of_representation, represented, tmp_path):
+    z = of_representation.get_latent_representation()
+    of_representation.save(tmp_path / "model")
+    for form in (np.asarray, pd.DataFrame, sparse.csr_matrix):
+        other = AnnData(obs=represented.obs, obsm={"spatial": represented.obsm["spatial"]})
+        values = form(represented.obsm["X_scgen"])
+        other.obsm["X_scgen"] = values.set_index(other.obs_names) if form is pd.DataFrame else values
+        assert np.array_equal(of_representation.get_latent_representation(other), z)
+        again = scgen.SpatialVAE.load(tmp_path / "model", other)
+        assert np.array_equal(again.get_latent_representation(), z)
+        assert np.array_equal(again.validation_indices, of_representation.validation_indices)
+    assert repr(of_representation).startswith(
+        'SpatialVAE model of 950 cells x 5 columns of adata.obsm["X_scgen"]; batches'
+    )
+    assert of_representation.view_anndata_setup().index.tolist() == ["values", "cells", "batch_key", "spatial_key"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda obsm: obsm.pop("X_scgen"), r'use_rep="X_scgen" is not in adata.obsm \(it has: spatial\)'),
+        (lambda obsm: obsm["X_scgen"].__setitem__((3, 0), np.nan), 'obsm.* 1 NaN or infinite value .*cell "cell_4"'),
+        (lambda obsm: obsm.update(X_scgen=obsm["X_scgen"].astype(str)), "does not hold real numbers"),
+        (lambda obsm: obsm.update(X_scgen=np.zeros((950, 2, 2))), r"has the shape \(950, 2, 2\)"),
+        (lambda obsm: obsm.update(X_scgen=np.zeros((950, 0))), r"has the shape \(950, 0\)|has 0 columns, but"),
+    ],
+    ids=["missing", "nan", "text", "three axes", "no columns"],
+)
+def test_values_in_obsm_are_checked(represented, of_representation, damage, words):
+    other = represented.copy()
+    damage(other.obsm)
+    with pytest.raises(ValueError, match=words):
+        scgen.SpatialVAE(other, use_rep="X_scgen")
+    with pytest.raises(ValueError, match=words):
+        of_representation.get_latent_representation(other)
+
+
+def test_values_in_obsm_that_do_not_fit_are_refused(represented, of_representation):
+    with pytest.raises(ValueError, match=r'use_rep="X_scgem" is not in .*Did you mean "X_scgen"'):
+        scgen.SpatialVAE(represented, use_rep="X_scgem")
+    with pytest.raises(ValueError, match='likelihood="nb" needs counts, but the values are those of use_rep="X_scgen"'):
+        scgen.SpatialVAE(represented, use_rep="X_scgen", likelihood="nb")
+    other = represented.copy()
+    other.obsm["X_scgen"] = other.obsm["X_scgen"][:, :4]
+    with pytest.raises(ValueError, match=r'obsm\["X_scgen"\] has 4 columns, but the model was made for 5'):
+        of_representation.get_latent_representation(other)
+    before = represented.obsm["X_scgen"][7, 2]
+    represented.obsm["X_scgen"][7, 2] += 1
+    try:
+        with pytest.raises(ValueError, match=r'other values in adata.obsm\["X_scgen"\].*Restore them, or make a new'):
+            of_representation.get_latent_representation()
+    finally:
+        represented.obsm["X_scgen"][7, 2] = before
 
 
 def test_an_angle_that_collapses_is_reported(tissue):
