@@ -233,6 +233,13 @@ class Registry:
         """Number of values of the batch and of each further categorical covariate."""
         return [len(self.batches), *(len(self.categories[key]) for key in self.setup.categorical_covariate_keys)]
 
+    def of_any_batch(self) -> "Registry":
+        """Return a registry that reads the same, but for the batches. Columns of sections are still read."""
+        setup = self.setup
+        section_key = None if setup.spatial_key is None else setup.section_key or setup.batch_key
+        categories = {key: names for key, names in self.categories.items() if key != setup.batch_key}
+        return replace(self, setup=replace(setup, batch_key=None, section_key=section_key), categories=categories)
+
     def store(self, adata: AnnData, rows: np.ndarray | None = None) -> MemoryStore | BackedStore:
         """Return a store of the values of the model's genes, in its order; for some rows or all."""
         matrix = matrix_of(adata, self.setup)
@@ -411,7 +418,7 @@ class Registry:
             raise ValueError(
                 f'adata.obs["{key}"] has values that the model has not seen in training: {", ".join(unknown[:5])} '
                 f"({counted((codes < 0).sum(), 'cell')}; it knows: {', '.join(self.categories[key][:12])}). Leave out "
-                "these cells, or train a model on all cells."
+                "these cells, map them onto the model with model.query(adata), or train a model on all cells."
             )
         return codes
 

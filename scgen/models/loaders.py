@@ -50,8 +50,8 @@ class _Seen:
         return (store, self.snapshot.columns) if self.snapshot.holds(registry, adata, store, rows) else None
 
 
-#: By model: what was seen of its "own" cells, and of the last "other" ones. It is kept here and not in the model, of
-#: which copies and pickles are made.
+#: By model: what was seen of its "own" cells, and of the last other ones, by the `Setup` with which they were read. It
+#: is kept here and not in the model, of which copies and pickles are made.
 _SEEN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -59,7 +59,7 @@ def set_cells(model, adata: AnnData) -> Snapshot:
     """Make an AnnData the model's own cells, and return what was read of them."""
     _, snapshot = Snapshot.of(model.registry, adata)
     model.adata, model.fingerprint = adata, snapshot.fingerprint()
-    _remember(model, adata, snapshot)
+    _remember(model, adata, model.registry, snapshot)
     return snapshot
 
 
@@ -73,7 +73,7 @@ def of_training(
     n_bytes = 8 * options.n_importance_samples * n_at_once * len(model.registry.genes)  # rates, and their gradients
     fewer = "Train with fewer, or a smaller batch_size."
     check_memory("n_importance_samples", options.n_importance_samples, n_bytes, fewer)
-    store, columns = _read(model, adata, None)
+    store, columns = _read(model, adata, model.registry, None)
     store = on_device(store, device)
     rng = np.random.default_rng(options.seed)
     training, validation = model.train_indices, model.validation_indices
@@ -98,10 +98,12 @@ def of_question(
     batch_size: int,
     seed: int = 0,
     flags: Mapping[str, bool] | None = None,
+    any_batch: bool = False,
 ) -> CellLoader:
     """Return the cells asked about, in their order.
 
-    Seed and flags, by name, are those of the question: they are checked before anything is read.
+    Seed and flags, by name, are those of the question: they are checked before anything is read. If ``any_batch``, the
+    cells of another AnnData may be of batches that the model does not know, and all have the code 0.
     """
     model.require_training()
     for name, flag in (flags or {}).items():
@@ -111,7 +113,8 @@ def of_question(
     adata = cells_of(model) if adata is None else adata
     check_types(adata, model.registry.setup)
     index = rows_asked_for(indices, adata.n_obs)
-    store, columns = _read(model, adata, None if indices is None else index)
+    registry = model.registry.of_any_batch() if any_batch and adata is not model.adata else model.registry
+    store, columns = _read(model, adata, registry, None if indices is None else index)
     return loader_of(model, adata, store, columns, index, batch_size)
 
 
@@ -181,14 +184,16 @@ def annotated(model, adata: AnnData | None) -> tuple[AnnData, pd.DataFrame]:
     return source, source.obs.iloc[rows]
 
 
-def _read(model, adata: AnnData, rows: np.ndarray | None) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]]:
+def _read(
+    model, adata: AnnData, registry: Registry, rows: np.ndarray | None
+) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]]:
     """Return values and columns of which some rows, or all, will be read.
 
     All cells are checked the first time that they are asked about, and again where those asked about have changed: the
     model's own must then be what they were, others fit to be read.
     """
-    registry, own, seen = model.registry, adata is model.adata, _SEEN.setdefault(model, {})
-    known = seen.get("own" if own else "other")
+    own, seen = adata is model.adata, _SEEN.setdefault(model, {})
+    known = seen.get("own" if own else registry.setup)
     if known is not None and (found := known.read(adata, registry, rows)) is not None:
         return found
     if not own:
@@ -210,11 +215,11 @@ def _read(model, adata: AnnData, rows: np.ndarray | None) -> tuple[MemoryStore |
                 "the model's AnnData has changed since the model was made: other or renamed cells, other values in "
                 f"{setup.where} or in the columns that the model reads. {fix}"
             )
-    _remember(model, adata, snapshot)
+    _remember(model, adata, registry, snapshot)
     return store, snapshot.columns
 
 
-def _remember(model, adata: AnnData, snapshot: Snapshot) -> None:
+def _remember(model, adata: AnnData, registry: Registry, snapshot: Snapshot) -> None:
     if not adata.is_view:  # which makes its matrix anew whenever it is read
-        whose = "own" if adata is model.adata else "other"
-        _SEEN.setdefault(model, {})[whose] = _Seen.of(adata, model.registry, snapshot)
+        whose = "own" if adata is model.adata else registry.setup
+        _SEEN.setdefault(model, {})[whose] = _Seen.of(adata, registry, snapshot)

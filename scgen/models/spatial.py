@@ -69,7 +69,8 @@ class SpatialVAE(Model):
 
     A niche has a state z, a rotation theta and, if asked for, a translation. The values at each place of the
     neighbourhood are decoded from z and from the place, turned back by theta. z therefore describes which cells are
-    where, but not how the niche lies on the slide. Batches, such as sections, are inputs of the decoder.
+    where, but not how the niche lies on the slide. Batches, such as sections, are inputs of the decoder alone. Niches
+    of any batch can therefore be embedded; to ask for bounds of a new batch, map its cells by `query`.
 
     Neighbours are looked for among the cells of the AnnData that a method is given. Pass whole sections, and choose
     cells by ``indices``. Bounds and likelihoods are those of all cells of a niche, in nats per niche, and depend on the
@@ -140,7 +141,7 @@ class SpatialVAE(Model):
     """
 
     Arguments, Cells = Arguments, Niches
-    _epsilon, _unit = 1e-8, "niche"
+    _epsilon, _unit, _infers_by_batch = 1e-8, "niche", False
     _own_offsets: np.ndarray | None = None  # of the model's own cells, when they were first read
 
     def __init__(
@@ -352,4 +353,5 @@ class SpatialVAE(Model):
     def _means_of(self, name: str, argument: str, adata, indices, batch_size) -> np.ndarray:
         if name not in self.vae.posteriors:
             raise ValueError(f"this model has no {name}: make one with SpatialVAE(adata, {argument}=True).")
-        return inference.latent(self.vae, self._loader(adata, indices, batch_size), name)[0]
+        loader = self._loader(adata, indices, batch_size, any_batch=True)
+        return inference.latent(self.vae, loader, name)[0]

@@ -67,7 +67,8 @@ def of_query(query) -> tuple[str, dict[str, str]]:
     """Return the title and the rows of a query."""
     registry, cells = query.model.registry, query.model.adata
     n = len(registry.genes)
-    rows = {"genes": f"{n:,} of {n + len(registry.missing):,} ({query.overlap:.0%}), by {query.matched_by}"}
+    what = "genes" if registry.setup.use_rep is None else "columns"
+    rows = {what: f"{n:,} of {n + len(registry.missing):,} ({query.overlap:.0%}), by {query.matched_by}"}
     rows |= {f"new in {key}": some(registry.categories[key][known:]) for key, known in registry.known.items()}
     key = registry.setup.batch_key
     if key in cells.obs:  # a user may have removed it since

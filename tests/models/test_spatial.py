@@ -1,8 +1,10 @@
 """SpatialVAE on simulated tissue: what its answers depend on, what it refuses, and that it is saved whole."""
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from anndata import AnnData
 from scipy import sparse
 
@@ -145,6 +147,73 @@ def test_genes_are_not_needed_beside_values_in_obsm(of_representation, represent
         'SpatialVAE model of 950 cells x 5 columns of adata.obsm["X_scgen"]; batches'
     )
     assert of_representation.view_anndata_setup().index.tolist() == ["values", "cells", "batch_key", "spatial_key"]
+
+
+@pytest.fixture(scope="module")
+def new_section(tissue):
+    """Return a section of a batch that the model does not know, and the same cells named as those of section_1."""
+    new = set_up(scgen.simulate_tissue(1, 5, counts=False, seed=9))
+    new.obs["section"] = new.obs["section"].astype(str)
+    known = new.copy()
+    new.obs["section"] = "section_9"
+    return new, known
+
+
+def test_a_section_of_a_new_batch_is_embedded_as_if_its_batch_were_known(trained, new_section):
+    new, known = new_section
+    for ask in (trained.get_latent_representation, trained.get_rotation, trained.get_translation):
+        assert np.array_equal(ask(new), ask(known))
+        assert np.array_equal(ask(new, indices=[5, 3]), ask(known, indices=[5, 3]))
+    assert trained.active_units(new).equals(trained.active_units(known))
+    for ask in (trained.get_elbo, trained.get_reconstruction_error, trained.get_marginal_ll):
+        with pytest.raises(ValueError, match=r"has not seen in training: section_9 .*map them .* model.query\(adata\)"):
+            ask(new)
+    assert np.isfinite(trained.get_elbo(known))
+    lacking = new.copy()
+    del lacking.obs["section"]
+    with pytest.raises(ValueError, match=r'"section" is not a column of adata.obs'):
+        trained.get_latent_representation(lacking)
+
+
+def test_sections_of_new_batches_are_not_neighbours(trained, new_section):
+    new, known = new_section
+    both = anndata.concat([new, known], index_unique="-")
+    z = trained.get_latent_representation(both)  # at the same places, but of two sections
+    np.testing.assert_allclose(z, np.tile(trained.get_latent_representation(known), (2, 1)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_query_adds_the_batch_and_trains_nothing_else(trained, tissue, new_section, tmp_path):
+    new, _ = new_section
+    before = {name: weight.clone() for name, weight in trained.vae.state_dict().items()}
+    query = trained.query(new)
+    assert "new in section: section_9" in repr(query)
+    mean = before["decoder.batch"].mean(0)
+    assert query.model.vae.decoder.batch.detach()[2].numpy() == pytest.approx(mean.numpy(), abs=1e-7)
+    elbo = query.model.get_elbo()
+    query.train(5, accelerator="cpu", progress=False)
+    assert query.model.get_elbo() > elbo
+    for name, weight in query.model.vae.state_dict().items():
+        assert torch.equal(weight[:2] if name == "decoder.batch" else weight, before[name]), name
+    assert not torch.equal(query.model.vae.decoder.batch[2], mean)
+    assert np.array_equal(query.model.get_elbo(tissue, return_mean=False), trained.get_elbo(return_mean=False))
+    assert np.array_equal(query.model.get_rotation(tissue), trained.get_rotation())
+    assert np.array_equal(query.get_latent_representation(), trained.get_latent_representation(new))
+    assert query.transfer_labels("niche").index.equals(new.obs_names)
+    with pytest.raises(ValueError, match="typicality compares the expression of single cells, which SpatialVAE"):
+        query.typicality()
+    query.save(tmp_path / "query")
+    again = trained.load_query(tmp_path / "query", new)
+    assert again.model.get_elbo() == query.model.get_elbo()
+
+
+def test_a_query_of_values_in_obsm_needs_no_genes(of_representation, represented):
+    some = represented[represented.obs["section"] == "section_1"]
+    new = AnnData(obs=some.obs.assign(section="section_9"), obsm=dict(some.obsm))
+    query = of_representation.query(new)
+    assert 'columns: 5 of 5 (100%), by adata.obsm["X_scgen"]; new in section: section_9' in repr(query)
+    assert np.isfinite(query.model.get_elbo())
+    with pytest.raises(ValueError, match=r"layer='counts': the model reads adata.obsm\[\"X_scgen\"\], and no layer"):
+        of_representation.query(new, layer="counts")
 
 
 @pytest.mark.parametrize(
