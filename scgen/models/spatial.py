@@ -293,8 +293,9 @@ class SpatialVAE(Model):
         adata: AnnData | None = None,
         *,
         indices: Sequence[int] | np.ndarray | None = None,
+        return_dist: bool = False,
         batch_size: int = 4096,
-    ) -> np.ndarray:
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Return the rotation theta of each niche, in radians counter-clockwise, above -pi and up to pi.
 
         Only differences of angles between niches of one kind have a meaning: each kind has an orientation of its own
@@ -304,10 +305,14 @@ class SpatialVAE(Model):
         ----------
         adata, indices, batch_size
             As in `get_latent_representation`.
+        return_dist
+            Whether to return the mean and the standard deviation of q.
 
         Returns
         -------
-        (n,) float32: the means of q(theta).
+        (n,) float32: the means of q(theta); two such arrays with ``return_dist``. The standard deviation is the
+        circular one, sqrt(-2 log R) with R the length of the mean of (cos theta, sin theta), in radians. For
+        ``angle="normal"`` it is the usual one.
 
         Raises
         ------
@@ -318,26 +323,30 @@ class SpatialVAE(Model):
         --------
         >>> adata.obs["niche_rotation"] = model.get_rotation()  # doctest: +SKIP
         """
-        angle = self._means_of("rotation", "rotate", adata, indices, batch_size)[:, 0]
-        return np.pi - np.remainder(np.pi - angle, np.float32(2 * np.pi))
+        angle, deviation = self._asked_for("rotation", "rotate", adata, indices, return_dist, batch_size)
+        theta = np.pi - np.remainder(np.pi - angle[:, 0], np.float32(2 * np.pi))
+        return (theta, deviation[:, 0]) if return_dist else theta
 
     def get_translation(
         self,
         adata: AnnData | None = None,
         *,
         indices: Sequence[int] | np.ndarray | None = None,
+        return_dist: bool = False,
         batch_size: int = 4096,
-    ) -> np.ndarray:
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Return where the content of each niche lies after it was turned back by theta, in radii of the neighbourhood.
 
         Parameters
         ----------
         adata, indices, batch_size
             As in `get_latent_representation`.
+        return_dist
+            Whether to return the mean and the standard deviation of q.
 
         Returns
         -------
-        (n, 2) float32: the means of q. The prior has a standard deviation of 0.1.
+        (n, 2) float32: the means of q; two such arrays with ``return_dist``. The prior has a standard deviation of 0.1.
 
         Raises
         ------
@@ -348,10 +357,16 @@ class SpatialVAE(Model):
         --------
         >>> adata.obsm["niche_translation"] = model.get_translation()  # doctest: +SKIP
         """
-        return -UNIT_OF_TRANSLATION * self._means_of("translation", "translate", adata, indices, batch_size)
+        asked = self._asked_for("translation", "translate", adata, indices, return_dist, batch_size)
+        mean, deviation = (UNIT_OF_TRANSLATION * of for of in asked)
+        return (-mean, deviation) if return_dist else -mean
 
-    def _means_of(self, name: str, argument: str, adata, indices, batch_size) -> np.ndarray:
+    def _asked_for(
+        self, name: str, argument: str, adata, indices, return_dist: bool, batch_size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and standard deviation of q of a latent, (n, d) each."""
         if name not in self.vae.posteriors:
             raise ValueError(f"this model has no {name}: make one with SpatialVAE(adata, {argument}=True).")
-        loader = self._loader(adata, indices, batch_size, any_batch=True)
-        return inference.latent(self.vae, loader, name)[0]
+        loader = self._loader(adata, indices, batch_size, flags={"return_dist": return_dist}, any_batch=True)
+        mean, variance = inference.latent(self.vae, loader, name)
+        return mean, np.sqrt(variance)

@@ -6,9 +6,10 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
-from scipy import sparse
+from scipy import sparse, stats
 
 import scgen
+from scgen.models import loaders
 
 
 def set_up(adata, **changed):
@@ -260,10 +261,27 @@ def test_an_angle_that_collapses_is_reported(tissue):
         model.train(2, kl_start=100.0, accelerator="cpu", progress=False)
 
 
+def test_deviations_are_those_of_draws(trained):
+    rows = np.arange(0, 1800, 90)
+    theta, of_theta = trained.get_rotation(indices=rows, return_dist=True)
+    shift, of_shift = trained.get_translation(indices=rows, return_dist=True)
+    assert np.array_equal(theta, trained.get_rotation(indices=rows))
+    assert np.array_equal(shift, trained.get_translation(indices=rows))
+    (cells,) = loaders.of_question(trained, None, rows, len(rows))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        drawn = {name: q.rsample((20_000,)).numpy() for name, q in trained.vae.infer(cells).items()}
+    np.testing.assert_allclose(of_theta, stats.circstd(drawn["rotation"][..., 0], axis=0), rtol=0.03)
+    np.testing.assert_allclose(stats.circmean(drawn["rotation"][..., 0], -np.pi, np.pi, axis=0), theta, atol=0.02)
+    np.testing.assert_allclose(of_shift, 0.1 * drawn["translation"].std(0), rtol=0.03)
+    np.testing.assert_allclose(shift, -0.1 * drawn["translation"].mean(0), atol=0.004)
+
+
 def test_an_angle_that_is_not_wrapped(tissue):
     model = scgen.SpatialVAE(tissue, angle="normal")
     model.train(1, accelerator="cpu", progress=False)
-    assert model.get_rotation().shape == (tissue.n_obs,)
+    theta, deviation = model.get_rotation(return_dist=True)
+    assert theta.shape == deviation.shape == (tissue.n_obs,)
     assert model.history["kl_rotation_validation"].item() > 0
 
 
