@@ -510,6 +510,7 @@ LARGE = {
     "posterior_predictive_check": {"n_samples": 1000},
     "SCVI": {"n_hidden": 3000},
     "SCVI.train": {"n_importance_samples": 1000},
+    "SpatialVAE.train": {"batch_size": 30},
     "SCVI.sample_prior": {"n": 10_000},
     "SCVI.posterior_predictive_sample": {"n_samples": 1000},
     "SCVI.get_likelihood_parameters": {"n_samples": 1000},

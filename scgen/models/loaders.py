@@ -1,5 +1,6 @@
 """Make minibatches of a model's AnnData, or of another, for training and for the methods of a trained model."""
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -69,10 +70,6 @@ def of_training(
     """Return the cells to train on and to validate on; the first time, split them and start the module from them."""
     device = options.device
     adata = cells_of(model)
-    n_at_once = min(int(batch_size or default_batch_size(adata.n_obs, device)), adata.n_obs)
-    n_bytes = 8 * options.n_importance_samples * n_at_once * len(model.registry.genes)  # rates, and their gradients
-    fewer = "Train with fewer, or a smaller batch_size."
-    check_memory("n_importance_samples", options.n_importance_samples, n_bytes, fewer)
     store, columns = _read(model, adata, model.registry, None)
     store = on_device(store, device)
     rng = np.random.default_rng(options.seed)
@@ -84,11 +81,24 @@ def of_training(
             raise ValueError(f"adata has {counted(adata.n_obs, 'cell')}; training needs 2 or more.")
     batch_size = int(batch_size or default_batch_size(len(training), device))
     loader = loader_of(model, adata, store, columns, training, batch_size, device=device, rng=rng)
+    _check_memory(loader, options.n_importance_samples)
     if first and not model.is_trained:  # a loaded model goes on from its weights
         start_from_data(model.vae.to(device), loader.over(training, 256))
     model.train_indices, model.validation_indices = training, validation
     held_out = np.sort(rng.permutation(validation)[:MAX_VALIDATION_CELLS])
     return loader, loader.over(held_out, max(batch_size, 512)) if len(held_out) else None
+
+
+def _check_memory(loader: CellLoader, n_draws: int) -> None:
+    """Raise MemoryError if a minibatch of training does not fit into memory. The estimate is a low one."""
+    n_at_once = min(loader.batch_size, len(loader.index))
+    # Decoded values and their gradients. Of the values of further stores, encoders keep some eight copies as well.
+    of_each = [8 * n_draws * loader.store.shape[1]]
+    of_each += [(8 * n_draws + 32) * math.prod(store.shape[1:]) for store in loader.stores.values()]
+    n_bytes = n_at_once * max(of_each)
+    if n_draws > 1:
+        check_memory("n_importance_samples", n_draws, n_bytes, "Train with fewer, or a smaller batch_size.")
+    check_memory("batch_size", n_at_once, n_bytes, "Train with a smaller one.")
 
 
 def of_question(

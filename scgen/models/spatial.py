@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from scgen.analysis import inference
 from scgen.arguments import check_choice, check_flag, check_number, check_seed, check_whole, set_fields
 from scgen.data import positions
 from scgen.data.checks import raise_errors
-from scgen.data.loader import Store
+from scgen.data.loader import CellLoader, Store
 from scgen.data.neighbourhoods import Neighbourhoods, NeighbourStore
 from scgen.data.registry import Registry
 from scgen.models.base import Model
@@ -74,7 +74,8 @@ class SpatialVAE(Model):
 
     Neighbours are looked for among the cells of the AnnData that a method is given. Pass whole sections, and choose
     cells by ``indices``. Bounds and likelihoods are those of all cells of a niche, in nats per niche, and depend on the
-    number of neighbours. Niches overlap, so that validation cells are neighbours of training cells.
+    number of neighbours. Niches overlap, so that validation cells are neighbours of training cells. In `train`,
+    ``batch_size`` is a number of niches. In all other methods, it is a number of cells with their neighbours counted.
 
     Parameters
     ----------
@@ -233,6 +234,14 @@ class SpatialVAE(Model):
             "offsets": torch.from_numpy(near.offsets),
             "mask": torch.from_numpy(near.mask),
         }
+
+    def _loader(
+        self, adata, indices, batch_size: int, seed: int = 0, flags: Mapping | None = None, any_batch: bool = False
+    ) -> CellLoader:
+        # As many cells at a time as other models compute, neighbours included: memory depends on their number.
+        loader = super()._loader(adata, indices, batch_size, seed, flags, any_batch)
+        _, n_near, _ = loader.stores["features"].shape
+        return loader.over(loader.index, max(loader.batch_size // n_near, 1))
 
     def train(
         self,

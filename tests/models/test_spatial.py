@@ -94,6 +94,18 @@ def test_a_neighbour_counts_but_not_a_cell_of_another_section(trained, tissue):
     assert not changed[far | (section != section[0])].any()
 
 
+@pytest.mark.parametrize(("batch_size", "largest"), [(1000, 1000), (3, 30)])
+def test_batch_size_is_that_of_cells_and_not_of_niches(trained, batch_size, largest):
+    sizes, rows = [], np.arange(150)
+    hook = trained.vae.decoder.register_forward_pre_hook(lambda _, given: sizes.append(given[1].mask.numel()))
+    z = trained.get_latent_representation(indices=rows, batch_size=batch_size)
+    trained.get_elbo(indices=rows, batch_size=batch_size)
+    hook.remove()
+    assert max(sizes) <= largest
+    assert sum(sizes) >= 19 * 150
+    np.testing.assert_allclose(z, trained.get_latent_representation()[rows], rtol=1e-4, atol=1e-5)
+
+
 def test_it_is_saved_and_loaded(trained, tissue, tmp_path):
     trained.save(tmp_path / "model")
     again = scgen.SpatialVAE.load(tmp_path / "model", tissue)
