@@ -189,7 +189,7 @@ def _no_matrix(adata: AnnData, setup: Setup) -> Finding:
     if setup.use_rep is not None:
         names = list(adata.obsm)
         text = f'use_rep="{setup.use_rep}" is not in adata.obsm (it has: {some(names, 12) or "none"})'
-        fix = f"Store the values there, {setup.where} = values, or leave use_rep out to read those that were set up."
+        fix = f"Store the values there, {setup.where} = values, or leave use_rep out."
         return Finding("error", "adata.obsm", text, 1, fix + did_you_mean(setup.use_rep, names))
     layers = layers_of(adata)
     if setup.layer is None:
