@@ -177,6 +177,7 @@ class SpatialVAE(Model):
         sizes = n_latent, n_hidden, n_neighbors, radius
         super().__init__(adata, registry, Arguments(*sizes, likelihood, rotate, translate, angle, seed))
         self._neighbourhoods(adata)  # raises where a section has too few cells
+        _warn_of_view(adata)
 
     @staticmethod
     def build(registry: Registry, arguments: Arguments) -> VAE:
@@ -206,12 +207,6 @@ class SpatialVAE(Model):
     def _neighbourhoods(self, adata: AnnData) -> Neighbourhoods:
         setup, a = self.registry.setup, self.arguments
         raise_errors(list(positions.findings(adata, setup)), "SpatialVAE")
-        if adata.is_view:
-            warnings.warn(
-                "adata is a view, and neighbours are looked for in it alone. Pass whole sections, and choose cells by "
-                "indices=.",
-                stacklevel=6,
-            )
         places, sections = positions.coordinates_of(adata, setup), positions.sections_of(adata, setup)
         near = Neighbourhoods.of(places, sections, n_neighbors=a.n_neighbors, radius=a.radius)
         if adata is self.adata:
@@ -240,6 +235,7 @@ class SpatialVAE(Model):
     ) -> CellLoader:
         # As many cells at a time as other models compute, neighbours included: memory depends on their number.
         loader = super()._loader(adata, indices, batch_size, seed, flags, any_batch)
+        _warn_of_view(self.adata if adata is None else adata, stacklevel=5)
         _, n_near, _ = loader.stores["features"].shape
         return loader.over(loader.index, max(loader.batch_size // n_near, 1))
 
@@ -332,9 +328,11 @@ class SpatialVAE(Model):
         --------
         >>> adata.obs["niche_rotation"] = model.get_rotation()  # doctest: +SKIP
         """
-        angle, deviation = self._asked_for("rotation", "rotate", adata, indices, return_dist, batch_size)
-        theta = np.pi - np.remainder(np.pi - angle[:, 0], np.float32(2 * np.pi))
-        return (theta, deviation[:, 0]) if return_dist else theta
+        self._require_latent("rotation", "rotate")
+        loader = self._loader(adata, indices, batch_size, flags={"return_dist": return_dist}, any_batch=True)
+        mean, variance = inference.latent(self.vae, loader, "rotation")
+        theta = np.pi - np.remainder(np.pi - mean[:, 0], np.float32(2 * np.pi))
+        return (theta, np.sqrt(variance[:, 0])) if return_dist else theta
 
     def get_translation(
         self,
@@ -366,16 +364,22 @@ class SpatialVAE(Model):
         --------
         >>> adata.obsm["niche_translation"] = model.get_translation()  # doctest: +SKIP
         """
-        asked = self._asked_for("translation", "translate", adata, indices, return_dist, batch_size)
-        mean, deviation = (UNIT_OF_TRANSLATION * of for of in asked)
-        return (-mean, deviation) if return_dist else -mean
+        self._require_latent("translation", "translate")
+        loader = self._loader(adata, indices, batch_size, flags={"return_dist": return_dist}, any_batch=True)
+        mean, variance = inference.latent(self.vae, loader, "translation")
+        where = -UNIT_OF_TRANSLATION * mean
+        return (where, UNIT_OF_TRANSLATION * np.sqrt(variance)) if return_dist else where
 
-    def _asked_for(
-        self, name: str, argument: str, adata, indices, return_dist: bool, batch_size: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and standard deviation of q of a latent, (n, d) each."""
+    def _require_latent(self, name: str, argument: str) -> None:
         if name not in self.vae.posteriors:
             raise ValueError(f"this model has no {name}: make one with SpatialVAE(adata, {argument}=True).")
-        loader = self._loader(adata, indices, batch_size, flags={"return_dist": return_dist}, any_batch=True)
-        mean, variance = inference.latent(self.vae, loader, name)
-        return mean, np.sqrt(variance)
+
+
+def _warn_of_view(adata: AnnData, stacklevel: int = 4) -> None:
+    """Warn if ``adata`` is a view. Four levels up is the call of the constructor, one more is that of a method."""
+    if adata.is_view:
+        warnings.warn(
+            "adata is a view, and neighbours are looked for in it alone. Pass whole sections, and choose cells by "
+            "indices=.",
+            stacklevel=stacklevel,
+        )

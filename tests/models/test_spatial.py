@@ -329,8 +329,15 @@ def test_positions_that_change_are_noticed(trained, tissue):
             tissue.obsm["spatial"][:] = places
     finally:
         tissue.obsm["spatial"][:] = places
-    with pytest.warns(UserWarning, match="adata is a view, and neighbours are looked for in it alone"):
-        trained.get_latent_representation(tissue[:500])
+
+
+def test_views_are_warned_of_where_they_are_passed(trained, tissue):
+    some = tissue[:500]
+    asked = (trained.get_latent_representation, trained.get_rotation, trained.get_elbo, scgen.SpatialVAE)
+    for ask in asked:
+        with pytest.warns(UserWarning, match="adata is a view, and neighbours are looked for in it alone") as caught:
+            ask(some)
+        assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("unused", ["size_factor_key", "categorical_covariate_keys", "continuous_covariate_keys"])
