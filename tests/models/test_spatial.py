@@ -219,6 +219,11 @@ def test_a_query_adds_the_batch_and_trains_nothing_else(trained, tissue, new_sec
     assert again.model.get_elbo() == query.model.get_elbo()
 
 
+def test_a_query_needs_all_genes(trained, new_section):
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's 10 genes. A model without a library size needs all"):
+        trained.query(new_section[0][:, 1:].copy())
+
+
 def test_a_query_of_values_in_obsm_needs_no_genes(of_representation, represented):
     some = represented[represented.obs["section"] == "section_1"]
     new = AnnData(obs=some.obs.assign(section="section_9"), obsm=dict(some.obsm))
