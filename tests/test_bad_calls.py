@@ -317,7 +317,7 @@ CALLS = {
     "SCVI.setup_anndata": (lambda on, **given: scgen.SCVI.setup_anndata(**{"adata": on.new} | placed(given)), {}),
     "SpatialVAE": (
         lambda on, **given: scgen.SpatialVAE(**{"adata": on.tissue} | given),
-        {"likelihood": "optional choice", "radius": "optional positive", "angle": "choice"}
+        {"use_rep": "column", "likelihood": "optional choice", "radius": "optional positive", "angle": "choice"}
         | {"rotate": "flag", "translate": "flag"},
     ),
     "SpatialVAE.train": (lambda on, **given: on.niches.train(**{"max_epochs": 1} | given), {}),
@@ -510,6 +510,7 @@ LARGE = {
     "posterior_predictive_check": {"n_samples": 1000},
     "SCVI": {"n_hidden": 3000},
     "SCVI.train": {"n_importance_samples": 1000},
+    "SpatialVAE.train": {"batch_size": 30},
     "SCVI.sample_prior": {"n": 10_000},
     "SCVI.posterior_predictive_sample": {"n_samples": 1000},
     "SCVI.get_likelihood_parameters": {"n_samples": 1000},

@@ -4,7 +4,8 @@ import numpy as np
 from anndata import AnnData
 
 from scgen.arguments import check_choice, check_memory
-from scgen.data.annotations import features_of, groups_of
+from scgen.data import positions
+from scgen.data.annotations import groups_of
 from scgen.data.checks import Setup, check_types, raise_errors, some
 from scgen.data.counts import are_counts, layers_of, matrix_of
 from scgen.data.findings import findings
@@ -91,17 +92,20 @@ def neighborhood_features(
     >>> scgen.neighborhood_features(adata, "composition", labels_key="cell_type", section_key="section").shape
     (950, 3)
     """
-    check_types(adata, Setup(layer=layer))
+    setup = Setup(layer=layer, counts=False, spatial_key=spatial_key, section_key=section_key, use_rep=use_rep)
+    check_types(adata, setup)
     method = check_choice("method", method, METHODS)
-    positions = features_of(adata, "spatial_key", spatial_key, 2)
-    sections = None if section_key is None else groups_of(adata, "section_key", section_key).codes
-    store, scale = _features(adata, method, use_rep, layer, labels_key)
+    if spatial_key is None:
+        raise TypeError('spatial_key=None; it takes a key of adata.obsm, such as "spatial".')
+    raise_errors(list(positions.findings(adata, setup)), "neighborhood_features")
+    store, scale = _features(adata, method, setup, labels_key)
     parts = {"mean": 2, "gradient": 2 + len(FREQUENCIES), "pool": 2, "composition": 1}[method]
     n_cells, n_features = store.shape
     check_memory(
         "method", method, 4 * n_cells * parts * n_features, "Use fewer features, such as principal components."
     )
-    near = Neighbourhoods.of(positions, sections, n_neighbors=n_neighbors, radius=radius)
+    places, sections = positions.coordinates_of(adata, setup), positions.sections_of(adata, setup)
+    near = Neighbourhoods.of(places, sections, n_neighbors=n_neighbors, radius=radius)
     result = np.empty((n_cells, parts, n_features), np.float32)
     size = max(BLOCK // (near.index.shape[1] * n_features), 1)
     for start in range(0, n_cells, size):
@@ -116,11 +120,11 @@ def neighborhood_features(
 
 
 def _features(
-    adata: AnnData, method: str, use_rep: str | None, layer: str | None, labels_key: str | None
+    adata: AnnData, method: str, setup: Setup, labels_key: str | None
 ) -> tuple[MemoryStore | BackedStore, np.ndarray | None]:
     """Return the features of the cells, and the factors by which counts are multiplied, (N,) float32; None for none."""
     if method == "composition":
-        for name, value in (("use_rep", use_rep), ("layer", layer)):
+        for name, value in (("use_rep", setup.use_rep), ("layer", setup.layer)):
             if value is not None:
                 raise ValueError(f'{name}={value!r}: method="composition" reads labels_key alone. Leave {name} out.')
         if labels_key is None:
@@ -129,17 +133,17 @@ def _features(
         return MemoryStore(np.eye(len(labels.categories), dtype=np.float32)[labels.codes]), None
     if labels_key is not None:
         raise ValueError(f'labels_key={labels_key!r}: only method="composition" reads labels. Leave labels_key out.')
-    if use_rep is not None:
-        if layer is not None:
-            raise ValueError(f"use_rep={use_rep!r} and layer={layer!r}: give one of them.")
-        return MemoryStore(features_of(adata, "use_rep", use_rep)), None
-    setup, matrix = Setup(layer=layer, counts=False), matrix_of(adata, layer)
-    if matrix is None:
+    if setup.use_rep is not None and setup.layer is not None:
+        raise ValueError(f"use_rep={setup.use_rep!r} and layer={setup.layer!r}: give one of them.")
+    matrix = matrix_of(adata, setup)
+    if matrix is None and setup.use_rep is None:
         there = f"layers: {some(layers_of(adata), 12) or 'none'}; obsm: {some(adata.obsm, 12)}"
-        raise ValueError(f"layer={layer!r}: {setup.where} does not exist. There are {there}. Set layer= or use_rep=.")
+        raise ValueError(
+            f"layer={setup.layer!r}: {setup.where} does not exist. There are {there}. Set layer= or use_rep=."
+        )
     raise_errors(findings(adata, setup), "neighborhood_features")
     store = open_store(matrix)
-    if not are_counts(matrix):
+    if setup.use_rep is not None or not are_counts(matrix):
         return store, None
     sums = totals(store)
     return store, np.divide(np.median(sums[sums > 0]), sums, out=np.ones_like(sums), where=sums > 0).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What a user names in ``adata.obs`` and ``adata.obsm``, checked: columns with groups of cells, features, positions."""
+"""What a user names in ``adata.obs`` and ``adata.obsm``, checked: columns with groups of cells, and features."""
 
 from collections.abc import Sequence
 
@@ -58,9 +58,7 @@ def groups_of(adata: AnnData, name: str, key: str) -> pd.Categorical:
     return pd.Categorical(column).remove_unused_categories()
 
 
-def features_of(
-    adata: AnnData, name: str, key: str, n_columns: int | None = None, rows: np.ndarray | slice = slice(None)
-) -> np.ndarray:
+def features_of(adata: AnnData, name: str, key: str, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
     """Return a matrix of ``adata.obsm``, or some rows of it, (n, D) float64.
 
     Parameters
@@ -69,8 +67,6 @@ def features_of(
         The cells, and the key in ``obsm``.
     name
         The argument to name in errors.
-    n_columns
-        The number of columns that it must have; None allows any.
     rows
         The rows to check and to return.
 
@@ -83,22 +79,17 @@ def features_of(
 
     Examples
     --------
-    >>> adata = AnnData(np.zeros((2, 1)), obsm={"spatial": np.zeros((2, 3))})
-    >>> features_of(adata, "spatial_key", "spatial", 2)
+    >>> adata = AnnData(np.zeros((2, 1)), obsm={"X_pca": np.zeros((2, 3))})
+    >>> features_of(adata, "features", "X_pac")
     Traceback (most recent call last):
-    ValueError: spatial_key='spatial': adata.obsm["spatial"] has 3 columns, but 2 are needed.
+    ValueError: features='X_pac' is not in adata.obsm (it has: X_pca). Did you mean "X_pca"?
     """
     there = f"{name}={shown(key)} is not in adata.obsm (it has: {some(adata.obsm, 12) or 'none'})."
     if not isinstance(key, str):
         raise TypeError(there)
     if key not in adata.obsm:
         raise ValueError(there + did_you_mean(key, list(adata.obsm)))
-    values = finite_matrix(f'{name}={key!r}: adata.obsm["{key}"]', adata.obsm[key], adata.obs_names, rows)
-    if n_columns is not None and values.shape[1] != n_columns:
-        raise ValueError(
-            f'{name}={key!r}: adata.obsm["{key}"] has {values.shape[1]} columns, but {n_columns} are needed.'
-        )
-    return values
+    return finite_matrix(f'{name}={key!r}: adata.obsm["{key}"]', adata.obsm[key], adata.obs_names, rows)
 
 
 def finite_matrix(

@@ -15,7 +15,10 @@ LARGEST = 1e15
 
 @dataclass(frozen=True)
 class Setup:
-    """The arguments of `setup_anndata`: which parts of an AnnData a model reads."""
+    """Which parts of an AnnData a model reads: the arguments of `setup_anndata`, and ``use_rep`` of some models.
+
+    If ``use_rep`` is given, the values are those of ``adata.obsm[use_rep]``, and neither X nor a layer is read.
+    """
 
     layer: str | None = None
     batch_key: str | None = None
@@ -26,6 +29,7 @@ class Setup:
     counts: bool = True
     spatial_key: str | None = None
     section_key: str | None = None
+    use_rep: str | None = None
 
     @property
     def categorical(self) -> dict[str, str]:
@@ -43,6 +47,8 @@ class Setup:
     @property
     def where(self) -> str:
         """The name of the matrix."""
+        if self.use_rep is not None:
+            return f'adata.obsm["{self.use_rep}"]'
         return "adata.X" if self.layer is None else f'adata.layers["{self.layer}"]'
 
 
@@ -84,13 +90,11 @@ def check_types(adata: AnnData, setup: Setup) -> None:
 
 def check_setup(setup: Setup) -> None:
     """Raise TypeError if a name is not a string, or a list of names is not a list."""
-    for name in ("layer", "batch_key", "labels_key", "size_factor_key", "spatial_key", "section_key"):
+    for name in ("layer", "batch_key", "labels_key", "size_factor_key", "spatial_key", "section_key", "use_rep"):
         value = getattr(setup, name)
         if value is not None and not isinstance(value, str):
-            raise TypeError(
-                f"{name}={value!r} is a {type(value).__name__}; it takes one name, a string. Pass further columns as "
-                "categorical_covariate_keys=[...]."
-            )
+            further = " Pass further columns as categorical_covariate_keys=[...]." if isinstance(value, list) else ""
+            raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it takes one name, a string.{further}")
     for name in ("categorical_covariate_keys", "continuous_covariate_keys"):
         value = getattr(setup, name)
         if not isinstance(value, tuple):

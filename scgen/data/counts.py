@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
@@ -17,9 +18,12 @@ LARGE = 1 / 3
 NEEDS_COUNTS = 'Raw counts are needed; for normalised data use counts=False and SCVI(adata, gene_likelihood="normal").'
 
 
-def matrix_of(adata: AnnData, layer: str | None):
-    """Return the matrix that the model reads, or None if it is missing."""
-    return adata.X if layer is None else adata.layers.get(layer)
+def matrix_of(adata: AnnData, setup: Setup):
+    """Return the matrix that the model reads, or None if it is missing. A DataFrame is returned as an array."""
+    if setup.use_rep is not None:
+        matrix = adata.obsm.get(setup.use_rep)
+        return matrix.to_numpy() if isinstance(matrix, pd.DataFrame) else matrix
+    return adata.X if setup.layer is None else adata.layers.get(setup.layer)
 
 
 def layers_of(adata: AnnData) -> list[str]:
@@ -83,7 +87,7 @@ def _rounded(adata: AnnData, setup: Setup, store: MemoryStore | BackedStore, fun
         read = "adata = adata.to_memory(), "
     else:
         read = ""
-    if sparse.issparse(matrix_of(adata, setup.layer)) or getattr(store.matrix, "format", None) in ("csr", "csc"):
+    if sparse.issparse(matrix_of(adata, setup)) or getattr(store.matrix, "format", None) in ("csr", "csc"):
         values = f"{setup.where}.{function}().rint()" if function else f"{setup.where}.rint()"
     else:
         values = f"np.rint(np.{function}({setup.where}))" if function else f"np.rint({setup.where})"

@@ -7,7 +7,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from scgen.arguments import counted, nearest
+from scgen.arguments import counted, did_you_mean, nearest
 from scgen.data import positions
 from scgen.data.categories import name_of, names_of, unhashable
 from scgen.data.checks import LARGEST, Finding, Setup, did_you_mean_column, some
@@ -32,13 +32,13 @@ def findings(
     empty_cells
         Whether a cell without counts is an error.
     """
-    found = [*_shape(adata), *_columns(adata, setup), *positions.findings(adata, setup)]
-    matrix = matrix_of(adata, setup.layer)
+    found = [*_shape(adata, setup), *_columns(adata, setup), *positions.findings(adata, setup)]
+    matrix = matrix_of(adata, setup)
     if matrix is None:
         found.append(_no_matrix(adata, setup))
     elif found_of_kind := list(_kind(setup, matrix)):
         found += found_of_kind
-    elif adata.n_obs and adata.n_vars:
+    elif all(matrix.shape):
         try:
             found += _values(adata, setup, open_store(matrix, columns), empty_cells)
         except DamagedMatrix as error:
@@ -46,19 +46,23 @@ def findings(
     return found
 
 
-def _shape(adata: AnnData) -> Iterator[Finding]:
+def _shape(adata: AnnData, setup: Setup) -> Iterator[Finding]:
     if not adata.n_obs:
         yield Finding("error", "adata.obs", "adata has no cells (its shape is 0 x genes)", 0, "Check the last filter.")
-    if not adata.n_vars:
-        yield Finding("error", "adata.var", "adata has no genes (its shape is cells x 0)", 0, "Check the last filter.")
-    for where, names in (("adata.obs_names", adata.obs_names), ("adata.var_names", adata.var_names)):
+    named = {"adata.obs_names": adata.obs_names}
+    if setup.use_rep is None:
+        named["adata.var_names"] = adata.var_names
+        if not adata.n_vars:
+            text = "adata has no genes (its shape is cells x 0)"
+            yield Finding("error", "adata.var", text, 0, "Check the last filter.")
+    for where, names in named.items():
         if len(names) and not _are_texts(names):
             several = isinstance(names, pd.MultiIndex)
             kind = "are a MultiIndex" if several else f"are not all strings (one is {_no_text(names)!r})"
             made = f'["_".join(map(str, name)) for name in {where}]' if several else f"{where}.astype(str)"
             yield Finding("error", where, f"{where} {kind}", len(names), f"Make them strings: {where} = {made}.")
     twice = adata.var_names[adata.var_names.duplicated()].unique()
-    if len(twice):
+    if len(twice) and setup.use_rep is None:
         text = f"adata.var_names has {counted(len(twice), 'duplicate name')} ({some(twice)})"
         yield Finding("error", "adata.var_names", text, len(twice), "Call adata.var_names_make_unique() first.")
 
@@ -182,6 +186,11 @@ def _categories(column: pd.Series, role: str, key: str) -> Iterator[Finding]:
 
 
 def _no_matrix(adata: AnnData, setup: Setup) -> Finding:
+    if setup.use_rep is not None:
+        names = list(adata.obsm)
+        text = f'use_rep="{setup.use_rep}" is not in adata.obsm (it has: {some(names, 12) or "none"})'
+        fix = f"Store the values there, {setup.where} = values, or leave use_rep out."
+        return Finding("error", "adata.obsm", text, 1, fix + did_you_mean(setup.use_rep, names))
     layers = layers_of(adata)
     if setup.layer is None:
         layers = [layer for layer in layers if not setup.counts or are_counts(adata.layers[layer])]
@@ -200,6 +209,9 @@ def _kind(setup: Setup, matrix) -> Iterator[Finding]:
     elif matrix.dtype.kind not in "biuf":
         text = f"{setup.where} does not hold real numbers (dtype {matrix.dtype})"
         yield Finding("error", setup.where, text, matrix.shape[0], "Convert it to numbers first.")
+    elif setup.use_rep is not None and (len(matrix.shape) != 2 or not matrix.shape[1]):
+        text = f"{setup.where} has the shape {matrix.shape}, but it must have one row for each cell, and columns"
+        yield Finding("error", setup.where, text, 1, "Store a matrix of cells x values there.")
 
 
 def _damaged(adata: AnnData, setup: Setup, error: DamagedMatrix) -> Finding:

@@ -22,10 +22,10 @@ from scgen.data.checks import (
     check_ours,
     check_types,
     check_writable,
-    did_you_mean_column,
     raise_errors,
     some,
 )
+from scgen.data.columns import columns_of, numbers_of, standard
 from scgen.data.counts import matrix_of
 from scgen.data.findings import findings
 from scgen.data.genes import identifiers, places_of
@@ -160,7 +160,7 @@ class Registry:
     setup
         The arguments of `setup_anndata`.
     genes
-        Names of the G genes, in order.
+        Names of the G genes, in order. If ``setup.use_rep`` names a matrix in ``obsm``, names of its G columns.
     categories
         For each categorical column, its values as strings, in the order of their codes.
     scaling
@@ -182,8 +182,11 @@ class Registry:
     known: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, adata: AnnData, labels: bool = True, places: bool = False) -> "Registry":
-        """Read what `setup_anndata` recorded, with or without labels and positions, and check ``adata`` again."""
+    def of(cls, adata: AnnData, labels: bool = True, places: bool = False, use_rep: str | None = None) -> "Registry":
+        """Read what `setup_anndata` recorded, with or without labels and positions, and check ``adata`` again.
+
+        If ``use_rep`` is given, the values are those of ``adata.obsm[use_rep]``, and not the ones that were set up.
+        """
         record = {}
         if isinstance(adata, AnnData):
             check_ours(adata)
@@ -194,14 +197,26 @@ class Registry:
                 "scgen.setup_anndata(adata, layer=..., batch_key=...) first."
             )
         unread = ([] if labels else ["labels_key"]) + ([] if places else ["spatial_key", "section_key"])
-        setup = _setup(adata, {**record, **dict.fromkeys(unread)})
+        setup = _setup(adata, {**record, **dict.fromkeys(unread), "use_rep": use_rep})
+        if use_rep is not None:
+            setup = replace(setup, layer=None, counts=False)
         raise_errors(findings(adata, setup), "the model")
         categories = {
             key: names_of(adata.obs[key].astype("category").cat.remove_unused_categories().cat.categories)
             for key in setup.categorical.values()
         }
         scaling = {key: standard(adata.obs[key].to_numpy(float)) for key in setup.continuous_covariate_keys}
+        if use_rep is not None:
+            names = [f"{use_rep}_{i}" for i in range(1, matrix_of(adata, setup).shape[1] + 1)]
+            return cls(setup, names, categories, scaling)
         return cls(setup, [str(name) for name in adata.var_names], categories, scaling, identifiers(adata.var))
+
+    @property
+    def width(self) -> str:
+        """How many genes the model reads, or how many columns of ``obsm``, as text."""
+        if self.setup.use_rep is None:
+            return counted(len(self.genes), "gene")
+        return f"{counted(len(self.genes), 'column')} of {self.setup.where}"
 
     @property
     def batches(self) -> list[str]:
@@ -218,9 +233,16 @@ class Registry:
         """Number of values of the batch and of each further categorical covariate."""
         return [len(self.batches), *(len(self.categories[key]) for key in self.setup.categorical_covariate_keys)]
 
+    def of_any_batch(self) -> "Registry":
+        """Return a registry that reads the same, but for the batches. Columns of sections are still read."""
+        setup = self.setup
+        section_key = None if setup.spatial_key is None else setup.section_key or setup.batch_key
+        categories = {key: names for key, names in self.categories.items() if key != setup.batch_key}
+        return replace(self, setup=replace(setup, batch_key=None, section_key=section_key), categories=categories)
+
     def store(self, adata: AnnData, rows: np.ndarray | None = None) -> MemoryStore | BackedStore:
         """Return a store of the values of the model's genes, in its order; for some rows or all."""
-        matrix = matrix_of(adata, self.setup.layer)
+        matrix = matrix_of(adata, self.setup)
         if matrix is None or (reason := unreadable(matrix, self.setup.where)):
             what, fix = (f"{self.setup.where} is no longer there", "Restore it.") if matrix is None else reason
             raise ValueError(f"{what}. {fix}")
@@ -237,9 +259,9 @@ class Registry:
     def columns(self, adata: AnnData, sums: np.ndarray, rows: np.ndarray | slice = slice(None)) -> dict[str, Tensor]:
         """Return the fields of `Cells` except counts and index, for some cells or all; ``sums`` are their totals."""
         setup, n = self.setup, len(sums)
-        obs = _columns_of(adata.obs, [*setup.categorical.values(), *setup.numeric.values()], rows)
+        obs = columns_of(adata.obs, [*setup.categorical.values(), *setup.numeric.values()], rows)
         if setup.size_factor_key is not None:
-            size = _numbers(obs, setup.size_factor_key)
+            size = numbers_of(obs, setup.size_factor_key)
         else:
             size = sums if setup.counts else np.ones(n)
         codes = [self._codes(obs, key, n) for key in setup.categorical_covariate_keys]
@@ -259,20 +281,20 @@ class Registry:
         check_types(adata, self.setup)
         self._gene_columns(adata)  # raises where genes are missing
         setup, n = self.setup, adata.n_obs
-        obs = _columns_of(adata.obs, [*setup.categorical.values(), *setup.numeric.values()], slice(None))
+        obs = columns_of(adata.obs, [*setup.categorical.values(), *setup.numeric.values()], slice(None))
         lacking = f"; {len(self.missing):,} not measured" if self.missing else ""
-        shape = f"{counted(n, 'cell')} x {counted(len(self.genes), 'gene')}"
         rows = [
-            ("counts" if setup.counts else "values", setup.where, shape),
+            ("counts" if setup.counts else "values", setup.where, f"{counted(n, 'cell')} x {self.width}"),
             ("cells", "adata.obs_names", f"{n:,}: {some(adata.obs_names)}"),
-            ("genes", "adata.var_names", f"{len(self.genes):,}: {some(self.genes)}{lacking}"),
         ]
+        if setup.use_rep is None:
+            rows.append(("genes", "adata.var_names", f"{len(self.genes):,}: {some(self.genes)}{lacking}"))
         for role, key in setup.categorical.items():
             names, sizes = self.categories[key], np.bincount(self._codes(obs, key, n), minlength=1)
             told = [f"{name} ({size:,})" for name, size in zip(names, sizes, strict=False) if size]
             rows.append((role, f'adata.obs["{key}"]', f"{len(told):,}: {some(told, 12)}"))
         for role, key in setup.numeric.items():
-            values = _numbers(obs, key)
+            values = numbers_of(obs, key)
             told = f"{values.min():g} to {values.max():g}, mean {values.mean():g}" if n else "none"
             rows.append((role, f'adata.obs["{key}"]', told))
         if setup.spatial_key is not None:
@@ -338,7 +360,18 @@ class Registry:
         return list(range(len(self.batches))) if batch_correction else None
 
     def _gene_columns(self, adata: AnnData, warn: bool = False) -> np.ndarray | None:
-        """Return the positions of the model's genes in ``adata``; None if it has the same genes in the same order."""
+        """Return the positions of the model's genes in ``adata``; None if it has the same genes in the same order.
+
+        If the model reads a matrix of ``obsm``, return None after checking its number of columns.
+        """
+        if self.setup.use_rep is not None:
+            shape = np.shape(matrix_of(adata, self.setup))
+            if len(shape) == 2 and shape[1] != len(self.genes):
+                raise ValueError(
+                    f"{self.setup.where} has {counted(shape[1], 'column')}, but the model was made for "
+                    f"{len(self.genes)}. Compute it in the same way as for the model's cells."
+                )
+            return None
         if adata.var_names.equals(pd.Index(self.genes)):
             return None
         columns, n_unversioned = places_of(self.genes, adata.var_names[~adata.var_names.duplicated()])
@@ -361,7 +394,7 @@ class Registry:
 
     def _standardised(self, obs: dict[str, pd.Series], key: str) -> np.ndarray:
         mean, sd = self.scaling[key]
-        values = (_numbers(obs, key) - mean) / sd
+        values = (numbers_of(obs, key) - mean) / sd
         if (far := np.abs(values) > LARGEST).any():
             raise ValueError(
                 f'adata.obs["{key}"] has {counted(far.sum(), "value")} more than {LARGEST:g} standard deviations from '
@@ -385,35 +418,9 @@ class Registry:
             raise ValueError(
                 f'adata.obs["{key}"] has values that the model has not seen in training: {", ".join(unknown[:5])} '
                 f"({counted((codes < 0).sum(), 'cell')}; it knows: {', '.join(self.categories[key][:12])}). Leave out "
-                "these cells, or train a model on all cells."
+                "these cells, map them onto the model with model.query(adata), or train a model on all cells."
             )
         return codes
-
-
-def _columns_of(obs: pd.DataFrame, keys: Iterable[str], rows: np.ndarray | slice) -> dict[str, pd.Series]:
-    """Return columns for some cells; ValueError unless there is exactly one of each name."""
-    for key in keys:
-        if (n := list(obs.columns).count(key)) != 1:
-            hint = "" if n else did_you_mean_column(obs.columns, key)
-            raise ValueError(f'adata.obs has {n} columns named "{key}", which the model reads; it must have one.{hint}')
-    return {key: obs[key].iloc[rows] for key in keys}
-
-
-def _numbers(obs: dict[str, pd.Series], key: str) -> np.ndarray:
-    try:
-        return obs[key].to_numpy(float)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f'adata.obs["{key}"] has dtype {obs[key].dtype} and values that are missing or not numbers. The model '
-            "needs numbers there."
-        ) from None
-
-
-def standard(values: np.ndarray) -> tuple[float, float]:
-    """Return the mean and the standard deviation with which a continuous covariate is standardised."""
-    mean, sd = float(values.mean()), float(values.std())
-    # The standard deviation of a constant is a rounding error. Dividing by it would blow up any later difference.
-    return mean, sd if sd > 1e-8 * abs(mean) else 1.0
 
 
 def _setup(adata: AnnData, arguments: dict) -> Setup:

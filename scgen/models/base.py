@@ -15,7 +15,7 @@ from scgen.arguments import check_draws, check_number
 from scgen.data.cells import Cells
 from scgen.data.loader import CellLoader, Store
 from scgen.data.registry import Registry, setup_anndata
-from scgen.models import files, loaders, summary, trainings
+from scgen.models import files, loaders, queries, summary, trainings
 from scgen.models.interop.counterparts import Answering
 from scgen.modules.vae import VAE
 from scgen.seeding import seeded
@@ -72,8 +72,9 @@ class Model(metaclass=Answering):
         with seeded(arguments.seed), torch.inference_mode(False):
             self.vae = self.build(registry, arguments).eval()
 
-    #: Epsilon of Adam, which must be small beside the gradients, and what the bound is of.
-    _epsilon, _unit = 0.01, "cell"
+    #: Epsilon of Adam, which must be small beside the gradients, what the bound is of, and whether posteriors use the
+    #: batch. If they do not, cells of any batch can be embedded.
+    _epsilon, _unit, _infers_by_batch = 0.01, "cell", True
     #: Public for other parts of scgen, but not for users: tab completion does not list these names.
     _hidden = (
         "Arguments",
@@ -244,7 +245,7 @@ class Model(metaclass=Answering):
         >>> adata.obsm["X_scgen"] = model.get_latent_representation()  # doctest: +SKIP
         """
         flags = {"give_mean": give_mean, "return_dist": return_dist}
-        loader = self._loader(adata, indices, batch_size, seed, flags)
+        loader = self._loader(adata, indices, batch_size, seed, flags, any_batch=not self._infers_by_batch)
         if give_mean and not return_dist:
             return inference.embedding(self.vae, loader)
         name = self.vae.latent
@@ -363,7 +364,73 @@ class Model(metaclass=Answering):
         (['variance', 'kl', 'active'], 4)
         """
         threshold = check_number("threshold", threshold, "a variance, a number from 0", least=0)
-        return inference.active_units(self.vae, self._loader(adata, indices, 1024), threshold)
+        loader = self._loader(adata, indices, 1024, any_batch=not self._infers_by_batch)
+        return inference.active_units(self.vae, loader, threshold)
+
+    def query(
+        self, adata: AnnData, *, layer: str | None = None, batch_key: str | None = None, min_overlap: float = 0.5
+    ) -> queries.Query:
+        """Map new cells onto this model. They may be from new batches and lack some genes. The model does not change.
+
+        Genes are matched by name or by a column of identifiers in ``adata.var``, whichever matches most genes; other
+        genes are ignored. Genes of the model that were not measured are not taken as zeros: the encoder reads the
+        values that the decoder expects. All results are about the measured genes only. Models without a library size,
+        such as `SpatialVAE`, need all genes. A new batch is given the mean of the known batches' effects until
+        `Query.train` fits its own effect.
+
+        Parameters
+        ----------
+        adata
+            New cells with raw counts; `setup_anndata` need not have been called.
+        layer, batch_key
+            Where the counts and the batch of the new cells are; None looks where the model has its own.
+        min_overlap
+            Smallest share of the model's genes that ``adata`` must have.
+
+        Returns
+        -------
+        A `Query`, which gives the embedding, labels and typicality of the new cells, and a model of them.
+
+        Notes
+        -----
+        If the reference is meant for label transfer, train it with ``train(kl_start=0)``. This mixes the batches less
+        than the default and gives better labels (benchmarks/RESULTS.md).
+
+        Raises
+        ------
+        RuntimeError
+            If the model is untrained.
+        ValueError
+            If ``adata`` has too few of the genes, `setup_anndata` would refuse it, or ``layer`` is given but the model
+            reads values of ``adata.obsm``.
+        """
+        with self.vae.occupied():
+            return queries.mapped(self, adata, layer, batch_key, min_overlap)
+
+    def load_query(self, folder: str | Path, adata: AnnData) -> queries.Query:
+        """Load a query that `Query.save` wrote. It gives the same results as before it was saved.
+
+        Parameters
+        ----------
+        folder
+            Where it was saved.
+        adata
+            The new cells. To load only the query's model, with or without cells, use ``SCVI.load(folder)``.
+
+        Raises
+        ------
+        scgen.storage.ModelFileError
+            If the folder holds no query, or as in `load`.
+        ValueError
+            If the query belongs to another reference, if this reference was trained again since, or if ``adata`` does
+            not fit.
+
+        Examples
+        --------
+        >>> model.query(new).save("query/")  # doctest: +SKIP
+        >>> query = model.load_query("query/", new)  # doctest: +SKIP
+        """
+        return queries.load(self, folder, adata)
 
     def view_anndata_setup(self, adata: AnnData | None = None) -> pd.DataFrame:
         """Return a table of what the model reads, and where: counts, cells, genes, batches and further columns.
@@ -433,5 +500,7 @@ class Model(metaclass=Answering):
         if not self.is_trained:
             raise RuntimeError("the model is untrained: call model.train() first.")
 
-    def _loader(self, adata, indices, batch_size: int, seed: int = 0, flags: Mapping | None = None) -> CellLoader:
-        return loaders.of_question(self, adata, indices, batch_size, seed, flags)
+    def _loader(
+        self, adata, indices, batch_size: int, seed: int = 0, flags: Mapping | None = None, any_batch: bool = False
+    ) -> CellLoader:
+        return loaders.of_question(self, adata, indices, batch_size, seed, flags, any_batch)

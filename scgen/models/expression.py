@@ -1,7 +1,6 @@
 """What models of expression are asked: denoised values, differences between groups, samples, new cells."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ from scgen.analysis import correlation, differential_expression, expression, inf
 from scgen.analysis.counterfactual import Asked, one_condition
 from scgen.analysis.likelihood_parameters import likelihood_parameters
 from scgen.arguments import check_choice, check_draws, check_number
-from scgen.models import differences, queries
+from scgen.models import differences
 from scgen.models.base import Model
 
 
@@ -488,66 +487,3 @@ class ExpressionModel(Model):
         self.require_training()
         condition = one_condition(self.registry, batch, covariates)
         return sampling.prior_sample(self.vae, self.registry, n, condition, seed)
-
-    def query(
-        self, adata: AnnData, *, layer: str | None = None, batch_key: str | None = None, min_overlap: float = 0.5
-    ) -> queries.Query:
-        """Map new cells onto this model. They may be from new batches and lack some genes. The model does not change.
-
-        Genes are matched by name or by a column of identifiers in ``adata.var``, whichever matches most genes; other
-        genes are ignored. Genes of the model that were not measured are not taken as zeros: the encoder reads the
-        values that the decoder expects. All results are about the measured genes only. A new batch is given the mean of
-        the known batches' effects until `Query.train` fits its own effect.
-
-        Parameters
-        ----------
-        adata
-            New cells with raw counts; `setup_anndata` need not have been called.
-        layer, batch_key
-            Where the counts and the batch of the new cells are; None looks where the model has its own.
-        min_overlap
-            Smallest share of the model's genes that ``adata`` must have.
-
-        Returns
-        -------
-        A `Query`, which gives the embedding, labels and typicality of the new cells, and a model of them.
-
-        Notes
-        -----
-        If the reference is meant for label transfer, train it with ``train(kl_start=0)``. This mixes the batches less
-        than the default and gives better labels (benchmarks/RESULTS.md).
-
-        Raises
-        ------
-        RuntimeError
-            If the model is untrained.
-        ValueError
-            If ``adata`` has too few of the genes, or `setup_anndata` would refuse it.
-        """
-        with self.vae.occupied():
-            return queries.mapped(self, adata, layer, batch_key, min_overlap)
-
-    def load_query(self, folder: str | Path, adata: AnnData) -> queries.Query:
-        """Load a query that `Query.save` wrote. It gives the same results as before it was saved.
-
-        Parameters
-        ----------
-        folder
-            Where it was saved.
-        adata
-            The new cells. To load only the query's model, with or without cells, use ``SCVI.load(folder)``.
-
-        Raises
-        ------
-        scgen.storage.ModelFileError
-            If the folder holds no query, or as in `load`.
-        ValueError
-            If the query belongs to another reference, if this reference was trained again since, or if ``adata`` does
-            not fit.
-
-        Examples
-        --------
-        >>> model.query(new).save("query/")  # doctest: +SKIP
-        >>> query = model.load_query("query/", new)  # doctest: +SKIP
-        """
-        return queries.load(self, folder, adata)

@@ -1,5 +1,6 @@
 """Make minibatches of a model's AnnData, or of another, for training and for the methods of a trained model."""
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -35,7 +36,7 @@ class _Seen:
 
     @classmethod
     def of(cls, adata: AnnData, registry: Registry, snapshot: Snapshot) -> "_Seen":
-        matrix = matrix_of(adata, registry.setup.layer)
+        matrix = matrix_of(adata, registry.setup)
         return cls(weakref.ref(adata), weakref.ref(matrix) if in_memory(matrix) else None, snapshot)
 
     def read(
@@ -44,14 +45,14 @@ class _Seen:
         """Return values and columns if this is the AnnData and these rows of it are what they were; else None."""
         if self.adata() is not adata or adata.is_view:
             return None
-        if self.matrix is not None and self.matrix() is not matrix_of(adata, registry.setup.layer):
+        if self.matrix is not None and self.matrix() is not matrix_of(adata, registry.setup):
             return None
         store = registry.store(adata, rows)
         return (store, self.snapshot.columns) if self.snapshot.holds(registry, adata, store, rows) else None
 
 
-#: By model: what was seen of its "own" cells, and of the last "other" ones. It is kept here and not in the model, of
-#: which copies and pickles are made.
+#: By model: what was seen of its "own" cells, and of the last other ones, by the `Setup` with which they were read. It
+#: is kept here and not in the model, of which copies and pickles are made.
 _SEEN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -59,7 +60,7 @@ def set_cells(model, adata: AnnData) -> Snapshot:
     """Make an AnnData the model's own cells, and return what was read of them."""
     _, snapshot = Snapshot.of(model.registry, adata)
     model.adata, model.fingerprint = adata, snapshot.fingerprint()
-    _remember(model, adata, snapshot)
+    _remember(model, adata, model.registry, snapshot)
     return snapshot
 
 
@@ -69,11 +70,7 @@ def of_training(
     """Return the cells to train on and to validate on; the first time, split them and start the module from them."""
     device = options.device
     adata = cells_of(model)
-    n_at_once = min(int(batch_size or default_batch_size(adata.n_obs, device)), adata.n_obs)
-    n_bytes = 8 * options.n_importance_samples * n_at_once * len(model.registry.genes)  # rates, and their gradients
-    fewer = "Train with fewer, or a smaller batch_size."
-    check_memory("n_importance_samples", options.n_importance_samples, n_bytes, fewer)
-    store, columns = _read(model, adata, None)
+    store, columns = _read(model, adata, model.registry, None)
     store = on_device(store, device)
     rng = np.random.default_rng(options.seed)
     training, validation = model.train_indices, model.validation_indices
@@ -84,11 +81,24 @@ def of_training(
             raise ValueError(f"adata has {counted(adata.n_obs, 'cell')}; training needs 2 or more.")
     batch_size = int(batch_size or default_batch_size(len(training), device))
     loader = loader_of(model, adata, store, columns, training, batch_size, device=device, rng=rng)
+    _check_memory(loader, options.n_importance_samples)
     if first and not model.is_trained:  # a loaded model goes on from its weights
         start_from_data(model.vae.to(device), loader.over(training, 256))
     model.train_indices, model.validation_indices = training, validation
     held_out = np.sort(rng.permutation(validation)[:MAX_VALIDATION_CELLS])
     return loader, loader.over(held_out, max(batch_size, 512)) if len(held_out) else None
+
+
+def _check_memory(loader: CellLoader, n_draws: int) -> None:
+    """Raise MemoryError if a minibatch of training does not fit into memory. The estimate is a low one."""
+    n_at_once = min(loader.batch_size, len(loader.index))
+    # Decoded values and their gradients. Of the values of further stores, encoders keep some eight copies as well.
+    of_each = [8 * n_draws * loader.store.shape[1]]
+    of_each += [(8 * n_draws + 32) * math.prod(store.shape[1:]) for store in loader.stores.values()]
+    n_bytes = n_at_once * max(of_each)
+    if n_draws > 1:
+        check_memory("n_importance_samples", n_draws, n_bytes, "Train with fewer, or a smaller batch_size.")
+    check_memory("batch_size", n_at_once, n_bytes, "Train with a smaller one.")
 
 
 def of_question(
@@ -98,10 +108,12 @@ def of_question(
     batch_size: int,
     seed: int = 0,
     flags: Mapping[str, bool] | None = None,
+    any_batch: bool = False,
 ) -> CellLoader:
     """Return the cells asked about, in their order.
 
-    Seed and flags, by name, are those of the question: they are checked before anything is read.
+    Seed and flags, by name, are those of the question: they are checked before anything is read. If ``any_batch``, the
+    cells of another AnnData may be of batches that the model does not know, and all have the code 0.
     """
     model.require_training()
     for name, flag in (flags or {}).items():
@@ -111,7 +123,8 @@ def of_question(
     adata = cells_of(model) if adata is None else adata
     check_types(adata, model.registry.setup)
     index = rows_asked_for(indices, adata.n_obs)
-    store, columns = _read(model, adata, None if indices is None else index)
+    registry = model.registry.of_any_batch() if any_batch and adata is not model.adata else model.registry
+    store, columns = _read(model, adata, registry, None if indices is None else index)
     return loader_of(model, adata, store, columns, index, batch_size)
 
 
@@ -181,14 +194,16 @@ def annotated(model, adata: AnnData | None) -> tuple[AnnData, pd.DataFrame]:
     return source, source.obs.iloc[rows]
 
 
-def _read(model, adata: AnnData, rows: np.ndarray | None) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]]:
+def _read(
+    model, adata: AnnData, registry: Registry, rows: np.ndarray | None
+) -> tuple[MemoryStore | BackedStore, dict[str, Tensor]]:
     """Return values and columns of which some rows, or all, will be read.
 
     All cells are checked the first time that they are asked about, and again where those asked about have changed: the
     model's own must then be what they were, others fit to be read.
     """
-    registry, own, seen = model.registry, adata is model.adata, _SEEN.setdefault(model, {})
-    known = seen.get("own" if own else "other")
+    own, seen = adata is model.adata, _SEEN.setdefault(model, {})
+    known = seen.get("own" if own else registry.setup)
     if known is not None and (found := known.read(adata, registry, rows)) is not None:
         return found
     if not own:
@@ -200,16 +215,21 @@ def _read(model, adata: AnnData, rows: np.ndarray | None) -> tuple[MemoryStore |
             known.snapshot.holds(registry, adata, store, None) if known else snapshot.fingerprint() == model.fingerprint
         )
         if not same:
+            setup, fix = registry.setup, "Restore them, or make a new model."
+            if setup.use_rep is None:
+                fix = (
+                    'Keep the counts in a layer of their own, setup_anndata(adata, layer="counts"), or pass adata= '
+                    "with the counts."
+                )
             raise ValueError(
                 "the model's AnnData has changed since the model was made: other or renamed cells, other values in "
-                f"{registry.setup.where} or in the columns that the model reads. Keep the counts in a layer of their "
-                'own, setup_anndata(adata, layer="counts"), or pass adata= with the counts.'
+                f"{setup.where} or in the columns that the model reads. {fix}"
             )
-    _remember(model, adata, snapshot)
+    _remember(model, adata, registry, snapshot)
     return store, snapshot.columns
 
 
-def _remember(model, adata: AnnData, snapshot: Snapshot) -> None:
+def _remember(model, adata: AnnData, registry: Registry, snapshot: Snapshot) -> None:
     if not adata.is_view:  # which makes its matrix anew whenever it is read
-        whose = "own" if adata is model.adata else "other"
-        _SEEN.setdefault(model, {})[whose] = _Seen.of(adata, model.registry, snapshot)
+        whose = "own" if adata is model.adata else registry.setup
+        _SEEN.setdefault(model, {})[whose] = _Seen.of(adata, registry, snapshot)

@@ -102,7 +102,7 @@ class Query(metaclass=Answering):
         )
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write the query, without cells, into ``folder``; `ExpressionModel.load_query` of its reference loads it.
+        """Write the query, without cells, into ``folder``; `Model.load_query` of its reference loads it.
 
         The files are those that `Model.save` writes for the query's model. Save the reference separately.
 
@@ -212,9 +212,15 @@ class Query(metaclass=Answering):
         Raises
         ------
         ValueError
-            If the reference was loaded without its cells, or has fewer than 50 cells.
+            If the reference was loaded without its cells, has fewer than 50 cells, or does not model the expression of
+            single cells, such as `SpatialVAE`.
         """
         seed = check_seed(seed)
+        if not hasattr(self.model, "get_normalized_expression"):
+            raise ValueError(
+                f"typicality compares the expression of single cells, which {type(self.model).__name__} does not "
+                "model. Map the cells onto an SCVI."
+            )
         adata = self._reference_adata()
         if adata.n_obs < 50:
             raise ValueError(f"the reference has {counted(adata.n_obs, 'cell')}; typicality needs at least 50.")
@@ -267,7 +273,7 @@ class Query(metaclass=Answering):
 
 
 def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, min_overlap: float) -> Query:
-    """Map new cells onto a trained model; see `ExpressionModel.query`."""
+    """Map new cells onto a trained model; see `Model.query`."""
     if reference.registry.known or reference.registry.missing:
         raise ValueError("this is the model of a query. Map new cells onto its reference instead.")
     reference.require_training()
@@ -285,16 +291,21 @@ def mapped(reference, adata: AnnData, layer: str | None, batch_key: str | None, 
         )
     if (n := list(adata.obs.columns).count(setup.batch_key)) > 1:
         raise ValueError(f'adata.obs has {n} columns named "{setup.batch_key}"; it must have one.')
-    if not adata.var_names.is_unique:
-        raise ValueError("adata.var_names has duplicate names. Call adata.var_names_make_unique() first.")
-    genes, by = matched(reference.registry.genes, reference.registry.gene_ids, adata)
+    if setup.use_rep is not None:
+        if layer is not None:
+            raise ValueError(f"layer={layer!r}: the model reads {setup.where}, and no layer. Leave layer out.")
+        genes, by = reference.registry.genes, setup.where
+    else:
+        if not adata.var_names.is_unique:
+            raise ValueError("adata.var_names has duplicate names. Call adata.var_names_make_unique() first.")
+        genes, by = matched(reference.registry.genes, reference.registry.gene_ids, adata)
     overlap = sum(gene is not None for gene in genes) / len(genes)
     if not overlap or overlap < min_overlap:
         raise ValueError(_few_matches(reference.registry.genes, genes, adata.var_names, by, min_overlap))
     if overlap < 1 and not reference.vae.has_library:
         raise ValueError(
-            f"adata lacks {genes.count(None):,} of the model's {counted(len(genes), 'gene')}. A model with "
-            'gene_likelihood="normal" needs all of them.'
+            f"adata lacks {genes.count(None):,} of the model's {counted(len(genes), 'gene')}. A model without a "
+            "library size needs all of them."
         )
     registry = _extended(reference.registry, setup, genes, adata)
     registry.check_new(adata)
@@ -331,7 +342,7 @@ def _few_matches(ours: list[str], found: list[str | None], theirs: pd.Index, by:
 
 
 def load(reference, folder: str | Path, adata: AnnData) -> Query:
-    """Load a saved query; see `ExpressionModel.load_query`."""
+    """Load a saved query; see `Model.load_query`."""
     reference.require_training()
     folder = check_path("folder", folder)
     check_types(adata, Setup())
@@ -367,7 +378,8 @@ def _extended(registry: Registry, setup: Setup, genes: list[str | None], adata: 
             categories[key] = categories[key] + found
     present = [gene for gene in genes if gene is not None]
     missing = [name for name, gene in zip(registry.genes, genes, strict=True) if gene is None]
-    return Registry(setup, present, categories, registry.scaling, identifiers(adata.var.loc[present]), missing, known)
+    ids = identifiers(adata.var.loc[present]) if setup.use_rep is None else {}
+    return Registry(setup, present, categories, registry.scaling, ids, missing, known)
 
 
 def _weights(

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from scgen.analysis import inference
 from scgen.arguments import check_choice, check_flag, check_number, check_seed, check_whole, set_fields
 from scgen.data import positions
 from scgen.data.checks import raise_errors
-from scgen.data.loader import Store
+from scgen.data.loader import CellLoader, Store
 from scgen.data.neighbourhoods import Neighbourhoods, NeighbourStore
 from scgen.data.registry import Registry
 from scgen.models.base import Model
@@ -69,18 +69,24 @@ class SpatialVAE(Model):
 
     A niche has a state z, a rotation theta and, if asked for, a translation. The values at each place of the
     neighbourhood are decoded from z and from the place, turned back by theta. z therefore describes which cells are
-    where, but not how the niche lies on the slide. Batches, such as sections, are inputs of the decoder.
+    where, but not how the niche lies on the slide. Batches, such as sections, are inputs of the decoder alone. Niches
+    of any batch can therefore be embedded; to ask for bounds of a new batch, map its cells by `query`.
 
     Neighbours are looked for among the cells of the AnnData that a method is given. Pass whole sections, and choose
     cells by ``indices``. Bounds and likelihoods are those of all cells of a niche, in nats per niche, and depend on the
-    number of neighbours. Niches overlap, so that validation cells are neighbours of training cells.
+    number of neighbours. Niches overlap, so that validation cells are neighbours of training cells. In `train`,
+    ``batch_size`` is a number of niches. In all other methods, it is a number of cells with their neighbours counted.
 
     Parameters
     ----------
     adata
         Cells with positions, set up by ``scgen.setup_anndata(adata, spatial_key="spatial", ...)``. The values are
-        counts or, with ``counts=False``, any others, such as principal components. Every value is decoded for every
-        neighbour, so a few hundred genes are many.
+        counts or, with ``counts=False``, any others. Every value is decoded for every neighbour, so a few hundred genes
+        are many; see ``use_rep``.
+    use_rep
+        Key of ``adata.obsm`` with the values to use instead, such as the principal components or the latent
+        representation of a trained `SCVI`: an array, a sparse matrix or a DataFrame of numbers, (n_obs, F). Genes are
+        then not read. Other AnnData need the same key with the same number of columns.
     n_latent
         Number of values of z.
     n_hidden
@@ -91,7 +97,7 @@ class SpatialVAE(Model):
         If given, the niche is all cells within this distance, in the unit of the coordinates.
     likelihood
         Distribution of the values: "nb", "zinb", "poisson", or "normal" for values that are not counts. None is "nb"
-        for counts and "normal" for others.
+        for counts and "normal" for others, such as those of ``use_rep``.
     rotate, translate
         Whether niches have a rotation and a translation.
     angle
@@ -105,7 +111,8 @@ class SpatialVAE(Model):
     ------
     ValueError
         If ``adata`` was not set up with positions, or with size factors or covariates, which this model does not use.
-        If a section has too few cells or several batches, or an argument is out of range.
+        If a section has too few cells or several batches, or an argument is out of range. If ``adata.obsm`` has no
+        ``use_rep``, or it holds other values than finite numbers.
 
     References
     ----------
@@ -122,16 +129,27 @@ class SpatialVAE(Model):
     >>> adata.obs["niche_rotation"] = model.get_rotation()
     >>> adata.obsm["X_niche"].shape
     (475, 4)
+
+    For data with many genes, use the latent representation of an `SCVI` that was trained on the same cells:
+
+    >>> adata = scgen.simulate_tissue(n_sections=1, n_rows=5, n_genes=50, seed=0)
+    >>> scgen.setup_anndata(adata, spatial_key="spatial")
+    >>> cells = scgen.SCVI(adata)
+    >>> cells.train(max_epochs=2, progress=False)
+    >>> adata.obsm["X_scgen"] = cells.get_latent_representation()
+    >>> scgen.SpatialVAE(adata, use_rep="X_scgen")
+    SpatialVAE model of 475 cells x 10 columns of adata.obsm["X_scgen"]; arguments: likelihood='normal'; training: none
     """
 
     Arguments, Cells = Arguments, Niches
-    _epsilon, _unit = 1e-8, "niche"
+    _epsilon, _unit, _infers_by_batch = 1e-8, "niche", False
     _own_offsets: np.ndarray | None = None  # of the model's own cells, when they were first read
 
     def __init__(
         self,
         adata: AnnData,
         *,
+        use_rep: str | None = None,
         n_latent: int = 10,
         n_hidden: int = 64,
         n_neighbors: int = 18,
@@ -142,7 +160,7 @@ class SpatialVAE(Model):
         angle: str = "equivariant",
         seed: int = 0,
     ):
-        registry = Registry.of(adata, labels=False, places=True)
+        registry = Registry.of(adata, labels=False, places=True, use_rep=use_rep)
         setup = registry.setup
         if setup.spatial_key is None:
             raise ValueError(
@@ -159,16 +177,17 @@ class SpatialVAE(Model):
         sizes = n_latent, n_hidden, n_neighbors, radius
         super().__init__(adata, registry, Arguments(*sizes, likelihood, rotate, translate, angle, seed))
         self._neighbourhoods(adata)  # raises where a section has too few cells
+        _warn_of_view(adata)
 
     @staticmethod
     def build(registry: Registry, arguments: Arguments) -> VAE:
         """Return the module for these arguments."""
         a, n_features, counts = arguments, len(registry.genes), registry.setup.counts
         if a.likelihood != "normal" and not counts:
-            raise ValueError(
-                f'likelihood="{a.likelihood}" needs counts, but the data were set up with counts=False. Use '
-                'likelihood="normal", or set the counts up.'
-            )
+            why, fix = "the data were set up with counts=False", "set the counts up"
+            if (key := registry.setup.use_rep) is not None:
+                why, fix = f'the values are those of use_rep="{key}"', "leave use_rep out"
+            raise ValueError(f'likelihood="{a.likelihood}" needs counts, but {why}. Use likelihood="normal", or {fix}.')
         read = a.n_hidden, counts
         posteriors, priors, angle = {}, {}, None
         if a.rotate and a.angle == "equivariant":
@@ -188,12 +207,6 @@ class SpatialVAE(Model):
     def _neighbourhoods(self, adata: AnnData) -> Neighbourhoods:
         setup, a = self.registry.setup, self.arguments
         raise_errors(list(positions.findings(adata, setup)), "SpatialVAE")
-        if adata.is_view:
-            warnings.warn(
-                "adata is a view, and neighbours are looked for in it alone. Pass whole sections, and choose cells by "
-                "indices=.",
-                stacklevel=6,
-            )
         places, sections = positions.coordinates_of(adata, setup), positions.sections_of(adata, setup)
         near = Neighbourhoods.of(places, sections, n_neighbors=a.n_neighbors, radius=a.radius)
         if adata is self.adata:
@@ -216,6 +229,15 @@ class SpatialVAE(Model):
             "offsets": torch.from_numpy(near.offsets),
             "mask": torch.from_numpy(near.mask),
         }
+
+    def _loader(
+        self, adata, indices, batch_size: int, seed: int = 0, flags: Mapping | None = None, any_batch: bool = False
+    ) -> CellLoader:
+        # As many cells at a time as other models compute, neighbours included: memory depends on their number.
+        loader = super()._loader(adata, indices, batch_size, seed, flags, any_batch)
+        _warn_of_view(self.adata if adata is None else adata, stacklevel=5)
+        _, n_near, _ = loader.stores["features"].shape
+        return loader.over(loader.index, max(loader.batch_size // n_near, 1))
 
     def train(
         self,
@@ -276,8 +298,9 @@ class SpatialVAE(Model):
         adata: AnnData | None = None,
         *,
         indices: Sequence[int] | np.ndarray | None = None,
+        return_dist: bool = False,
         batch_size: int = 4096,
-    ) -> np.ndarray:
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Return the rotation theta of each niche, in radians counter-clockwise, above -pi and up to pi.
 
         Only differences of angles between niches of one kind have a meaning: each kind has an orientation of its own
@@ -287,10 +310,14 @@ class SpatialVAE(Model):
         ----------
         adata, indices, batch_size
             As in `get_latent_representation`.
+        return_dist
+            Whether to return the mean and the standard deviation of q.
 
         Returns
         -------
-        (n,) float32: the means of q(theta).
+        (n,) float32: the means of q(theta); two such arrays with ``return_dist``. The standard deviation is the
+        circular one, sqrt(-2 log R) with R the length of the mean of (cos theta, sin theta), in radians. For
+        ``angle="normal"`` it is the usual one.
 
         Raises
         ------
@@ -301,26 +328,32 @@ class SpatialVAE(Model):
         --------
         >>> adata.obs["niche_rotation"] = model.get_rotation()  # doctest: +SKIP
         """
-        angle = self._means_of("rotation", "rotate", adata, indices, batch_size)[:, 0]
-        return np.pi - np.remainder(np.pi - angle, np.float32(2 * np.pi))
+        self._require_latent("rotation", "rotate")
+        loader = self._loader(adata, indices, batch_size, flags={"return_dist": return_dist}, any_batch=True)
+        mean, variance = inference.latent(self.vae, loader, "rotation")
+        theta = np.pi - np.remainder(np.pi - mean[:, 0], np.float32(2 * np.pi))
+        return (theta, np.sqrt(variance[:, 0])) if return_dist else theta
 
     def get_translation(
         self,
         adata: AnnData | None = None,
         *,
         indices: Sequence[int] | np.ndarray | None = None,
+        return_dist: bool = False,
         batch_size: int = 4096,
-    ) -> np.ndarray:
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Return where the content of each niche lies after it was turned back by theta, in radii of the neighbourhood.
 
         Parameters
         ----------
         adata, indices, batch_size
             As in `get_latent_representation`.
+        return_dist
+            Whether to return the mean and the standard deviation of q.
 
         Returns
         -------
-        (n, 2) float32: the means of q. The prior has a standard deviation of 0.1.
+        (n, 2) float32: the means of q; two such arrays with ``return_dist``. The prior has a standard deviation of 0.1.
 
         Raises
         ------
@@ -331,9 +364,22 @@ class SpatialVAE(Model):
         --------
         >>> adata.obsm["niche_translation"] = model.get_translation()  # doctest: +SKIP
         """
-        return -UNIT_OF_TRANSLATION * self._means_of("translation", "translate", adata, indices, batch_size)
+        self._require_latent("translation", "translate")
+        loader = self._loader(adata, indices, batch_size, flags={"return_dist": return_dist}, any_batch=True)
+        mean, variance = inference.latent(self.vae, loader, "translation")
+        where = -UNIT_OF_TRANSLATION * mean
+        return (where, UNIT_OF_TRANSLATION * np.sqrt(variance)) if return_dist else where
 
-    def _means_of(self, name: str, argument: str, adata, indices, batch_size) -> np.ndarray:
+    def _require_latent(self, name: str, argument: str) -> None:
         if name not in self.vae.posteriors:
             raise ValueError(f"this model has no {name}: make one with SpatialVAE(adata, {argument}=True).")
-        return inference.latent(self.vae, self._loader(adata, indices, batch_size), name)[0]
+
+
+def _warn_of_view(adata: AnnData, stacklevel: int = 4) -> None:
+    """Warn if ``adata`` is a view. Four levels up is the call of the constructor, one more is that of a method."""
+    if adata.is_view:
+        warnings.warn(
+            "adata is a view, and neighbours are looked for in it alone. Pass whole sections, and choose cells by "
+            "indices=.",
+            stacklevel=stacklevel,
+        )

@@ -43,7 +43,7 @@ def of_model(model) -> tuple[str, dict[str, str]]:
     rows = {"arguments": ", ".join(changed) or "the defaults", "training": of_training(model)}
     if registry.setup.batch_key is not None:
         rows = {"batches": f"{len(registry.batches):,} ({some(registry.batches, 3)})", **rows}
-    return f"{type(model).__name__} model of {cells} x {counted(len(registry.genes), 'gene')}", rows
+    return f"{type(model).__name__} model of {cells} x {registry.width}", rows
 
 
 def of_training(model) -> str:
@@ -67,7 +67,8 @@ def of_query(query) -> tuple[str, dict[str, str]]:
     """Return the title and the rows of a query."""
     registry, cells = query.model.registry, query.model.adata
     n = len(registry.genes)
-    rows = {"genes": f"{n:,} of {n + len(registry.missing):,} ({query.overlap:.0%}), by {query.matched_by}"}
+    what = "genes" if registry.setup.use_rep is None else "columns"
+    rows = {what: f"{n:,} of {n + len(registry.missing):,} ({query.overlap:.0%}), by {query.matched_by}"}
     rows |= {f"new in {key}": some(registry.categories[key][known:]) for key, known in registry.known.items()}
     key = registry.setup.batch_key
     if key in cells.obs:  # a user may have removed it since

@@ -85,7 +85,7 @@ def uncorrected(model: Model, n_components: int = 30) -> np.ndarray:
     """Return the principal components of the model's cells and genes, log-normalised."""
     import scanpy as sc
 
-    values = matrix_of(model.adata, model.registry.setup.layer)
+    values = matrix_of(model.adata, model.registry.setup)
     copy = AnnData(values.astype(np.float32))  # astype copies: the counts stay as they are
     sc.pp.normalize_total(copy, target_sum=1e4)
     sc.pp.log1p(copy)

@@ -229,7 +229,7 @@ def modelled_part(adata: AnnData, setup: Setup, n_top_genes: int | None) -> tupl
     are in the same layer as in ``adata``, and obs and var have the columns that the model reads. The model can
     therefore be used with ``adata``, too.
     """
-    matrix = matrix_of(adata, setup.layer)
+    matrix = matrix_of(adata, setup)
     if not (sparse.issparse(matrix) or isinstance(matrix, np.ndarray)):
         matrix = matrix[:]  # on disk
     if sparse.issparse(matrix):

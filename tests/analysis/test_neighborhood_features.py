@@ -172,14 +172,12 @@ def test_what_is_wrong_is_said(tissue):
     def without_a_section(adata):
         adata.obs.loc["cell_7", "section"] = None
 
-    raises("spatial_key='spatial'.*NaN or infinite values for 1 cells", without_a_position)
-    raises("has 3 columns, but 2 are needed", in_space)
-    raises(
-        "section_key='section': the column is NaN for 1 cells .first: cell_7", without_a_section, section_key="section"
-    )
-    raises("use_rep='pca' is not in adata.obsm .it has: X_pca, spatial.*Did you mean \"X_pca\"", use_rep="pca")
-    raises("spatial_key='X_umap' is not in adata.obsm", spatial_key="X_umap")
-    raises("section_key='Section' is not a column.*Did you mean \"section\"", section_key="Section")
+    raises(r'obsm."spatial". has 1 cell without coordinates.*cell_', without_a_position)
+    raises(r"has the shape \(200, 3\), but positions in a section are x and y", in_space)
+    raises('obs."section". names no section for 1 cell .first: cell_7', without_a_section, section_key="section")
+    raises('use_rep=.pca. is not in adata.obsm .it has: X_pca, spatial.*Did you mean "X_pca"', use_rep="pca")
+    raises("spatial_key=.X_umap. is not in adata.obsm", spatial_key="X_umap")
+    raises('section_key=.Section. is not a column.*Did you mean "section"', section_key="Section")
     raises("layer='raw': adata.layers.\"raw\". does not exist", layer="raw")
     raises("needs labels", method="composition")
     raises('only method="composition" reads labels', labels_key="type")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from scgen import arguments
 from scgen.data.neighbourhoods import Neighbourhoods
 
 
@@ -70,3 +71,13 @@ def test_what_cannot_be_found_is_said(tissue):
         Neighbourhoods.of(coordinates, radius=0)
     with pytest.raises(ValueError, match="n_neighbors=0"):
         Neighbourhoods.of(coordinates, n_neighbors=0)
+
+
+@pytest.mark.parametrize("asked", [{"n_neighbors": 60}, {"radius": 1e3}], ids=["number", "radius"])
+def test_more_neighbours_than_memory_holds(monkeypatch, asked):
+    (name,) = asked
+    coordinates = np.random.default_rng(0).random((200, 2))
+    monkeypatch.setattr(arguments, "_memory", lambda: 1e5)
+    assert Neighbourhoods.of(coordinates, n_neighbors=6).index.shape == (200, 7)
+    with pytest.raises(MemoryError, match=rf"^{name}=.* needs about"):
+        Neighbourhoods.of(coordinates, **asked)

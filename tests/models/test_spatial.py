@@ -1,9 +1,15 @@
 """SpatialVAE on simulated tissue: what its answers depend on, what it refuses, and that it is saved whole."""
 
+import anndata
 import numpy as np
+import pandas as pd
 import pytest
+import torch
+from anndata import AnnData
+from scipy import sparse, stats
 
 import scgen
+from scgen.models import loaders
 
 
 def set_up(adata, **changed):
@@ -20,6 +26,22 @@ def tissue():
 def trained(tissue):
     model = scgen.SpatialVAE(tissue, n_latent=4, translate=True)
     model.train(5, batch_size=128, accelerator="cpu", progress=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def represented():
+    """Return counts, set up as such, with five values of each cell in obsm."""
+    adata = scgen.simulate_tissue(2, 5, n_genes=20, seed=0)
+    rng = np.random.default_rng(0)
+    adata.obsm["X_scgen"] = np.log1p(adata.X) @ rng.normal(size=(20, 5)).astype(np.float32) + [0, 10, 0, -5, 0]
+    return set_up(adata, counts=True)
+
+
+@pytest.fixture(scope="module")
+def of_representation(represented):
+    model = scgen.SpatialVAE(represented, use_rep="X_scgen", n_latent=3)
+    model.train(2, accelerator="cpu", progress=False)
     return model
 
 
@@ -72,6 +94,18 @@ def test_a_neighbour_counts_but_not_a_cell_of_another_section(trained, tissue):
     assert not changed[far | (section != section[0])].any()
 
 
+@pytest.mark.parametrize(("batch_size", "largest"), [(1000, 1000), (3, 30)])
+def test_batch_size_is_that_of_cells_and_not_of_niches(trained, batch_size, largest):
+    sizes, rows = [], np.arange(150)
+    hook = trained.vae.decoder.register_forward_pre_hook(lambda _, given: sizes.append(given[1].mask.numel()))
+    z = trained.get_latent_representation(indices=rows, batch_size=batch_size)
+    trained.get_elbo(indices=rows, batch_size=batch_size)
+    hook.remove()
+    assert max(sizes) <= largest
+    assert sum(sizes) >= 19 * 150
+    np.testing.assert_allclose(z, trained.get_latent_representation()[rows], rtol=1e-4, atol=1e-5)
+
+
 def test_it_is_saved_and_loaded(trained, tissue, tmp_path):
     trained.save(tmp_path / "model")
     again = scgen.SpatialVAE.load(tmp_path / "model", tissue)
@@ -91,16 +125,180 @@ def test_counts(likelihood):
     assert few < many
 
 
+def test_values_in_obsm_are_read_as_if_they_were_set_up(of_representation, represented):
+    same = AnnData(represented.obsm["X_scgen"], obs=represented.obs, obsm={"spatial": represented.obsm["spatial"]})
+    model = scgen.SpatialVAE(set_up(same), n_latent=3)
+    assert of_representation.arguments == model.arguments
+    model.train(2, accelerator="cpu", progress=False)
+    assert np.array_equal(of_representation.get_latent_representation(), model.get_latent_representation())
+    assert of_representation.get_elbo() == model.get_elbo()
+
+
+def test_values_in_obsm_start_at_their_means_and_deviations(represented):
+    model = scgen.SpatialVAE(represented, use_rep="X_scgen")
+    model.train(1, learning_rate=1e-12, accelerator="cpu", progress=False)
+    values = represented.obsm["X_scgen"][model.train_indices]
+    decoder, read = model.vae.decoder, model.vae.posteriors["z"].encoder.features.norm
+    np.testing.assert_allclose(decoder.mean.bias.detach(), values.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(decoder.log_scale.detach().exp(), values.std(0), rtol=1e-4)
+    np.testing.assert_allclose(read.running_mean, values.mean(0), atol=0.05)
+    np.testing.assert_allclose(read.running_var, values.var(0), rtol=0.05)
+
+
+def test_genes_are_not_needed_beside_values_in_obsm(of_representation, represented, tmp_path):
+    z = of_representation.get_latent_representation()
+    of_representation.save(tmp_path / "model")
+    for form in (np.asarray, pd.DataFrame, sparse.csr_matrix):
+        other = AnnData(obs=represented.obs, obsm={"spatial": represented.obsm["spatial"]})
+        values = form(represented.obsm["X_scgen"])
+        other.obsm["X_scgen"] = values.set_index(other.obs_names) if form is pd.DataFrame else values
+        assert np.array_equal(of_representation.get_latent_representation(other), z)
+        again = scgen.SpatialVAE.load(tmp_path / "model", other)
+        assert np.array_equal(again.get_latent_representation(), z)
+        assert np.array_equal(again.validation_indices, of_representation.validation_indices)
+    assert repr(of_representation).startswith(
+        'SpatialVAE model of 950 cells x 5 columns of adata.obsm["X_scgen"]; batches'
+    )
+    assert of_representation.view_anndata_setup().index.tolist() == ["values", "cells", "batch_key", "spatial_key"]
+
+
+@pytest.fixture(scope="module")
+def new_section(tissue):
+    """Return a section of a batch that the model does not know, and the same cells named as those of section_1."""
+    new = set_up(scgen.simulate_tissue(1, 5, counts=False, seed=9))
+    new.obs["section"] = new.obs["section"].astype(str)
+    known = new.copy()
+    new.obs["section"] = "section_9"
+    return new, known
+
+
+def test_a_section_of_a_new_batch_is_embedded_as_if_its_batch_were_known(trained, new_section):
+    new, known = new_section
+    for ask in (trained.get_latent_representation, trained.get_rotation, trained.get_translation):
+        assert np.array_equal(ask(new), ask(known))
+        assert np.array_equal(ask(new, indices=[5, 3]), ask(known, indices=[5, 3]))
+    assert trained.active_units(new).equals(trained.active_units(known))
+    for ask in (trained.get_elbo, trained.get_reconstruction_error, trained.get_marginal_ll):
+        with pytest.raises(ValueError, match=r"has not seen in training: section_9 .*map them .* model.query\(adata\)"):
+            ask(new)
+    assert np.isfinite(trained.get_elbo(known))
+    lacking = new.copy()
+    del lacking.obs["section"]
+    with pytest.raises(ValueError, match=r'"section" is not a column of adata.obs'):
+        trained.get_latent_representation(lacking)
+
+
+def test_sections_of_new_batches_are_not_neighbours(trained, new_section):
+    new, known = new_section
+    both = anndata.concat([new, known], index_unique="-")
+    z = trained.get_latent_representation(both)  # at the same places, but of two sections
+    np.testing.assert_allclose(z, np.tile(trained.get_latent_representation(known), (2, 1)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_query_adds_the_batch_and_trains_nothing_else(trained, tissue, new_section, tmp_path):
+    new, _ = new_section
+    before = {name: weight.clone() for name, weight in trained.vae.state_dict().items()}
+    query = trained.query(new)
+    assert "new in section: section_9" in repr(query)
+    mean = before["decoder.batch"].mean(0)
+    assert query.model.vae.decoder.batch.detach()[2].numpy() == pytest.approx(mean.numpy(), abs=1e-7)
+    elbo = query.model.get_elbo()
+    query.train(5, accelerator="cpu", progress=False)
+    assert query.model.get_elbo() > elbo
+    for name, weight in query.model.vae.state_dict().items():
+        assert torch.equal(weight[:2] if name == "decoder.batch" else weight, before[name]), name
+    assert not torch.equal(query.model.vae.decoder.batch[2], mean)
+    assert np.array_equal(query.model.get_elbo(tissue, return_mean=False), trained.get_elbo(return_mean=False))
+    assert np.array_equal(query.model.get_rotation(tissue), trained.get_rotation())
+    assert np.array_equal(query.get_latent_representation(), trained.get_latent_representation(new))
+    assert query.transfer_labels("niche").index.equals(new.obs_names)
+    with pytest.raises(ValueError, match="typicality compares the expression of single cells, which SpatialVAE"):
+        query.typicality()
+    query.save(tmp_path / "query")
+    again = trained.load_query(tmp_path / "query", new)
+    assert again.model.get_elbo() == query.model.get_elbo()
+
+
+def test_a_query_needs_all_genes(trained, new_section):
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's 10 genes. A model without a library size needs all"):
+        trained.query(new_section[0][:, 1:].copy())
+
+
+def test_a_query_of_values_in_obsm_needs_no_genes(of_representation, represented):
+    some = represented[represented.obs["section"] == "section_1"]
+    new = AnnData(obs=some.obs.assign(section="section_9"), obsm=dict(some.obsm))
+    query = of_representation.query(new)
+    assert 'columns: 5 of 5 (100%), by adata.obsm["X_scgen"]; new in section: section_9' in repr(query)
+    assert np.isfinite(query.model.get_elbo())
+    with pytest.raises(ValueError, match=r"layer='counts': the model reads adata.obsm\[\"X_scgen\"\], and no layer"):
+        of_representation.query(new, layer="counts")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda obsm: obsm.pop("X_scgen"), r'use_rep="X_scgen" is not in adata.obsm \(it has: spatial\)'),
+        (lambda obsm: obsm["X_scgen"].__setitem__((3, 0), np.nan), 'obsm.* 1 NaN or infinite value .*cell "cell_4"'),
+        (lambda obsm: obsm.update(X_scgen=obsm["X_scgen"].astype(str)), "does not hold real numbers"),
+        (lambda obsm: obsm.update(X_scgen=np.zeros((950, 2, 2))), r"has the shape \(950, 2, 2\)"),
+        (lambda obsm: obsm.update(X_scgen=np.zeros((950, 0))), r"has the shape \(950, 0\)|has 0 columns, but"),
+    ],
+    ids=["missing", "nan", "text", "three axes", "no columns"],
+)
+def test_values_in_obsm_are_checked(represented, of_representation, damage, words):
+    other = represented.copy()
+    damage(other.obsm)
+    with pytest.raises(ValueError, match=words):
+        scgen.SpatialVAE(other, use_rep="X_scgen")
+    with pytest.raises(ValueError, match=words):
+        of_representation.get_latent_representation(other)
+
+
+def test_values_in_obsm_that_do_not_fit_are_refused(represented, of_representation):
+    with pytest.raises(ValueError, match=r'use_rep="X_scgem" is not in .*Did you mean "X_scgen"'):
+        scgen.SpatialVAE(represented, use_rep="X_scgem")
+    with pytest.raises(ValueError, match='likelihood="nb" needs counts, but the values are those of use_rep="X_scgen"'):
+        scgen.SpatialVAE(represented, use_rep="X_scgen", likelihood="nb")
+    other = represented.copy()
+    other.obsm["X_scgen"] = other.obsm["X_scgen"][:, :4]
+    with pytest.raises(ValueError, match=r'obsm\["X_scgen"\] has 4 columns, but the model was made for 5'):
+        of_representation.get_latent_representation(other)
+    before = represented.obsm["X_scgen"][7, 2]
+    represented.obsm["X_scgen"][7, 2] += 1
+    try:
+        with pytest.raises(ValueError, match=r'other values in adata.obsm\["X_scgen"\].*Restore them, or make a new'):
+            of_representation.get_latent_representation()
+    finally:
+        represented.obsm["X_scgen"][7, 2] = before
+
+
 def test_an_angle_that_collapses_is_reported(tissue):
     model = scgen.SpatialVAE(tissue, angle="wrapped-normal")
     with pytest.warns(UserWarning, match='the angle holds only .* nats.* angle="equivariant" finds them'):
         model.train(2, kl_start=100.0, accelerator="cpu", progress=False)
 
 
+def test_deviations_are_those_of_draws(trained):
+    rows = np.arange(0, 1800, 90)
+    theta, of_theta = trained.get_rotation(indices=rows, return_dist=True)
+    shift, of_shift = trained.get_translation(indices=rows, return_dist=True)
+    assert np.array_equal(theta, trained.get_rotation(indices=rows))
+    assert np.array_equal(shift, trained.get_translation(indices=rows))
+    (cells,) = loaders.of_question(trained, None, rows, len(rows))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        drawn = {name: q.rsample((20_000,)).numpy() for name, q in trained.vae.infer(cells).items()}
+    np.testing.assert_allclose(of_theta, stats.circstd(drawn["rotation"][..., 0], axis=0), rtol=0.03)
+    np.testing.assert_allclose(stats.circmean(drawn["rotation"][..., 0], -np.pi, np.pi, axis=0), theta, atol=0.02)
+    np.testing.assert_allclose(of_shift, 0.1 * drawn["translation"].std(0), rtol=0.03)
+    np.testing.assert_allclose(shift, -0.1 * drawn["translation"].mean(0), atol=0.004)
+
+
 def test_an_angle_that_is_not_wrapped(tissue):
     model = scgen.SpatialVAE(tissue, angle="normal")
     model.train(1, accelerator="cpu", progress=False)
-    assert model.get_rotation().shape == (tissue.n_obs,)
+    theta, deviation = model.get_rotation(return_dist=True)
+    assert theta.shape == deviation.shape == (tissue.n_obs,)
     assert model.history["kl_rotation_validation"].item() > 0
 
 
@@ -136,8 +334,15 @@ def test_positions_that_change_are_noticed(trained, tissue):
             tissue.obsm["spatial"][:] = places
     finally:
         tissue.obsm["spatial"][:] = places
-    with pytest.warns(UserWarning, match="adata is a view, and neighbours are looked for in it alone"):
-        trained.get_latent_representation(tissue[:500])
+
+
+def test_views_are_warned_of_where_they_are_passed(trained, tissue):
+    some = tissue[:500]
+    asked = (trained.get_latent_representation, trained.get_rotation, trained.get_elbo, scgen.SpatialVAE)
+    for ask in asked:
+        with pytest.warns(UserWarning, match="adata is a view, and neighbours are looked for in it alone") as caught:
+            ask(some)
+        assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("unused", ["size_factor_key", "categorical_covariate_keys", "continuous_covariate_keys"])

@@ -146,7 +146,7 @@ ARGUMENTS = {
         "use_permutation": _SIZES,
         "weights": "the cells of a group are weighed at random",
     },
-    "ExpressionModel.query": {
+    "Model.query": {
         "freeze_batchnorm_decoder": _FROZEN,
         "freeze_batchnorm_encoder": _FROZEN,
         "freeze_classifier": _FROZEN,
