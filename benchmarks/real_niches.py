@@ -102,7 +102,7 @@ def layers(adata: anndata.AnnData) -> pd.Series:
 def described(adata: anndata.AnnData, values: str, seed: int, device: str) -> np.ndarray:
     """Return the values of the cells that the baselines, and the model but for counts, read."""
     if values == "scvi":
-        scgen.setup_anndata(adata, batch_key="section")
+        scgen.setup_anndata(adata, batch_key="section" if adata.obs["section"].nunique() > 1 else None)
         model = scgen.SCVI(adata, seed=seed)
         model.train(seed=seed, accelerator=device, progress=False)
         return model.get_latent_representation()
@@ -119,9 +119,13 @@ def trained(adata, setting: str, values: str, seed: int, args) -> tuple[scgen.Sp
     counts = values == "counts"
     if not counts:
         adata = anndata.AnnData(adata.obsm["values"], obs=adata.obs, obsm={"spatial": adata.obsm["spatial"]})
-    scgen.setup_anndata(adata, spatial_key="spatial", batch_key="section", counts=counts)
+    batch_key = "section" if adata.obs["section"].nunique() > 1 else None
+    scgen.setup_anndata(adata, spatial_key="spatial", batch_key=batch_key, counts=counts)
     started = time.perf_counter()
-    model = scgen.SpatialVAE(adata, n_latent=args.n_latent, n_neighbors=NEIGHBORS[setting], seed=seed)
+    sizes = {"n_latent": args.n_latent, "n_neighbors": NEIGHBORS[setting]}
+    model = scgen.SpatialVAE(adata, **sizes, rotate=not args.without_places, seed=seed)
+    if args.without_places:
+        change_sources(model, offsets=torch.zeros_like)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.train(args.epochs, seed=seed, accelerator=args.device, progress=False)
@@ -235,18 +239,24 @@ def invariance(values: str, seed: int, args) -> dict:
 
 def without_neighbours(model: scgen.SpatialVAE, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return z and theta of the model's cells without a tenth of their neighbours, drawn for each cell anew."""
-    sources = model.sources
-
-    def fewer(adata):
-        found = sources(adata)
-        kept = torch.rand(found["mask"].shape, generator=torch.Generator().manual_seed(seed)) >= 0.1
-        kept[:, 0] = True
-        return found | {"mask": found["mask"] & kept}
-
-    model.sources = fewer
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(model.sources(model.adata)["mask"].shape, generator=generator) >= 0.1
+    kept[:, 0] = True
+    change_sources(model, mask=lambda mask: mask & kept)
     changed = model.get_latent_representation(), model.get_rotation()
     del model.sources
     return changed
+
+
+def change_sources(model: scgen.SpatialVAE, **changes) -> None:
+    """Let the model read its neighbourhoods with some of their parts changed by a function each."""
+    sources = model.sources
+
+    def changed(adata):
+        found = sources(adata)
+        return found | {name: of(found[name]) for name, of in changes.items()}
+
+    model.sources = changed
 
 
 def change(z, theta, other, turned, active) -> dict[str, float]:
@@ -295,6 +305,8 @@ def main() -> None:
     parser.add_argument("--values", nargs="+", choices=[*VALUES, *INVARIANCE], help="kinds of values; all by default")
     parser.add_argument("--n-latent", type=int, default=10)
     parser.add_argument("--epochs", type=int, help="passes over the cells; the model's default if not given")
+    text = "train a model that reads which cells are neighbours, but not where they are"
+    parser.add_argument("--without-places", action="store_true", help=text)
     parser.add_argument("--device", default="auto", help="accelerator of the trainings")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the data")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -307,6 +319,7 @@ def main() -> None:
     for seed in args.seeds:
         for values in args.values or kinds:
             line = {"setting": args.setting, "values": values, "seed": seed, "n_latent": args.n_latent}
+            line |= {"without_places": args.without_places, "asked_epochs": args.epochs}
             if args.setting == "invariance":
                 line |= invariance(values, seed, args)
             else:
