@@ -20,7 +20,8 @@ of all genes, or the latents of an `SCVI` with the section as batch. Beside the 
   predicted from the other blocks of this section. Whole shells of the grid: the 8 spots around each.
 - `invariance`: how much z and theta change if each section is turned by a random angle and neighbours are looked for
   anew; if a tenth of the neighbours of each cell is left out; and if a tenth of the cells is left out and neighbours
-  are looked for anew. On `her2st` (components, shells of 8 or 20 spots) and on `scgen.simulate_tissue`.
+  are looked for anew. On `her2st` (components, shells of 8 or 20 spots) and on `scgen.simulate_tissue`. "certain half":
+  the half of the cells of which the standard deviation of q(theta) is smallest.
 
 Seconds are those of the training, on the machine as it was.
 """
@@ -43,6 +44,7 @@ from sklearn.preprocessing import StandardScaler
 
 import scgen
 from benchmarks.niches import RESULTS, spread
+from scgen.analysis import inference
 from scgen.data.neighbourhoods import Neighbourhoods
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -106,12 +108,17 @@ def described(adata: anndata.AnnData, values: str, seed: int, device: str) -> np
         model = scgen.SCVI(adata, seed=seed)
         model.train(seed=seed, accelerator=device, progress=False)
         return model.get_latent_representation()
-    normalised = adata.copy()
-    sc.pp.normalize_total(normalised)
-    sc.pp.log1p(normalised)
     if values == "counts":
-        return normalised.X.toarray()
-    return sc.pp.pca(normalised.X, n_comps=30, random_state=0).astype(np.float32)
+        return normalised(adata).X.toarray()
+    return sc.pp.pca(normalised(adata).X, n_comps=30, random_state=0).astype(np.float32)
+
+
+def normalised(adata: anndata.AnnData) -> anndata.AnnData:
+    """Return log-normalised counts."""
+    copy = adata.copy()
+    sc.pp.normalize_total(copy)
+    sc.pp.log1p(copy)
+    return copy
 
 
 def trained(adata, setting: str, values: str, seed: int, args) -> tuple[scgen.SpatialVAE, dict]:
@@ -143,7 +150,8 @@ def niches(setting: str, values: str, seed: int, args) -> dict:
     """Return the scores of a model and of the baselines on the same values."""
     adata = read(setting, args.data)
     if setting == "her2st" and values == "counts":
-        sc.pp.highly_variable_genes(adata, flavor="seurat_v3", n_top_genes=300, batch_key="section", subset=True)
+        chosen = sc.pp.highly_variable_genes(normalised(adata), n_top_genes=300, batch_key="section", inplace=False)
+        adata = adata[:, chosen["highly_variable"].to_numpy()].copy()
     adata.obsm["values"] = described(adata, values, seed, args.device)
     model, told = trained(adata, setting, values, seed, args)
     near = {"section_key": "section", "n_neighbors": NEIGHBORS[setting]}
@@ -227,13 +235,18 @@ def invariance(values: str, seed: int, args) -> dict:
     fewer = adata[kept].copy()
     after["cells dropped"] = (kept, model.get_latent_representation(fewer), model.get_rotation(fewer))
     active = model.active_units()["active"].to_numpy()
-    centre = adata.obs["is_centre"].to_numpy() if values == "simulated" else None
+    # There is no public method that tells how certain theta is.
+    variance = inference.latent(model.vae, model._loader(None, None, 4096), "rotation")[1][:, 0]
+    groups = {"all": every >= 0, "certain half": variance <= np.median(variance)}
+    if values == "simulated":
+        obs = adata.obs
+        groups["centres with orientation"] = (obs["is_centre"] & (obs["niche"] != "mixed")).to_numpy()
     changes = {}
     for name, (rows, other, turned) in after.items():
-        changes[name] = change(z[rows], theta[rows], other, turned, active)
-        if centre is not None:
-            some = centre[rows]
-            changes[f"{name}, centres"] = change(z[rows][some], theta[rows][some], other[some], turned[some], active)
+        for group, of in groups.items():
+            some = of[rows]
+            before = z[rows][some], theta[rows][some]
+            changes[f"{name}, {group}"] = change(*before, other[some], turned[some], active)
     return {"changes": changes} | told
 
 
@@ -279,15 +292,14 @@ def table(folder: Path) -> None:
     for setting in (*FILES, "invariance"):
         path = folder / f"{setting}.jsonl"
         lines += [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    kinds = {(line["setting"], line["values"], line["n_latent"]): None for line in lines}
-    for kind in kinds:
-        of = [line for line in lines if (line["setting"], line["values"], line["n_latent"]) == kind]
-        print(
-            "\n{}, {}, {} latents:".format(*kind), f"{len(of)} seeds,", f"epochs {sorted({o['epochs'] for o in of})},"
-        )
+    names = "setting", "values", "n_latent", "without_places", "asked_epochs"
+    for kind in dict.fromkeys(tuple(line[name] for name in names) for line in lines):
+        of = [line for line in lines if tuple(line[name] for name in names) == kind]
+        print("\n" + ", ".join(f"{name} {value}" for name, value in zip(names, kind, strict=True)))
+        print(f"{len(of)} seeds, {[line['epochs'] for line in of]} epochs")
         print("seconds", spread([line["seconds"] for line in of]), "active", [line["active"] for line in of])
         part = "changes" if "changes" in of[0] else "scores"
-        columns = list(of[0][part]["rotated"]) if part == "changes" else SCORES
+        columns = list(of[0][part]["rotated, all"]) if part == "changes" else SCORES
         rows = {
             name: {column: spread([line[part][name][column] for line in of]) for column in columns}
             for name in of[0][part]
