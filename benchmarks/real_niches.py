@@ -17,7 +17,8 @@ of all genes, or the latents of an `SCVI` with the section as batch. Beside the 
   twice; one of each is kept. The only section is divided into blocks, and a tenth of the blocks is predicted from the
   others (`score_blocks`). 18 neighbours.
 - `her2st`: regions as annotated by a pathologist, without "undetermined". A fifth of the blocks of a section is
-  predicted from the other blocks of this section. Whole shells of the grid: the 8 spots around each.
+  predicted from the other blocks of this section. Whole shells of the grid: the 8 spots around each. Spots without any
+  count of the variable genes are left out.
 - `invariance`: how much z and theta change if each section is turned by a random angle and neighbours are looked for
   anew; if a tenth of the neighbours of each cell is left out; and if a tenth of the cells is left out and neighbours
   are looked for anew. On `her2st` (components, shells of 8 or 20 spots) and on `scgen.simulate_tissue`. "certain half":
@@ -152,6 +153,7 @@ def niches(setting: str, values: str, seed: int, args) -> dict:
     if setting == "her2st" and values == "counts":
         chosen = sc.pp.highly_variable_genes(normalised(adata), n_top_genes=300, batch_key="section", inplace=False)
         adata = adata[:, chosen["highly_variable"].to_numpy()].copy()
+        sc.pp.filter_cells(adata, min_counts=1)
     adata.obsm["values"] = described(adata, values, seed, args.device)
     model, told = trained(adata, setting, values, seed, args)
     near = {"section_key": "section", "n_neighbors": NEIGHBORS[setting]}
