@@ -29,7 +29,7 @@ ALLOWED = {
     "models": (
         *("__version__", "analysis", "training", "modules", "data", "storage", "models.base", "models.differences"),
         *("models.expression", "models.files", "models.interop", "models.loaders", "models.queries", "models.summary"),
-        "models.trainings",
+        *("models.tissue", "models.trainings"),
     ),
     "analysis": ("modules", "distributions", "data", "analysis"),
     "modules": ("distributions", "data.cells", "modules.networks", "modules.flows", "modules.elbo"),

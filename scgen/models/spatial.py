@@ -1,8 +1,7 @@
 """SpatialVAE: niches of tissue, whatever their orientation on the slide (Bepler et al. 2019)."""
 
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +12,10 @@ from torch import Tensor
 
 from scgen.analysis import inference
 from scgen.arguments import check_choice, check_flag, check_number, check_seed, check_whole, set_fields
-from scgen.data import positions
-from scgen.data.checks import raise_errors
 from scgen.data.loader import Store
 from scgen.data.neighbourhoods import Neighbourhoods, NeighbourStore
 from scgen.data.registry import Registry
-from scgen.models.base import Model
+from scgen.models.tissue import TissueModel
 from scgen.modules.niches import (
     UNIT_OF_TRANSLATION,
     EquivariantAngle,
@@ -32,8 +29,6 @@ from scgen.modules.niches import (
 from scgen.modules.priors import StandardNormalPrior
 from scgen.modules.vae import VAE
 
-#: Number of minibatches of a training with the default number of epochs, which is in the range below.
-N_STEPS, EPOCHS = 3000, (25, 250)
 #: Angles with less information than this, in nats, hardly depend on the niche.
 LITTLE = 0.1
 
@@ -64,7 +59,7 @@ class Arguments:
         set_fields(self, plain)
 
 
-class SpatialVAE(Model):
+class SpatialVAE(TissueModel):
     """Embed niches: a cell with its neighbours in tissue, whose orientation on the slide means nothing.
 
     A niche has a state z, a rotation theta and, if asked for, a translation. The values at each place of the
@@ -125,8 +120,6 @@ class SpatialVAE(Model):
     """
 
     Arguments, Cells = Arguments, Niches
-    _epsilon, _unit = 1e-8, "niche"
-    _own_offsets: np.ndarray | None = None  # of the model's own cells, when they were first read
 
     def __init__(
         self,
@@ -186,26 +179,9 @@ class SpatialVAE(Model):
         return VAE(posteriors, priors, decoder)
 
     def _neighbourhoods(self, adata: AnnData) -> Neighbourhoods:
-        setup, a = self.registry.setup, self.arguments
-        raise_errors(list(positions.findings(adata, setup)), "SpatialVAE")
-        if adata.is_view:
-            warnings.warn(
-                "adata is a view, and neighbours are looked for in it alone. Pass whole sections, and choose cells by "
-                "indices=.",
-                stacklevel=6,
-            )
-        places, sections = positions.coordinates_of(adata, setup), positions.sections_of(adata, setup)
-        near = Neighbourhoods.of(places, sections, n_neighbors=a.n_neighbors, radius=a.radius)
-        if adata is self.adata:
-            known = self._own_offsets
-            if known is not None and not (
-                known.shape == near.offsets.shape and np.allclose(known, near.offsets, atol=1e-4)
-            ):
-                raise ValueError(
-                    "the positions of the model's cells have changed since the model was made. Restore them, or pass "
-                    "adata= with the other positions."
-                )
-            self._own_offsets = near.offsets
+        places, a = self._places_of(adata), self.arguments
+        near = Neighbourhoods.of(*places, n_neighbors=a.n_neighbors, radius=a.radius)
+        self._check_unchanged(adata, near.offsets)
         return near
 
     def sources(self, adata: AnnData) -> dict[str, Store | Tensor]:
@@ -217,58 +193,15 @@ class SpatialVAE(Model):
             "mask": torch.from_numpy(near.mask),
         }
 
-    def train(
-        self,
-        max_epochs: int | None = None,
-        *,
-        batch_size: int = 256,
-        train_size: float = 0.9,
-        early_stopping: bool = True,
-        patience: int | None = None,
-        learning_rate: float = 1e-2,
-        kl_start: float = 0.0,
-        n_importance_samples: int = 1,
-        accelerator: str = "auto",
-        devices: int = 1,
-        precision: str = "auto",
-        seed: int = 0,
-        progress: bool = True,
-        on_epoch: Callable[[dict[str, float]], object] | None = None,
-    ) -> None:
-        """Train the model as `Model.train` does, with other defaults.
-
-        ``max_epochs=None`` makes as many passes as 3000 minibatches take, between 25 and 250. ``kl_start=0`` lets the
-        niches use all latents before the KL divergence is weighted: with a weight of 1 from the start, the angle is
-        lost.
-
-        Warns
-        -----
-        UserWarning
-            If the KL divergence of the angle of the validation cells is near 0: nothing depends on the angle.
-        """
-        batch_size = check_whole("batch_size", batch_size, 3)
-        if max_epochs is None and self.adata is not None:
-            n_steps = max(round(0.9 * self.adata.n_obs / batch_size), 1)
-            max_epochs = min(max(math.ceil(N_STEPS / n_steps), EPOCHS[0]), EPOCHS[1])
-        plan = {"batch_size": batch_size, "train_size": train_size, "learning_rate": learning_rate}
-        plan |= {"early_stopping": early_stopping, "patience": patience, "kl_start": kl_start}
-        where = {"accelerator": accelerator, "devices": devices, "precision": precision}
-        super().train(
-            max_epochs,
-            n_importance_samples=n_importance_samples,
-            seed=seed,
-            progress=progress,
-            on_epoch=on_epoch,
-            **plan,
-            **where,
-        )
+    def _after_training(self) -> None:
+        """Warn if the KL divergence of the angle of the validation cells is near 0: nothing depends on the angle."""
         kl = self.history.get("kl_rotation_validation", pd.Series(dtype=float)).get(self.trainings[-1]["kept_epoch"])
         if kl is not None and kl < LITTLE:
             free = "" if self.arguments.angle == "equivariant" else ' angle="equivariant" finds them more often.'
             warnings.warn(
                 f"the angle holds only {kl:.2f} nats: the niches have no orientation, or the model did not find "
                 f"it.{free}",
-                stacklevel=3,  # the call of the user
+                stacklevel=4,  # the call of the user
             )
 
     def get_rotation(
