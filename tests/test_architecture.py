@@ -34,6 +34,7 @@ ALLOWED = {
     "analysis": ("modules", "distributions", "data", "analysis"),
     "modules": ("distributions", "data.cells", "modules.networks", "modules.flows", "modules.elbo"),
     "modules.niches": ("distributions", "modules.networks", "modules.places", "modules.posteriors"),
+    "modules.maps": ("distributions", "modules.networks", "modules.places", "modules.posteriors"),
     "modules.places": ("distributions", "data.cells", "modules.networks", "modules.decoders"),
     "distributions": ("kernels.dispatch", "kernels.reference", "distributions"),
     "data": ("kernels.dispatch", "data"),

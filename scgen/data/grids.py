@@ -86,8 +86,8 @@ class Patches:
         if (twice := np.flatnonzero(ordered[1:] == ordered[:-1])).size:
             rows = sorted(order[twice[0] : twice[0] + 2].tolist())
             raise ValueError(
-                f"{counted(twice.size, 'spot is', 'spots are')} at the same place of the lattice as another one (first: "
-                f"rows {rows[0]} and {rows[1]}). Leave out the copies, or name the sections."
+                f"{counted(twice.size, 'spot is', 'spots are')} at the same place of the lattice as another one "
+                f"(first: rows {rows[0]} and {rows[1]}). Leave out the copies, or name the sections."
             )
         down, right = (step.ravel() for step in np.mgrid[-half : half + 1, -half : half + 1])
         wanted = number[:, None] + down * width + right
@@ -200,7 +200,9 @@ def check_image_shape(shape: tuple[int, ...] | None, n_features: int | None = No
     """
     if shape is None:
         return None
-    takes = f"image_shape={shown(shape)}; it takes the height and width of the images, such as (28, 28), or (28, 28, 3)."
+    takes = (
+        f"image_shape={shown(shape)}; it takes the height and width of the images, such as (28, 28), or (28, 28, 3)."
+    )
     if not isinstance(shape, tuple | list):
         raise TypeError(takes)
     if len(shape) not in (2, 3):

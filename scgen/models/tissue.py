@@ -10,8 +10,10 @@ from anndata import AnnData
 from scgen.arguments import check_whole
 from scgen.data import positions
 from scgen.data.checks import raise_errors
+from scgen.data.registry import Registry
 from scgen.models.base import Model
 
+LIKELIHOODS = ("nb", "zinb", "poisson", "normal")
 #: Number of minibatches of a training with the default number of epochs, which is in the range below.
 N_STEPS, EPOCHS = 3000, (25, 250)
 
@@ -21,6 +23,23 @@ class TissueModel(Model):
 
     _epsilon, _unit = 1e-8, "niche"
     _own_places: np.ndarray | None = None  # of the model's own cells, when they were first read
+
+    @classmethod
+    def _registry_of(cls, adata: AnnData, image_shape: tuple[int, ...] | None) -> Registry:
+        """Return what the model knows about ``adata``, with positions unless the observations are images."""
+        registry = Registry.of(adata, labels=False, places=image_shape is None)
+        setup, name = registry.setup, cls.__name__
+        if image_shape is None and setup.spatial_key is None:
+            raise ValueError(
+                f"this AnnData was set up without positions, which {name} needs. Call "
+                'scgen.setup_anndata(adata, spatial_key="spatial", ...) first.'
+            )
+        if unused := [*setup.numeric.values(), *setup.categorical_covariate_keys]:
+            raise ValueError(
+                f"{name} uses no size factors and no covariates but the batch, and {', '.join(unused)} would be "
+                "ignored. Set the data up without them."
+            )
+        return registry
 
     def train(
         self,
@@ -95,3 +114,14 @@ class TissueModel(Model):
                 "adata= with the other positions."
             )
         self._own_places = places
+
+
+def check_likelihood(likelihood: str, counts: bool, image_shape: tuple[int, ...] | None) -> None:
+    """Raise ValueError if the data that were set up do not suit the likelihood."""
+    if likelihood != "normal" and not counts:
+        raise ValueError(
+            f'likelihood="{likelihood}" needs counts, but the data were set up with counts=False. Use '
+            'likelihood="normal", or set the counts up.'
+        )
+    if likelihood != "normal" and image_shape is not None:
+        raise ValueError(f'likelihood="{likelihood}" is for spots with the counts of genes. Use "normal" for images.')

@@ -62,8 +62,9 @@ def test_patches_are_those_found_by_looking_at_every_pair(grid):
         row = 0
         for down in range(-2, 3):
             for right in range(-2, 3):
-                there = (places == places[i] + [down, right]).all(1) & (sections == sections[i])
-                distance = np.hypot(*((places + [down, right] - places) @ STEPS[grid]).T)[0]
+                step = np.array([down, right])
+                there = (places == places[i] + step).all(1) & (sections == sections[i])
+                distance = np.hypot(*(step @ STEPS[grid]))
                 near = grid == "square" or distance < 2.01  # two steps of a hexagonal lattice reach as far as 2
                 assert patches.mask[i, row] == (there.any() and near)
                 assert patches.index[i, row] == (np.flatnonzero(there)[0] if patches.mask[i, row] else i)
