@@ -132,7 +132,7 @@ class MatrixNormalVAE(TissueModel):
     """
 
     Arguments, Cells = Arguments, Places
-    _unit = "patch"
+    _unit, _batch_size = "patch", 128
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ N_STEPS, EPOCHS = 3000, (25, 250)
 class TissueModel(Model):
     """Base class of the models that read what is around each cell."""
 
-    _epsilon, _unit = 1e-8, "niche"
+    _epsilon, _unit, _batch_size = 1e-8, "niche", 256
     _own_places: np.ndarray | None = None  # of the model's own cells, when they were first read
 
     @classmethod
@@ -45,7 +45,7 @@ class TissueModel(Model):
         self,
         max_epochs: int | None = None,
         *,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         train_size: float = 0.9,
         early_stopping: bool = True,
         patience: int | None = None,
@@ -61,6 +61,7 @@ class TissueModel(Model):
     ) -> None:
         """Train the model as `Model.train` does, with other defaults.
 
+        ``batch_size=None`` is 256 for `SpatialVAE` and 128 for `MatrixNormalVAE`, whose patches have more places.
         ``max_epochs=None`` makes as many passes as 3000 minibatches take, between 25 and 250. With ``kl_start=0``, the
         KL divergence has no weight at the first step. All latents can then be used before they have a price. With a
         weight of 1 from the start, `SpatialVAE` loses the angle.
@@ -70,7 +71,7 @@ class TissueModel(Model):
         UserWarning
             If the model has an angle, and its KL divergence for the validation cells is near 0: nothing depends on it.
         """
-        batch_size = check_whole("batch_size", batch_size, 3)
+        batch_size = self._batch_size if batch_size is None else check_whole("batch_size", batch_size, 3)
         if max_epochs is None and self.adata is not None:
             n_steps = max(round(0.9 * self.adata.n_obs / batch_size), 1)
             max_epochs = min(max(math.ceil(N_STEPS / n_steps), EPOCHS[0]), EPOCHS[1])

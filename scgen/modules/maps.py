@@ -7,7 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, silu
 
 from scgen.distributions import DiagonalNormal, MatrixNormal
 from scgen.modules.networks import Convolution, Linear, TransposedConvolution
@@ -195,7 +195,6 @@ class MapDecoder(PlaceDecoder):
             even = tuple(1 - side % 2 for side in size)
             layers += [nn.SiLU(), TransposedConvolution(n_hidden, n_hidden, (3, 3), 2, 1, even)]
         self.images = nn.Sequential(*layers, nn.Flatten(-2))
-        self.layers = nn.Sequential(nn.SiLU(), Linear(n_hidden, n_hidden), nn.SiLU())
 
     def hidden(self, latents: dict[str, Tensor], cells: Places) -> Tensor:
         """Return the last hidden layer at each place, (..., n, J, H)."""
@@ -203,4 +202,4 @@ class MapDecoder(PlaceDecoder):
         h = self.images(z.reshape(-1, *self.maps)).mT.unflatten(0, z.shape[:-1])
         if self.batch is not None:
             h = h + embedding(cells.batch, self.batch)[:, None]
-        return self.layers(h)
+        return silu(h)

@@ -200,3 +200,15 @@ def test_a_value_of_a_map_changes_what_is_near_its_place():
     expected = torch.zeros(7, 7, dtype=torch.bool)
     expected[:4, 3:] = True  # within a step of it in the small image, whose places are two apart in the large one
     assert torch.equal(changed, expected)
+
+
+def test_batches_change_what_is_decoded(patches):
+    decoder = model("normal").decoder
+    z = torch.randn(N, K * D * D, generator=torch.Generator().manual_seed(0))
+    before = decoder({"z": z}, patches).mean.detach()
+    with torch.no_grad():
+        decoder.batch[1] += 1.0
+    changed = (decoder({"z": z}, patches).mean.detach() != before).flatten(1)
+    assert changed[patches.batch == 1].all()
+    assert not changed[patches.batch == 0].any()
+    assert decoder.category_rows() == {"batch": "batch"}
