@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what type checkers and editors see in place of `__getattr__
     from scgen.evaluation.niches import score_niches as score_niches
     from scgen.evaluation.posterior_predictive import PosteriorPredictiveCheck as PosteriorPredictiveCheck
     from scgen.evaluation.posterior_predictive import posterior_predictive_check as posterior_predictive_check
+    from scgen.models.matrix_normal import MatrixNormalVAE as MatrixNormalVAE
     from scgen.models.scvi import SCVI as SCVI
     from scgen.models.spatial import SpatialVAE as SpatialVAE
     from scgen.workflows.integration import integrate as integrate
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # what type checkers and editors see in place of `__getattr__
 __version__ = "0.1.0"
 
 _HOME = {
+    "MatrixNormalVAE": "models.matrix_normal",
     "PRESETS": "workflows.tuning",
     "PosteriorPredictiveCheck": "evaluation.posterior_predictive",
     "SCVI": "models.scvi",

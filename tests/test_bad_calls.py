@@ -43,6 +43,8 @@ NO_MAPS += [{"a": of} for of in (None, 3, "xy", object(), [[0, 0], [1]], [["x", 
 NO_MAPS += [{"a": of} for of in (np.zeros((4, 3)), np.zeros((4, 2), bool), np.full((4, 2), NAN))]
 NO_MAPS += [{"a": pd.DataFrame([["x", "y"]] * 4)}]
 NO_FEATURES = [*NO_MAPS, {3: "z"}, {"a": "nope"}, {"a": ""}, {"a": np.full((120, 2), INF)}, {"a": np.zeros((120, 0))}]
+NO_SHAPES = [3, 5.5, True, "5x6", b"5", {}, {5, 6}, np.array([5, 6]), [], (), (30,), (5, 6, 1, 1), (5, 5), (5.0, 6)]
+NO_SHAPES += [("5", 6), (0, 30), (-5, -6), (None, 30), (True, 30), (NAN, 6), [[5, 6]], (10**6, 30), object(), pd.NA]
 NO_COLOURS = [None, 3, "red", [], {}]
 NO_COLOURS += [{"a": of} for of in (3, None, [1] * 4, pd.Series([1]), pd.Series([[1]] * 4))]
 
@@ -70,6 +72,8 @@ WRONG = {
     "whole": [*NO_WHOLE, 0, None],
     "optional whole": [*NO_WHOLE, 0],
     "draws": [*NO_WHOLE, 0, None, 10**9],
+    "odd": [*NO_WHOLE, 0, None, 1, 4, 10**6],
+    "rank": [*NO_WHOLE, 0, 4],
     "optional draws": [*NO_WHOLE, 0, 10**9],
     "epochs": [*NO_WHOLE, 0, 10**9],
     "count": [*NO_WHOLE, None],
@@ -133,6 +137,7 @@ WRONG = {
     "prefix": [None, 3, 1.5, True, b"p_", [], {}, object(), NAN],
     "maps": NO_MAPS,
     "features": NO_FEATURES,
+    "image_shape": NO_SHAPES,
     "colours": NO_COLOURS,
     "function": [3, 1.5, True, "print", b"print", [], [print], {}, {"print": print}, np.zeros(2), NAN, AnnData()],
     "table": [None, 3, "table", [], {}, True, np.zeros((2, 2)), pd.DataFrame(), object(), pd.DataFrame({"a": ["x"]})],
@@ -320,7 +325,15 @@ CALLS = {
         {"use_rep": "column", "likelihood": "optional choice", "radius": "optional positive", "angle": "choice"}
         | {"rotate": "flag", "translate": "flag"},
     ),
-    "SpatialVAE.train": (lambda on, **given: on.niches.train(**{"max_epochs": 1} | given), {}),
+    "SpatialVAE.train": (
+        lambda on, **given: on.niches.train(**{"max_epochs": 1} | given),
+        {"batch_size": "optional whole"},
+    ),
+    "MatrixNormalVAE": (
+        lambda on, **given: scgen.MatrixNormalVAE(**{"adata": on.spots} | given),
+        {"likelihood": "optional choice", "n_maps": "size", "map_size": "size", "patch_size": "odd", "rank": "rank"}
+        | {"grid": "choice", "covariance": "choice", "image_shape": "image_shape"},
+    ),
     "SpatialVAE.get_rotation": (lambda on, **given: on.niches.get_rotation(**given), {}),
     "SpatialVAE.get_translation": (lambda on, **given: on.niches.get_translation(**given), {}),
     "SCVI.load_query": (
@@ -378,6 +391,7 @@ def function_of(call: str):
         "SCVI": scgen.SCVI,
         "Query": Query,
         "SpatialVAE": scgen.SpatialVAE,
+        "MatrixNormalVAE": scgen.MatrixNormalVAE,
     }
     return getattr(homes[of[0]] if of else scgen, name)
 
@@ -396,8 +410,10 @@ def test_every_argument_has_a_kind():
     for prefix, home in (("SCVI", scgen.SCVI), ("Query", Query), ("plots", plots)):
         names = [name for name in dir(home) if not name.startswith("_")]
         public |= {f"{prefix}.{name}" for name in names if inspect.isroutine(getattr(home, name))}
-    # What is as in SCVI is tried there.
-    public |= {f"SpatialVAE.{name}" for name in {*vars(scgen.SpatialVAE)} & {*dir(scgen.SpatialVAE)} if name[0] != "_"}
+    # What is as in SCVI is tried there, and the training of all models of tissue in SpatialVAE.
+    own = {"SpatialVAE": {*vars(scgen.SpatialVAE), "train"}, "MatrixNormalVAE": {*vars(scgen.MatrixNormalVAE)}}
+    for home, names in own.items():
+        public |= {f"{home}.{name}" for name in names & {*dir(getattr(scgen, home))} if name[0] != "_"}
     known = {call for call in CALLS if not call.startswith("clustering.")}
     public -= {"plots.check_names", "plots.check_whole", "plots.shown", "plots.label_points"}  # of other modules
     assert public == known | OTHERS
@@ -420,6 +436,8 @@ def on(tmp_path_factory):
     scgen.setup_anndata(cells, batch_key="batch", labels_key="cell_type", **covariates)
     on = SimpleNamespace(cells=cells, new=new, tissue=new.copy())
     scgen.setup_anndata(on.tissue, batch_key="batch", spatial_key="places")
+    on.spots = on.tissue.copy()
+    on.spots.obsm["places"] = np.stack(np.divmod(np.arange(120.0), 12), axis=1)
     for name, prior in (("model", "normal"), ("mixture", "mog")):
         model = scgen.SCVI(cells, n_latent=3, n_hidden=8, prior=prior, n_components=2 if prior == "mog" else None)
         model.train(max_epochs=1, accelerator="cpu", progress=False)
@@ -456,7 +474,13 @@ def of_model(model: Model) -> list:
 
 def everything(on: SimpleNamespace) -> bytes:
     """Return a hash of all that a wrong call must leave as it is: cells, models, files and global generators."""
-    parts = [*of_cells(on.cells), *of_cells(on.new), *of_cells(on.tissue), *of_cells(on.query.model.adata)]
+    parts = [
+        *of_cells(on.cells),
+        *of_cells(on.new),
+        *of_cells(on.tissue),
+        *of_cells(on.spots),
+        *of_cells(on.query.model.adata),
+    ]
     for model in (on.model, on.mixture, on.query.model, on.niches):
         parts += of_model(model)
     parts += [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(Path().rglob("*"))]

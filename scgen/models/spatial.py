@@ -1,8 +1,7 @@
 """SpatialVAE: niches of tissue, whatever their orientation on the slide (Bepler et al. 2019)."""
 
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +12,10 @@ from torch import Tensor
 
 from scgen.analysis import inference
 from scgen.arguments import check_choice, check_flag, check_number, check_seed, check_whole, set_fields
-from scgen.data import positions
-from scgen.data.checks import raise_errors
-from scgen.data.loader import CellLoader, Store
+from scgen.data.loader import Store
 from scgen.data.neighbourhoods import Neighbourhoods, NeighbourStore
 from scgen.data.registry import Registry
-from scgen.models.base import Model
+from scgen.models.tissue import LIKELIHOODS, TissueModel, check_likelihood, registry_of
 from scgen.modules.niches import (
     UNIT_OF_TRANSLATION,
     EquivariantAngle,
@@ -32,8 +29,6 @@ from scgen.modules.niches import (
 from scgen.modules.priors import StandardNormalPrior
 from scgen.modules.vae import VAE
 
-#: Number of minibatches of a training with the default number of epochs, which is in the range below.
-N_STEPS, EPOCHS = 3000, (25, 250)
 #: Angles with less information than this, in nats, hardly depend on the niche.
 LITTLE = 0.1
 
@@ -57,14 +52,14 @@ class Arguments:
         plain["n_neighbors"] = check_whole("n_neighbors", self.n_neighbors, 1)
         if self.radius is not None:
             plain["radius"] = check_number("radius", self.radius, "a distance, a number above 0", above=0)
-        plain["likelihood"] = check_choice("likelihood", self.likelihood, ("nb", "zinb", "poisson", "normal"))
+        plain["likelihood"] = check_choice("likelihood", self.likelihood, LIKELIHOODS)
         plain |= {name: check_flag(name, getattr(self, name)) for name in ("rotate", "translate")}
         plain["angle"] = check_choice("angle", self.angle, ("equivariant", "wrapped-normal", "normal"))
         plain["seed"] = check_seed(self.seed)
         set_fields(self, plain)
 
 
-class SpatialVAE(Model):
+class SpatialVAE(TissueModel):
     """Embed niches: a cell with its neighbours in tissue, whose orientation on the slide means nothing.
 
     A niche has a state z, a rotation theta and, if asked for, a translation. The values at each place of the
@@ -142,8 +137,6 @@ class SpatialVAE(Model):
     """
 
     Arguments, Cells = Arguments, Niches
-    _epsilon, _unit, _infers_by_batch = 1e-8, "niche", False
-    _own_offsets: np.ndarray | None = None  # of the model's own cells, when they were first read
 
     def __init__(
         self,
@@ -160,34 +153,18 @@ class SpatialVAE(Model):
         angle: str = "equivariant",
         seed: int = 0,
     ):
-        registry = Registry.of(adata, labels=False, places=True, use_rep=use_rep)
-        setup = registry.setup
-        if setup.spatial_key is None:
-            raise ValueError(
-                "this AnnData was set up without positions, which SpatialVAE needs. Call "
-                'scgen.setup_anndata(adata, spatial_key="spatial", ...) first.'
-            )
-        if unused := [*setup.numeric.values(), *setup.categorical_covariate_keys]:
-            raise ValueError(
-                f"SpatialVAE uses no size factors and no covariates but the batch, and {', '.join(unused)} would be "
-                "ignored. Set the data up without them."
-            )
+        registry = registry_of("SpatialVAE", adata, None, use_rep)
         if likelihood is None:
             likelihood = "nb" if registry.setup.counts else "normal"
         sizes = n_latent, n_hidden, n_neighbors, radius
         super().__init__(adata, registry, Arguments(*sizes, likelihood, rotate, translate, angle, seed))
         self._neighbourhoods(adata)  # raises where a section has too few cells
-        _warn_of_view(adata)
 
     @staticmethod
     def build(registry: Registry, arguments: Arguments) -> VAE:
         """Return the module for these arguments."""
         a, n_features, counts = arguments, len(registry.genes), registry.setup.counts
-        if a.likelihood != "normal" and not counts:
-            why, fix = "the data were set up with counts=False", "set the counts up"
-            if (key := registry.setup.use_rep) is not None:
-                why, fix = f'the values are those of use_rep="{key}"', "leave use_rep out"
-            raise ValueError(f'likelihood="{a.likelihood}" needs counts, but {why}. Use likelihood="normal", or {fix}.')
+        check_likelihood(a.likelihood, registry.setup, None)
         read = a.n_hidden, counts
         posteriors, priors, angle = {}, {}, None
         if a.rotate and a.angle == "equivariant":
@@ -205,20 +182,9 @@ class SpatialVAE(Model):
         return VAE(posteriors, priors, decoder)
 
     def _neighbourhoods(self, adata: AnnData) -> Neighbourhoods:
-        setup, a = self.registry.setup, self.arguments
-        raise_errors(list(positions.findings(adata, setup)), "SpatialVAE")
-        places, sections = positions.coordinates_of(adata, setup), positions.sections_of(adata, setup)
-        near = Neighbourhoods.of(places, sections, n_neighbors=a.n_neighbors, radius=a.radius)
-        if adata is self.adata:
-            known = self._own_offsets
-            if known is not None and not (
-                known.shape == near.offsets.shape and np.allclose(known, near.offsets, atol=1e-4)
-            ):
-                raise ValueError(
-                    "the positions of the model's cells have changed since the model was made. Restore them, or pass "
-                    "adata= with the other positions."
-                )
-            self._own_offsets = near.offsets
+        places, a = self._places_of(adata), self.arguments
+        near = Neighbourhoods.of(*places, n_neighbors=a.n_neighbors, radius=a.radius)
+        self._check_unchanged(adata, near.offsets)
         return near
 
     def sources(self, adata: AnnData) -> dict[str, Store | Tensor]:
@@ -230,67 +196,15 @@ class SpatialVAE(Model):
             "mask": torch.from_numpy(near.mask),
         }
 
-    def _loader(
-        self, adata, indices, batch_size: int, seed: int = 0, flags: Mapping | None = None, any_batch: bool = False
-    ) -> CellLoader:
-        # As many cells at a time as other models compute, neighbours included: memory depends on their number.
-        loader = super()._loader(adata, indices, batch_size, seed, flags, any_batch)
-        _warn_of_view(self.adata if adata is None else adata, stacklevel=5)
-        _, n_near, _ = loader.stores["features"].shape
-        return loader.over(loader.index, max(loader.batch_size // n_near, 1))
-
-    def train(
-        self,
-        max_epochs: int | None = None,
-        *,
-        batch_size: int = 256,
-        train_size: float = 0.9,
-        early_stopping: bool = True,
-        patience: int | None = None,
-        learning_rate: float = 1e-2,
-        kl_start: float = 0.0,
-        n_importance_samples: int = 1,
-        accelerator: str = "auto",
-        devices: int = 1,
-        precision: str = "auto",
-        seed: int = 0,
-        progress: bool = True,
-        on_epoch: Callable[[dict[str, float]], object] | None = None,
-    ) -> None:
-        """Train the model as `Model.train` does, with other defaults.
-
-        ``max_epochs=None`` makes as many passes as 3000 minibatches take, between 25 and 250. ``kl_start=0`` lets the
-        niches use all latents before the KL divergence is weighted: with a weight of 1 from the start, the angle is
-        lost.
-
-        Warns
-        -----
-        UserWarning
-            If the KL divergence of the angle of the validation cells is near 0: nothing depends on the angle.
-        """
-        batch_size = check_whole("batch_size", batch_size, 3)
-        if max_epochs is None and self.adata is not None:
-            n_steps = max(round(0.9 * self.adata.n_obs / batch_size), 1)
-            max_epochs = min(max(math.ceil(N_STEPS / n_steps), EPOCHS[0]), EPOCHS[1])
-        plan = {"batch_size": batch_size, "train_size": train_size, "learning_rate": learning_rate}
-        plan |= {"early_stopping": early_stopping, "patience": patience, "kl_start": kl_start}
-        where = {"accelerator": accelerator, "devices": devices, "precision": precision}
-        super().train(
-            max_epochs,
-            n_importance_samples=n_importance_samples,
-            seed=seed,
-            progress=progress,
-            on_epoch=on_epoch,
-            **plan,
-            **where,
-        )
+    def _after_training(self) -> None:
+        """Warn if the KL divergence of the angle of the validation cells is near 0: nothing depends on the angle."""
         kl = self.history.get("kl_rotation_validation", pd.Series(dtype=float)).get(self.trainings[-1]["kept_epoch"])
         if kl is not None and kl < LITTLE:
             free = "" if self.arguments.angle == "equivariant" else ' angle="equivariant" finds them more often.'
             warnings.warn(
                 f"the angle holds only {kl:.2f} nats: the niches have no orientation, or the model did not find "
                 f"it.{free}",
-                stacklevel=3,  # the call of the user
+                stacklevel=4,  # the call of the user
             )
 
     def get_rotation(
@@ -373,13 +287,3 @@ class SpatialVAE(Model):
     def _require_latent(self, name: str, argument: str) -> None:
         if name not in self.vae.posteriors:
             raise ValueError(f"this model has no {name}: make one with SpatialVAE(adata, {argument}=True).")
-
-
-def _warn_of_view(adata: AnnData, stacklevel: int = 4) -> None:
-    """Warn if ``adata`` is a view. Four levels up is the call of the constructor, one more is that of a method."""
-    if adata.is_view:
-        warnings.warn(
-            "adata is a view, and neighbours are looked for in it alone. Pass whole sections, and choose cells by "
-            "indices=.",
-            stacklevel=stacklevel,
-        )

@@ -1,5 +1,6 @@
-"""Multi-layer perceptrons with covariates as additional inputs."""
+"""Layers: linear ones, convolutions, and perceptrons with covariates as additional inputs."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,10 +19,52 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw weights and bias like torch, uniformly within 1 / sqrt(n_in) of 0."""
-        own = generator(self.weight.device)
-        bound = self.in_features**-0.5 if self.in_features else 0.0
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound, generator=own)
+        draw_evenly(self, self.in_features)
+
+
+class Convolution(nn.Conv2d):
+    """torch's convolution of images, like `Linear` in float32 and with initial weights from scgen's generator."""
+
+    def __init__(self, n_in: int, n_out: int, stride: int = 1):
+        super().__init__(n_in, n_out, 3, stride, padding=1, dtype=torch.float32)
+
+    def reset_parameters(self) -> None:
+        """Draw weights and bias uniformly within 1 / sqrt(n) of 0, for n inputs of each output."""
+        draw_evenly(self, 9 * self.in_channels)
+
+
+class TransposedConvolution(nn.ConvTranspose2d):
+    """torch's transposed convolution, like `Convolution`.
+
+    Parameters
+    ----------
+    n_in, n_out
+        Number of channels.
+    kernel, stride, padding, output_padding
+        As in torch. The sides of the result are (side - 1) stride - 2 padding + kernel + output_padding.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        kernel: tuple[int, int],
+        stride: int = 1,
+        padding: int = 0,
+        output_padding: tuple[int, int] = (0, 0),
+    ):
+        super().__init__(n_in, n_out, kernel, stride, padding, output_padding, dtype=torch.float32)
+
+    def reset_parameters(self) -> None:
+        """Draw weights and bias uniformly within 1 / sqrt(n) of 0, for n inputs of each output."""
+        draw_evenly(self, self.in_channels * self.kernel_size[0] * self.kernel_size[1] // math.prod(self.stride))
+
+
+def draw_evenly(layer: nn.Module, n_in: int) -> None:
+    """Draw all parameters of a layer uniformly within 1 / sqrt(n_in) of 0."""
+    bound = n_in**-0.5 if n_in else 0.0
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, -bound, bound, generator=generator(parameter.device))
 
 
 class WideLinear(Linear):

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Independent
 from torch.nn.functional import embedding, silu, softplus
 
-from scgen.data.cells import Cells
-from scgen.distributions import CellCounts, CellsOfNiches, CircularUniform, DiagonalNormal, SeededNormal, WrappedNormal
-from scgen.modules.decoders import MAX_LOG, Dispersion
-from scgen.modules.networks import Linear, WideLinear
+from scgen.distributions import CircularUniform, DiagonalNormal, WrappedNormal
+from scgen.modules.networks import Linear
+from scgen.modules.places import PlaceDecoder, Places, Standardised
 from scgen.modules.posteriors import positive_variance
 
 #: One standard deviation of the prior of the translation, in radii of the neighbourhood.
@@ -28,22 +26,16 @@ N_HARMONICS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Niches(Cells):
+class Niches(Places):
     """Cells with the J cells of their neighbourhoods, the first of which is the cell itself.
 
     Attributes
     ----------
-    features
-        (n, J, F) float: counts or other values of the cells of each neighbourhood.
     offsets
         (n, J, 2) float: where they lie relative to the cell, in the unit disc.
-    mask
-        (n, J) bool: False for padding.
     """
 
-    features: Tensor
     offsets: Tensor
-    mask: Tensor
 
 
 def turned(offsets: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -80,26 +72,6 @@ def pooled(h: Tensor, mask: Tensor) -> Tensor:
 def angular_scale(log_scale: Tensor) -> Tensor:
     """Return the standard deviation of an angle within its limits. The upper one is smooth: there is a way back."""
     return (WIDEST - softplus(WIDEST - log_scale)).clamp(min=NARROWEST).exp()
-
-
-class Standardised(nn.Module):
-    """The features of each cell, or log(1 + counts), minus their mean and divided by their standard deviation.
-
-    Both are averages over all minibatches of the training so far, of the cells that the niches are around. Padding has
-    no influence on them.
-    """
-
-    def __init__(self, n_features: int, log_input: bool):
-        super().__init__()
-        self.log_input = log_input
-        self.norm = nn.BatchNorm1d(n_features, momentum=None, affine=False, dtype=torch.float32)
-
-    def forward(self, cells: Niches) -> Tensor:
-        x = cells.features.log1p() if self.log_input else cells.features
-        if self.training:
-            with torch.no_grad():
-                self.norm(x[:, 0])
-        return (x - self.norm.running_mean) * (self.norm.running_var + self.norm.eps).rsqrt()
 
 
 class NicheEncoder(nn.Module):
@@ -245,7 +217,7 @@ class WideAngle(nn.Module):
         return DiagonalNormal(zero, zero + math.pi**2)
 
 
-class NicheDecoder(nn.Module):
+class NicheDecoder(PlaceDecoder):
     """p(features | z, theta, translation, s): at each place a function of z, and of the place turned and shifted.
 
     The place is u R(-theta) + Delta for an offset u. theta is thus the angle by which the niche is turned, counter-
@@ -253,53 +225,16 @@ class NicheDecoder(nn.Module):
 
     Parameters
     ----------
-    likelihood
-        "normal", "poisson", "nb" or "zinb". The library size of each cell of the niche is its total count.
-    n_latent, n_features, n_hidden, n_batches
-        d, F, the width of the two hidden layers, and the number of batches.
+    likelihood, n_features, n_hidden, n_batches
+        As in `PlaceDecoder`. There are two hidden layers.
+    n_latent
+        d.
     """
 
     def __init__(self, likelihood: str, n_latent: int, n_features: int, n_hidden: int, n_batches: int):
-        super().__init__()
+        super().__init__(likelihood, n_features, n_hidden, n_batches)
         self.place, self.state = Linear(N_HARMONICS, n_hidden), Linear(n_latent, n_hidden, bias=False)
-        self.batch = nn.Parameter(torch.zeros(n_batches, n_hidden, dtype=torch.float32)) if n_batches > 1 else None
         self.layers = nn.Sequential(nn.Tanh(), Linear(n_hidden, n_hidden), nn.Tanh())
-        self.mean = WideLinear(n_hidden, n_features)
-        normal = likelihood == "normal"
-        self.log_scale = nn.Parameter(torch.zeros(n_features, dtype=torch.float32)) if normal else None
-        dispersed = likelihood in ("nb", "zinb")
-        self.dispersion = Dispersion("gene", n_features, n_batches, 1, n_hidden) if dispersed else None
-        self.zi_logits = WideLinear(n_hidden, n_features) if likelihood == "zinb" else None
-
-    def category_rows(self) -> dict[str, str | int]:
-        """Return the column whose categories the rows of a parameter are of: see `VAE.category_rows`."""
-        return {} if self.batch is None else {"batch": "batch"}
-
-    def target(self, cells: Niches) -> Tensor:
-        """Return the features of all cells of the niches, (n, J, F), which the likelihood explains."""
-        return cells.features
-
-    def start_at(self, mean: Tensor, variance: Tensor) -> None:
-        """Start at means and variances of the features, (J, F) each. The first of the J rows is that of all cells."""
-        mean, variance = mean[0], variance[0]
-        with torch.no_grad():
-            if self.log_scale is None:
-                self.mean.bias.copy_((mean + 1e-3 * mean.mean()).log())
-            else:
-                self.mean.bias.copy_(mean)
-                self.log_scale.copy_(0.5 * variance.clamp(min=1e-6).log())
-
-    def forward(self, latents: dict[str, Tensor], cells: Niches) -> CellsOfNiches:
-        h = self.hidden(latents, cells).flatten(-3, -2)  # (..., n J, H): the cells of all niches
-        if self.log_scale is not None:
-            scale = self.log_scale.clamp(-MAX_LOG, MAX_LOG).exp() + 1e-4
-            normal = SeededNormal(self.mean(h), scale, validate_args=False)
-            return CellsOfNiches(Independent(normal, 1, validate_args=False), cells.mask)
-        log_library = cells.features.sum(-1).clamp(min=1).log().reshape(-1, 1)
-        log_theta = None if self.dispersion is None else self.dispersion(h, cells)
-        zi = (None, None) if self.zi_logits is None else (self.zi_logits.product(h), self.zi_logits.bias)
-        counts = CellCounts(self.mean.product(h), self.mean.bias, log_library, log_theta, *zi)
-        return CellsOfNiches(counts, cells.mask)
 
     def hidden(self, latents: dict[str, Tensor], cells: Niches) -> Tensor:
         """Return the last hidden layer at each cell of the niches, (..., n, J, H)."""
