@@ -323,7 +323,7 @@ CALLS = {
     "SpatialVAE": (
         lambda on, **given: scgen.SpatialVAE(**{"adata": on.tissue} | given),
         {"likelihood": "optional choice", "radius": "optional positive", "angle": "choice"}
-        | {"rotate": "flag", "translate": "flag"},
+        | {"rotate": "flag", "translate": "flag", "image_shape": "image_shape"},
     ),
     "SpatialVAE.train": (
         lambda on, **given: on.niches.train(**{"max_epochs": 1} | given),
