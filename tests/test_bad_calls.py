@@ -323,7 +323,7 @@ CALLS = {
     "SpatialVAE": (
         lambda on, **given: scgen.SpatialVAE(**{"adata": on.tissue} | given),
         {"use_rep": "column", "likelihood": "optional choice", "radius": "optional positive", "angle": "choice"}
-        | {"rotate": "flag", "translate": "flag"},
+        | {"rotate": "flag", "translate": "flag", "image_shape": "image_shape"},
     ),
     "SpatialVAE.train": (
         lambda on, **given: on.niches.train(**{"max_epochs": 1} | given),
@@ -331,7 +331,14 @@ CALLS = {
     ),
     "MatrixNormalVAE": (
         lambda on, **given: scgen.MatrixNormalVAE(**{"adata": on.spots} | given),
-        {"likelihood": "optional choice", "n_maps": "size", "map_size": "size", "patch_size": "odd", "rank": "rank"}
+        {
+            "use_rep": "column",
+            "likelihood": "optional choice",
+            "n_maps": "size",
+            "map_size": "size",
+            "patch_size": "odd",
+            "rank": "rank",
+        }
         | {"grid": "choice", "covariance": "choice", "image_shape": "image_shape"},
     ),
     "SpatialVAE.get_rotation": (lambda on, **given: on.niches.get_rotation(**given), {}),

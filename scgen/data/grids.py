@@ -215,6 +215,22 @@ def check_image_shape(shape: tuple[int, ...] | None, n_features: int | None = No
     return shape
 
 
+def pixel_places(shape: tuple[int, ...]) -> np.ndarray:
+    """Return x and y of the pixels of an image, row by row, (H W, 2) float32. y points up.
+
+    The middle of the image is at 0, and half its longer side is 1.
+
+    Examples
+    --------
+    >>> pixel_places((2, 3)).tolist()
+    [[-1.0, 0.5], [0.0, 0.5], [1.0, 0.5], [-1.0, -0.5], [0.0, -0.5], [1.0, -0.5]]
+    """
+    height, width = shape[:2]
+    row, column = (places.ravel() for places in np.mgrid[:height, :width])
+    centred = np.column_stack([column - (width - 1) / 2, (height - 1) / 2 - row])
+    return (centred / max((max(height, width) - 1) / 2, 1)).astype(np.float32)
+
+
 class ImageStore:
     """The pixels of images, each of which is a row of a store: pixel by pixel, with the channels of each together.
 

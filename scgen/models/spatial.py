@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scgen.analysis import inference
 from scgen.arguments import check_choice, check_flag, check_number, check_seed, check_whole, set_fields
+from scgen.data.grids import ImageStore, check_image_shape, pixel_places
 from scgen.data.loader import Store
 from scgen.data.neighbourhoods import Neighbourhoods, NeighbourStore
 from scgen.data.registry import Registry
@@ -45,6 +46,7 @@ class Arguments:
     rotate: bool
     translate: bool
     angle: str
+    image_shape: tuple[int, ...] | None
     seed: int
 
     def __post_init__(self):
@@ -55,6 +57,7 @@ class Arguments:
         plain["likelihood"] = check_choice("likelihood", self.likelihood, LIKELIHOODS)
         plain |= {name: check_flag(name, getattr(self, name)) for name in ("rotate", "translate")}
         plain["angle"] = check_choice("angle", self.angle, ("equivariant", "wrapped-normal", "normal"))
+        plain["image_shape"] = check_image_shape(self.image_shape)
         plain["seed"] = check_seed(self.seed)
         set_fields(self, plain)
 
@@ -99,6 +102,11 @@ class SpatialVAE(TissueModel):
         How theta is inferred. "equivariant" is an angle that turns with the niche by construction, and z does not
         change with it. "wrapped-normal" and "normal" are as in the paper: a network may return any angle, and z is
         inferred from the niche as it lies. In training, such a network often stops using the angle.
+    image_shape
+        If given, each observation is an image instead of a cell with its neighbours: (height, width), or (height,
+        width, channels). Its features are the pixels, row by row, with the channels of a pixel together. Positions are
+        not needed, and ``n_neighbors`` and ``radius`` have no effect. Half the longer side is the radius of the
+        neighbourhood, and angles are counter-clockwise for a viewer of the image.
     seed
         Seed of the initial weights.
 
@@ -151,20 +159,25 @@ class SpatialVAE(TissueModel):
         rotate: bool = True,
         translate: bool = False,
         angle: str = "equivariant",
+        image_shape: tuple[int, ...] | None = None,
         seed: int = 0,
     ):
-        registry = registry_of("SpatialVAE", adata, None, use_rep)
+        registry = registry_of("SpatialVAE", adata, image_shape, use_rep)
+        check_image_shape(image_shape, len(registry.genes))
         if likelihood is None:
-            likelihood = "nb" if registry.setup.counts else "normal"
+            likelihood = "nb" if registry.setup.counts and image_shape is None else "normal"
         sizes = n_latent, n_hidden, n_neighbors, radius
-        super().__init__(adata, registry, Arguments(*sizes, likelihood, rotate, translate, angle, seed))
-        self._neighbourhoods(adata)  # raises where a section has too few cells
+        super().__init__(adata, registry, Arguments(*sizes, likelihood, rotate, translate, angle, image_shape, seed))
+        self.sources(adata)  # raises where a section has too few cells
 
     @staticmethod
     def build(registry: Registry, arguments: Arguments) -> VAE:
         """Return the module for these arguments."""
         a, n_features, counts = arguments, len(registry.genes), registry.setup.counts
-        check_likelihood(a.likelihood, registry.setup, None)
+        check_likelihood(a.likelihood, registry.setup, a.image_shape)
+        check_image_shape(a.image_shape, n_features)
+        if a.image_shape is not None:
+            n_features //= a.image_shape[0] * a.image_shape[1]
         read = a.n_hidden, counts
         posteriors, priors, angle = {}, {}, None
         if a.rotate and a.angle == "equivariant":
@@ -181,20 +194,17 @@ class SpatialVAE(TissueModel):
         decoder = NicheDecoder(a.likelihood, a.n_latent, n_features, 2 * a.n_hidden, len(registry.batches))
         return VAE(posteriors, priors, decoder)
 
-    def _neighbourhoods(self, adata: AnnData) -> Neighbourhoods:
-        places, a = self._places_of(adata), self.arguments
-        near = Neighbourhoods.of(*places, n_neighbors=a.n_neighbors, radius=a.radius)
-        self._check_unchanged(adata, near.offsets)
-        return near
-
     def sources(self, adata: AnnData) -> dict[str, Store | Tensor]:
-        """Return the features, offsets and mask of the cells' neighbourhoods: see `Model.sources`."""
-        near = self._neighbourhoods(adata)
-        return {
-            "features": NeighbourStore(self.registry.store(adata), near.index),
-            "offsets": torch.from_numpy(near.offsets),
-            "mask": torch.from_numpy(near.mask),
-        }
+        """Return features, offsets and mask of the cells' neighbourhoods, or of the pixels: see `Model.sources`."""
+        a, store = self.arguments, self.registry.store(adata)
+        if a.image_shape is not None:
+            images = ImageStore(store, a.image_shape)
+            offsets = torch.from_numpy(pixel_places(a.image_shape)).expand(*images.shape[:2], 2)
+            return {"features": images, "offsets": offsets, "mask": torch.ones(images.shape[:2], dtype=torch.bool)}
+        near = Neighbourhoods.of(*self._places_of(adata), n_neighbors=a.n_neighbors, radius=a.radius)
+        self._check_unchanged(adata, near.offsets)
+        features = NeighbourStore(store, near.index)
+        return {"features": features, "offsets": torch.from_numpy(near.offsets), "mask": torch.from_numpy(near.mask)}
 
     def _after_training(self) -> None:
         """Warn if the KL divergence of the angle of the validation cells is near 0: nothing depends on the angle."""

@@ -125,13 +125,13 @@ def registry_of(name: str, adata: AnnData, image_shape: tuple[int, ...] | None, 
 
 def check_likelihood(likelihood: str, setup: Setup, image_shape: tuple[int, ...] | None) -> None:
     """Raise ValueError if the values that were set up do not suit the likelihood."""
-    if likelihood != "normal" and image_shape is not None:
-        raise ValueError(f'likelihood="{likelihood}" is for spots with the counts of genes. Use "normal" for images.')
     if likelihood != "normal" and not setup.counts:
         why, fix = "the data were set up with counts=False", "set the counts up"
         if setup.use_rep is not None:
             why, fix = f'the values are those of use_rep="{setup.use_rep}"', "leave use_rep out"
         raise ValueError(f'likelihood="{likelihood}" needs counts, but {why}. Use likelihood="normal", or {fix}.')
+    if likelihood != "normal" and image_shape is not None:
+        raise ValueError(f'likelihood="{likelihood}" is for spots with the counts of genes. Use "normal" for images.')
 
 
 def _warn_of_view(adata: AnnData) -> None:
