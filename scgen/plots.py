@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from scgen.arguments import check_names, check_whole, shown
 from scgen.reporting import canvas
 from scgen.reporting.point_labels import label_points
+from scgen.reporting.tissue import tissue as tissue
 
 #: What the scores of scib-metrics mean, by their names there.
 MEANINGS = {
