@@ -101,20 +101,20 @@ def tissue(
             f"layer={layer!r} is not in adata.layers (it has: {some(names, 12) or 'none'}).{did_you_mean(layer, names)}"
         )
     xy = features_of(adata, "spatial_key", spatial_key, 2)
-    sections = {"": np.arange(adata.n_obs)}
+    sections = [("", np.arange(adata.n_obs))]
     if section_key is not None:
         groups = groups_of(adata, "section_key", section_key)
-        sections = {str(name): np.flatnonzero(groups == name) for name in groups.categories}
+        sections = [(f"{name}, by ", np.flatnonzero(groups == name)) for name in groups.categories]
     columns = {key: _colours_of(adata, key, layer, max_categories) for key in keys}
     angles = None
     if rotation_key is not None:
         angles = Numbers("rotation_key", rotation_key, _column(adata, "rotation_key", rotation_key)).values
 
-    parts = np.array_split(list(sections), -(-len(sections) // MOST_IN_A_ROW))
+    parts = np.array_split(np.arange(len(sections)), -(-len(sections) // MOST_IN_A_ROW))
     sizes = [len(part) for part in parts] * len(columns)
-    canvas.check_ax(ax, len(sections) * len(columns))
+    canvas.check_ax(ax, sum(sizes))
     # Height divided by width, of the section for which it is largest.
-    extents = np.stack([np.ptp(xy[rows], axis=0) for rows in sections.values()])
+    extents = np.stack([np.ptp(xy[rows], axis=0) for _, rows in sections])
     shape = np.clip(np.max(extents[:, 1] / np.maximum(extents[:, 0], 1e-300)), 0.3, 6)
     width = min(WIDTH, HEIGHT / shape)
     size = (
@@ -127,10 +127,9 @@ def tissue(
             figure.set_layout_engine("compressed")  # for panels with a shape of their own
         panels = [axes for row in canvas.panels(figure, sizes) for axes in row] if ax is None else [ax]
         for i, axes in enumerate(panels):
-            key, (name, rows) = keys[i // len(sections)], list(sections.items())[i % len(sections)]
+            key, (section, rows) = keys[i // len(sections)], sections[i % len(sections)]
             rows = random.permutation(rows)
-            title = key if section_key is None else f"{name}, by {key}"
-            columns[key].draw(axes, xy[rows], rows, canvas.plain(title))
+            columns[key].draw(axes, xy[rows], rows, canvas.plain(section + key))
             axes.set(aspect="equal", xlabel=canvas.plain(f"{spatial_key}1"), ylabel=canvas.plain(f"{spatial_key}2"))
             if angles is not None:
                 _add_arrows(axes, xy[rows], angles[rows])
