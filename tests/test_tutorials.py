@@ -127,16 +127,15 @@ def niches_of_tissue(text: str):
     line = ": nearest neighbours #, logistic regression #"
     found = {name: numbers(text, f"\n{name}{line}") for name in ("composition", "mean", "pool", "gradient")}
     for name in ("composition", "mean", "pool"):
-        assert max(found[name]) < 0.3  # by chance: 0.17
+        assert max(found[name]) < 0.4  # by chance: 0.25
     model = numbers(text, f"\nSpatialVAE{line}")
     assert min(model) > max(found["gradient"])
     for name in ("sections 1 and 2", "section 3"):
-        assert numbers(text, f"{name}: adjusted Rand index of clusters and niches #")[0] > 0.4
-    assert numbers(text, "centres of section 3 with the right niche: #")[0] > 0.75
-    kinds = ("sectors", "mirrored", "bands 1|2|3", "bands 2|1|3", "bands 1|3|2")
-    lengths = sorted(numbers(text, f"\n{kind}: #")[0] for kind in kinds)
-    assert lengths[1] > 0.9  # the text says that one may be missed
-    assert numbers(text, "mixed: #")[0] < 0.35  # of about 80 random angles
+        assert numbers(text, f"{name}: adjusted Rand index of clusters and niches #")[0] > 0.7
+    assert numbers(text, "centres of section 3 with the right niche: #")[0] > 0.85
+    for kind in ("sectors", "mirrored", "bands 1|2|3"):
+        assert numbers(text, f"\n{kind}: #")[0] > 0.9
+    assert numbers(text, "mixed: #")[0] < 0.4  # of about a hundred random angles
     change, spread = numbers(text, "largest change of z #, where its standard deviation is up to #")
     assert change < 0.01 * spread
     assert numbers(text, "turned with the section, up to # radians")[0] < 0.01
@@ -149,8 +148,9 @@ def niches_by_layers(text: str):
     averages = [numbers(text, f"\n{name}{line}") for name in names]
     model, types = numbers(text, f"\nSpatialVAE{line}"), numbers(text, f"\ncomposition of true types{line}")
     for of_model, of_types, *others in zip(model, types, *averages, strict=True):
-        assert of_types > of_model > max(others)
-        assert others[1] < max(others[0], others[2]) + 0.02  # gradients gain nothing
+        assert of_types > of_model - 0.005
+        assert of_model > max(others) - 0.005
+        assert others[1] < others[2] + 0.02  # gradients are no better than what ignores the arrangement
     assert numbers(text, "adjusted Rand index of niches and layers: #")[0] > 0.5
     assert "the same embedding: True" in text
     assert numbers(text, "cells of the new section with the right layer: #")[0] > 0.7
@@ -245,7 +245,8 @@ def test_is_stored_executed(path):
     # umap-learn warns if ipywidgets is missing: install it before you store outputs.
     assert {output.name for output in outputs if output.output_type == "stream"} <= {"stdout"}
     CLAIMS[path.stem](printed(notebook))
-    assert path.stat().st_size < (600_000 if path.stem == "blood_cells" else 300_000)
+    pictures_of_cells = ("blood_cells", "niches_of_tissue", "niches_by_layers")
+    assert path.stat().st_size < (600_000 if path.stem in pictures_of_cells else 300_000)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
