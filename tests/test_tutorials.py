@@ -125,16 +125,16 @@ def variational_inference(text: str):
 def niches_of_tissue(text: str):
     """The truth is the simulation's: the arrangement and the angle of each disc, and that all have the same types."""
     line = ": nearest neighbours #, logistic regression #"
-    found = {name: numbers(text, f"\n{name}{line}") for name in ("composition", "mean", "pool", "gradient")}
+    found = {name: numbers(text, f"{name}{line}") for name in ("composition", "mean", "pool", "gradient")}
     for name in ("composition", "mean", "pool"):
         assert max(found[name]) < 0.4  # by chance: 0.25
-    model = numbers(text, f"\nSpatialVAE{line}")
+    model = numbers(text, f"SpatialVAE{line}")
     assert min(model) > max(found["gradient"])
     for name in ("sections 1 and 2", "section 3"):
         assert numbers(text, f"{name}: adjusted Rand index of clusters and niches #")[0] > 0.7
     assert numbers(text, "centres of section 3 with the right niche: #")[0] > 0.85
     for kind in ("sectors", "mirrored", "bands 1|2|3"):
-        assert numbers(text, f"\n{kind}: #")[0] > 0.9
+        assert numbers(text, f"{kind}: #")[0] > 0.9
     assert numbers(text, "mixed: #")[0] < 0.4  # of about a hundred random angles
     change, spread = numbers(text, "largest change of z #, where its standard deviation is up to #")
     assert change < 0.01 * spread
@@ -145,8 +145,8 @@ def niches_by_layers(text: str):
     """The truth is the simulation's: the layer of each cell, and that the sections lie differently."""
     line = ": nearest neighbours #, logistic regression #"
     names = ["mean of SCVI", "gradient of SCVI", "pool of SCVI"]
-    averages = [numbers(text, f"\n{name}{line}") for name in names]
-    model, types = numbers(text, f"\nSpatialVAE{line}"), numbers(text, f"\ncomposition of true types{line}")
+    averages = [numbers(text, f"{name}{line}") for name in names]
+    model, types = numbers(text, f"SpatialVAE{line}"), numbers(text, f"composition of true types{line}")
     for of_model, of_types, *others in zip(model, types, *averages, strict=True):
         assert of_types > of_model - 0.005
         assert of_model > max(others) - 0.005
