@@ -148,8 +148,8 @@ def niches_by_layers(text: str):
     averages = [numbers(text, f"{name}{line}") for name in names]
     model, types = numbers(text, f"SpatialVAE{line}"), numbers(text, f"composition of true types{line}")
     for of_model, of_types, *others in zip(model, types, *averages, strict=True):
-        assert of_types > of_model - 0.005
-        assert of_model > max(others) - 0.005
+        assert of_types > of_model
+        assert of_model > max(others) - 0.05  # the text says that they are about equal
         assert others[1] < others[2] + 0.02  # gradients are no better than what ignores the arrangement
     assert numbers(text, "adjusted Rand index of niches and layers: #")[0] > 0.5
     assert "the same embedding: True" in text
