@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from scgen.arguments import check_names, check_whole, shown
 from scgen.reporting import canvas
 from scgen.reporting.point_labels import label_points
+from scgen.reporting.tissue import tissue as tissue
 
 #: What the scores of scib-metrics mean, by their names there.
 MEANINGS = {
@@ -200,7 +201,7 @@ def history(model, *, ax: Axes | None = None, save: str | Path | None = None) ->
         ax.set_ylim(least - 0.3 * span, most + 0.1 * span)
         _mark_trainings(ax, table, getattr(model, "trainings", []))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.set(xlabel="epoch", ylabel="ELBO (nats per cell)", title="Training")
+        ax.set(xlabel="epoch", ylabel=f"ELBO (nats per {getattr(model, '_unit', 'cell')})", title="Training")
         ax.legend(frameon=False)
     return ax
 

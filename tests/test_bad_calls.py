@@ -138,6 +138,8 @@ WRONG = {
     "maps": NO_MAPS,
     "features": NO_FEATURES,
     "image_shape": NO_SHAPES,
+    "colouring": [None, 3, 1.5, b"batch", "", "nope", [], ["batch", "nope"], [None], [3], object(), AnnData(), NAN],
+    "optional numbers": [*NO_TEXT, "", "nope", "cell_type"],
     "colours": NO_COLOURS,
     "function": [3, 1.5, True, "print", b"print", [], [print], {}, {"print": print}, np.zeros(2), NAN, AnnData()],
     "table": [None, 3, "table", [], {}, True, np.zeros((2, 2)), pd.DataFrame(), object(), pd.DataFrame({"a": ["x"]})],
@@ -366,6 +368,12 @@ CALLS = {
         {},
     ),
     "plots.volcano": (lambda on, **given: plots.volcano(**{"save": "a.png", "table": on.table} | given), {}),
+    "plots.tissue": (
+        lambda on, **given: plots.tissue(
+            **{"save": "a.png", "adata": on.cells, "color": "cell_type", "spatial_key": "places"} | given
+        ),
+        {"color": "colouring", "spatial_key": "missing column", "rotation_key": "optional numbers", "y_down": "flag"},
+    ),
     "plots.posterior_predictive": (
         lambda on, **given: plots.posterior_predictive(**{"save": "a.png", "check": on.check} | given),
         {},

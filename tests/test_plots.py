@@ -6,13 +6,16 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import anndata
 import matplotlib
 import matplotlib.colors
 import matplotlib.image
+import matplotlib.quiver
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -58,6 +61,19 @@ def some_check() -> SimpleNamespace:
     return SimpleNamespace(genes=genes.assign(zero_share_within=True), cells=cells.assign(library_within=True))
 
 
+def some_tissue() -> anndata.AnnData:
+    """Return 200 cells in two sections, with one gene."""
+    obs = {
+        "kind": pd.Categorical(["a", "b"] * 100),
+        "value": np.linspace(-1, 3, 200),
+        "slide": ["s1"] * 80 + ["s2"] * 120,
+    }
+    obs = pd.DataFrame(obs, index=[f"cell_{i}" for i in range(200)])
+    cells = anndata.AnnData(np.arange(200.0)[:, None], obs=obs, var=pd.DataFrame(index=["gene_1"]))
+    cells.obsm["spatial"] = XY * [3.0, 1.0]
+    return cells
+
+
 XY = np.random.default_rng(0).normal(size=(200, 2))
 KINDS = pd.Series(["a", "b"] * 100)
 #: By name, the data of each picture of one panel, and of each of several.
@@ -66,10 +82,12 @@ ONE = {
     "history": (history_of(9),),
     "scores": (score_table(),),
     "volcano": (de_table(),),
+    "tissue": (some_tissue(), "kind"),
 }
 SEVERAL = {
     "scatters": ({"map": XY, "other": XY}, {"kind": KINDS}),
     "volcano": (de_table(2),),
+    "tissue": (some_tissue(), ["kind", "value"]),
     "posterior_predictive": (some_check(),),
 }
 CALLS = [(name, data, Axes) for name, data in ONE.items()] + [(name, data, Figure) for name, data in SEVERAL.items()]
@@ -117,7 +135,7 @@ def test_axes_of_ones_own(tmp_path, name, data):
     assert (width, height) == tuple((figure.get_size_inches() * canvas.DPI).astype(int))
 
 
-@pytest.mark.parametrize("name", ["scatters", "volcano"])
+@pytest.mark.parametrize("name", ["scatters", "volcano", "tissue"])
 def test_several_panels_take_no_axes(name):
     _, ax = pyplot.subplots()
     with pytest.raises(ValueError, match="ax= takes one panel, and there are 2 to draw"):
@@ -173,6 +191,12 @@ def gaps(table: pd.DataFrame, column: str, value) -> pd.DataFrame:
     return changed
 
 
+def with_column(values) -> anndata.AnnData:
+    cells = some_tissue()
+    cells.obs["new"] = values
+    return cells
+
+
 DE, CHECK = de_table(), some_check()
 #: Data that cannot be drawn, with what the error must say.
 BAD_DATA = [
@@ -191,6 +215,13 @@ BAD_DATA = [
     ("volcano", (DE.assign(delta=np.inf),), "no gene with finite lfc_mean"),
     ("volcano", (gaps(DE, "is_de_fdr_0.1", "yes"),), r"table\['is_de_fdr_0.1'\] must be True or False in every row"),
     ("volcano", (gaps(DE, "comparison", None),), r"table\['comparison'\] has missing values"),
+    ("tissue", (some_tissue()[:0], "kind"), "adata has no cells to draw"),
+    ("tissue", (some_tissue(), []), r"color=\[\]; it takes a column or a gene"),
+    ("tissue", (some_tissue(), "kinds"), 'color=.kinds. is neither a column .*has: kind, value, .*Did you mean "kind"'),
+    ("tissue", (some_tissue(), ["kind", "gene_2"]), 'color=.gene_2. is neither .*Did you mean "gene_1"'),
+    ("tissue", (with_column(np.nan), "new"), "color='new' has no finite values"),
+    ("tissue", (with_column([["a"]] * 200), "new"), "color='new': the column holds a list"),
+    ("tissue", (some_tissue()[:, [0, 0]].copy(), "gene_1"), "2 genes have this name"),
     ("posterior_predictive", (SimpleNamespace(genes=CHECK.cells, cells=CHECK.cells),), "check=.*it takes what"),
     ("posterior_predictive", (SimpleNamespace(genes=CHECK.genes.astype(str), cells=CHECK.cells),), "it takes numbers"),
     ("posterior_predictive", (SimpleNamespace(genes=CHECK.genes, cells=CHECK.cells[:0]),), "no finite values in one"),
@@ -464,6 +495,153 @@ def test_the_report_shows_few_batches_apart(tmp_path, monkeypatch, trained, n_ba
     sizes = adata.obs["batch"].value_counts()
     expected += [f"{name} ({size})" for name, size in sizes.sort_index().items()] if n_batches == 2 else []
     assert titles == expected
+
+
+# Tissue
+
+
+def panels_of(figure: Figure) -> dict[str, Axes]:
+    """Return the Axes that have a title, without those of scales of colours."""
+    return {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
+
+
+def test_each_section_has_a_panel_with_equal_units():
+    cells = some_tissue()
+    panels = panels_of(plots.tissue(cells, ["kind", "value", "gene_1"], section_key="slide"))
+    titles = [f"{section}, by {key}" for key in ("kind", "value", "gene_1") for section in ("s1", "s2")]
+    assert list(panels) == titles
+    xy = cells.obsm["spatial"]
+    for title, axes in panels.items():
+        rows = (cells.obs["slide"] == title[:2]).to_numpy()
+        np.testing.assert_array_equal(in_order(points(axes)[0]), in_order(xy[rows]))
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("spatial1", "spatial2")
+        axes.figure.draw_without_rendering()
+        (x0, y0), (x1, y1) = axes.transData.transform([[0, 0], [1, 1]])
+        assert x1 - x0 == pytest.approx(y1 - y0)
+    assert legend_of(panels["s2, by kind"]).keys() == {"a (100)", "b (100)"}
+
+
+@pytest.mark.parametrize("key", ["value", "gene_1"])
+def test_numbers_have_one_scale_for_all_sections(key):
+    cells = some_tissue()
+    cells.obs["value"] = cells.obs["value"].astype("Float64")
+    cells.obs.iloc[[3, 100], 1] = pd.NA, np.inf
+    values = cells.obs["value"].to_numpy(float, na_value=np.nan) if key == "value" else np.arange(200.0)
+    panels = panels_of(plots.tissue(cells, key, section_key="slide"))
+    finite = np.where(np.isfinite(values), values, np.nan)
+    norm = matplotlib.colors.Normalize(np.nanmin(finite), np.nanmax(finite))
+    expected = matplotlib.colormaps["viridis"](norm(finite))[:, :3]
+    expected[np.isnan(finite)] = matplotlib.colors.to_rgb(canvas.LIGHT_GREY)
+    for section, axes in zip(("s1", "s2"), panels.values(), strict=True):
+        axes.figure.draw_without_rendering()
+        rows = np.flatnonzero(cells.obs["slide"] == section)
+        shown = colours_of(axes)
+        for position, colour in zip(map(tuple, cells.obsm["spatial"][rows].tolist()), expected[rows], strict=True):
+            np.testing.assert_allclose(shown[position], colour)
+        front = axes.collections[-1].get_offsets().data
+        order = [np.flatnonzero((cells.obsm["spatial"] == at).all(1))[0] for at in front]
+        assert (np.diff(values[order]) >= 0).all()  # the highest are in front
+    (scale,) = panels[f"s2, by {key}"].child_axes
+    assert scale.get_ylim() == pytest.approx((norm.vmin, norm.vmax))
+
+
+@pytest.mark.parametrize(
+    "stored", [None, ["#ff0000", "gold"], ["#ff0000", "gold", "k"], ["#ff0000"], ["red", "none such"]]
+)
+@pytest.mark.parametrize("kind", [pd.Categorical(["a", "b"] * 100, ["a", "b"]), [True, False] * 100, ["x", "y"] * 100])
+def test_categories_have_the_colours_of_scanpy(stored, kind):
+    cells = some_tissue()
+    cells.obs["kind"] = kind
+    if stored:
+        cells.uns["kind_colors"] = stored
+    before = cells.copy()
+    axes = plots.tissue(cells, "kind")
+    assert cells.uns.keys() == before.uns.keys()
+    assert cells.uns.get("kind_colors") is stored
+    pd.testing.assert_frame_equal(cells.obs, before.obs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = scanpy.pl.embedding(before, "spatial", color="kind", show=False)
+    ours, theirs = colours_of(axes), colours_of(theirs)
+    assert ours.keys() == theirs.keys()
+    for position, colour in ours.items():
+        np.testing.assert_allclose(colour, theirs[position])
+
+
+def test_a_category_that_no_cell_has_keeps_its_colour():
+    cells = some_tissue()
+    cells.obs["kind"] = pd.Categorical(["a", "c"] * 100, ["a", "b", "c"])
+    for stored in (None, ["r", "g", "b"]):
+        cells.uns = {"kind_colors": stored} if stored else {}
+        legend = legend_of(plots.tissue(cells, "kind"))
+        expected = stored or ["tab:blue", "tab:orange", "tab:green"]
+        assert legend == {
+            "a (100)": matplotlib.colors.to_rgb(expected[0]),
+            "c (100)": matplotlib.colors.to_rgb(expected[2]),
+        }
+
+
+@pytest.mark.parametrize("y_down", [False, True])
+def test_arrows_point_where_their_angles_do(y_down):
+    cells = some_tissue()
+    angles = np.random.default_rng(1).uniform(-np.pi, np.pi, 200)
+    cells.obs["theta"] = np.where(np.arange(200) % 3, np.nan, angles)
+    panels = panels_of(plots.tissue(cells, "kind", section_key="slide", rotation_key="theta", y_down=y_down))
+    for section, axes in zip(("s1", "s2"), panels.values(), strict=True):
+        (quiver,) = (one for one in axes.collections if isinstance(one, matplotlib.quiver.Quiver))
+        rows = (cells.obs["slide"] == section).to_numpy() & np.isfinite(cells.obs["theta"]).to_numpy()
+        # By position: where an arrow is, and where it points.
+        expected = in_order(cells.obsm["spatial"][rows], np.cos(angles[rows]), np.sin(angles[rows]))
+        length = np.hypot(quiver.U, quiver.V)
+        np.testing.assert_allclose(in_order(quiver.XY, quiver.U / length, quiver.V / length), expected)
+        distances = np.linalg.norm(quiver.XY[:, None] - quiver.XY, axis=2) + np.diag([np.inf] * rows.sum())
+        np.testing.assert_allclose(length, 0.8 * np.median(distances.min(0)))
+        assert quiver.angles == "xy"  # in the units of the axes, also where these point down
+        assert axes.yaxis_inverted() == y_down
+
+
+def test_sections_of_other_shapes_and_one_cell(tmp_path):
+    cells = some_tissue()
+    cells.obs["slide"] = pd.Categorical(["alone"] + ["$s$ 1"] * 9 + ["s2"] * 90 + ["s3"] * 50 + ["s4"] * 50)
+    cells.obs["theta"] = np.where(np.arange(200) < 5, 0.3, np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = plots.tissue(
+            cells, ["kind", "value"], section_key="slide", rotation_key="theta", save=tmp_path / "a.png"
+        )
+    assert len(panels_of(figure)) == 10
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert_nothing_is_cut(tmp_path / "a.png", figure)
+
+
+@pytest.mark.parametrize("n_sections", [1, 2, 5])
+@pytest.mark.parametrize("scale", [(1, 1), (5, 1), (1, 5)])
+def test_legends_of_tissue_are_not_cut(tmp_path, n_sections, scale):
+    cells = some_tissue()
+    cells.obsm["spatial"] = np.random.default_rng(0).uniform(size=(200, 2)) * scale
+    cells.obs["slide"] = np.resize([f"s{i}" for i in range(n_sections)], 200)
+    cells.obs["name"] = np.resize([f"a rather long name {i}" for i in range(12)], 200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, that the layout does not fit
+        picture = plots.tissue(cells, ["value", "name"], section_key="slide", save=tmp_path / "a.png")
+    assert_nothing_is_cut(tmp_path / "a.png", picture.figure)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"section_key": "slides"}, 'section_key=.slides. is not a column .*Did you mean "slide"'),
+        ({"spatial_key": "X_spatial"}, 'spatial_key=.X_spatial. is not in adata.obsm .*Did you mean "spatial"'),
+        ({"layer": "counts"}, "layer='counts' is not in adata.layers .it has: none"),
+        ({"rotation_key": "angle"}, "rotation_key='angle' is not a column of adata.obs"),
+        ({"rotation_key": "kind"}, "rotation_key='kind': the column has dtype category; it takes numbers"),
+    ],
+)
+def test_keys_of_tissue_that_are_not_there(given, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        plots.tissue(some_tissue(), "value", **given)
+    assert pyplot.get_fignums() == []
 
 
 # Trainings

@@ -122,6 +122,40 @@ def variational_inference(text: str):
     assert kl["inverse autoregressive"] < 0.4 < 2 < kl["Gaussian"]
 
 
+def niches_of_tissue(text: str):
+    """The truth is the simulation's: the arrangement and the angle of each disc, and that all have the same types."""
+    line = ": nearest neighbours #, logistic regression #"
+    found = {name: numbers(text, f"{name}{line}") for name in ("composition", "mean", "pool", "gradient")}
+    for name in ("composition", "mean", "pool"):
+        assert max(found[name]) < 0.4  # by chance: 0.25
+    model = numbers(text, f"SpatialVAE{line}")
+    assert min(model) > max(found["gradient"])
+    for name in ("sections 1 and 2", "section 3"):
+        assert numbers(text, f"{name}: adjusted Rand index of clusters and niches #")[0] > 0.7
+    assert numbers(text, "centres of section 3 with the right niche: #")[0] > 0.85
+    for kind in ("sectors", "mirrored", "bands 1|2|3"):
+        assert numbers(text, f"{kind}: #")[0] > 0.9
+    assert numbers(text, "mixed: #")[0] < 0.4  # of about a hundred random angles
+    change, spread = numbers(text, "largest change of z #, where its standard deviation is up to #")
+    assert change < 0.01 * spread
+    assert numbers(text, "turned with the section, up to # radians")[0] < 0.01
+
+
+def niches_by_layers(text: str):
+    """The truth is the simulation's: the layer of each cell, and that the sections lie differently."""
+    line = ": nearest neighbours #, logistic regression #"
+    names = ["mean of SCVI", "gradient of SCVI", "pool of SCVI"]
+    averages = [numbers(text, f"{name}{line}") for name in names]
+    model, types = numbers(text, f"SpatialVAE{line}"), numbers(text, f"composition of true types{line}")
+    for of_model, of_types, *others in zip(model, types, *averages, strict=True):
+        assert of_types > of_model
+        assert of_model > max(others) - 0.05  # the text says that they are about equal
+        assert others[1] < others[2] + 0.02  # gradients are no better than what ignores the arrangement
+    assert numbers(text, "adjusted Rand index of niches and layers: #")[0] > 0.5
+    assert "the same embedding: True" in text
+    assert numbers(text, "cells of the new section with the right layer: #")[0] > 0.7
+
+
 #: The types that blood_cells names, by the labels that the authors of Seurat gave the same cells.
 SEURAT = {
     "Naive CD4 T": "CD4 T",
@@ -169,7 +203,10 @@ def agreement_with_seurat(folder: Path) -> float:
 
 CLAIMS = {
     check.__name__: check
-    for check in (integrate_batches, differential_expression, map_new_cells, variational_inference, blood_cells)
+    for check in (
+        *(integrate_batches, differential_expression, map_new_cells, variational_inference, blood_cells),
+        *(niches_of_tissue, niches_by_layers),
+    )
 }
 
 
@@ -208,7 +245,8 @@ def test_is_stored_executed(path):
     # umap-learn warns if ipywidgets is missing: install it before you store outputs.
     assert {output.name for output in outputs if output.output_type == "stream"} <= {"stdout"}
     CLAIMS[path.stem](printed(notebook))
-    assert path.stat().st_size < (600_000 if path.stem == "blood_cells" else 300_000)
+    pictures_of_cells = ("blood_cells", "niches_of_tissue", "niches_by_layers")
+    assert path.stat().st_size < (600_000 if path.stem in pictures_of_cells else 300_000)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -200,8 +200,23 @@ def distinct_colours(n: int) -> list:
     return next(list(of[:n]) for of in (palettes.default_20, palettes.default_28, palettes.default_102) if len(of) >= n)
 
 
+def dot_size(ax: Axes, n_cells: int) -> float:
+    """Return the size of the dots of so many cells, in square points, so that they fill the Axes and stay apart."""
+    inches = ax.get_window_extent().width / ax.figure.figure.dpi
+    return float(np.clip(3000 * inches**2 / n_cells, 1, 25))
+
+
 class Categories:
     """Categories of cells, with a colour and a label for each; cells without one are light grey.
+
+    Parameters
+    ----------
+    values
+        The category of each cell.
+    max_categories
+        With more categories, there is no legend.
+    colours
+        The colour of each category; None chooses them.
 
     Attributes
     ----------
@@ -211,16 +226,18 @@ class Categories:
         (n,) of the cells; -1 for those without a category.
     """
 
-    def __init__(self, values: pd.Series, max_categories: int):
+    def __init__(self, values: pd.Series, max_categories: int, colours: Mapping | None = None):
         column = values.astype("category").cat.remove_unused_categories().cat
         self.codes = column.codes.to_numpy()
+        self.shades = distinct_colours(len(column.categories))
+        if colours is not None:
+            self.shades = [colours[category] for category in column.categories]
         names = [str(name) for name in column.categories]
         names = [name if len(name) <= LONGEST_NAME else f"{name[:22]}…{name[-13:]}" for name in names]
         # matplotlib leaves names that begin with "_" out of legends.
         names = [plain(f" {name}" if name.startswith("_") else name) for name in names]
         counts = np.bincount(self.codes + 1, minlength=len(names) + 1)
         self.labels = [f"{name} ({count:,})" for name, count in zip(names, counts[1:], strict=True)]
-        self.shades = distinct_colours(len(names))
         self.legend = [*zip(self.labels, self.shades, strict=True)]
         if counts[0]:
             self.legend.append((f"NaN ({counts[0]:,})", LIGHT_GREY))
@@ -233,8 +250,7 @@ class Categories:
     def draw(self, ax: Axes, xy: np.ndarray, order: np.ndarray, title: str, only: int | None = None) -> None:
         """Draw cells, which are in the given order, in the colours of their categories, or of one of them only."""
         codes = self.codes[order]
-        inches = ax.get_window_extent().width / ax.figure.figure.dpi
-        size = float(np.clip(3000 * inches**2 / len(xy), 1, 25))
+        size = dot_size(ax, len(xy))
         coloured = codes >= 0 if only is None else codes == only
         for chosen, colour in ((~coloured, LIGHT_GREY), (coloured, None)):
             shades = colour or [self.shades[code] for code in codes[chosen]]
