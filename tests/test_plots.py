@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy
+import scipy.sparse
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -197,6 +198,12 @@ def with_column(values) -> anndata.AnnData:
     return cells
 
 
+def with_one_gene_twice() -> anndata.AnnData:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # anndata's, of names that are not unique
+        return some_tissue()[:, [0, 0]].copy()
+
+
 DE, CHECK = de_table(), some_check()
 #: Data that cannot be drawn, with what the error must say.
 BAD_DATA = [
@@ -221,7 +228,7 @@ BAD_DATA = [
     ("tissue", (some_tissue(), ["kind", "gene_2"]), 'color=.gene_2. is neither .*Did you mean "gene_1"'),
     ("tissue", (with_column(np.nan), "new"), "color='new' has no finite values"),
     ("tissue", (with_column([["a"]] * 200), "new"), "color='new': the column holds a list"),
-    ("tissue", (some_tissue()[:, [0, 0]].copy(), "gene_1"), "2 genes have this name"),
+    ("tissue", (with_one_gene_twice(), "gene_1"), "2 genes have this name"),
     ("posterior_predictive", (SimpleNamespace(genes=CHECK.cells, cells=CHECK.cells),), "check=.*it takes what"),
     ("posterior_predictive", (SimpleNamespace(genes=CHECK.genes.astype(str), cells=CHECK.cells),), "it takes numbers"),
     ("posterior_predictive", (SimpleNamespace(genes=CHECK.genes, cells=CHECK.cells[:0]),), "no finite values in one"),
@@ -521,13 +528,15 @@ def test_each_section_has_a_panel_with_equal_units():
     assert legend_of(panels["s2, by kind"]).keys() == {"a (100)", "b (100)"}
 
 
-@pytest.mark.parametrize("key", ["value", "gene_1"])
-def test_numbers_have_one_scale_for_all_sections(key):
+@pytest.mark.parametrize(("key", "layer"), [("value", None), ("gene_1", None), ("gene_1", "reversed")])
+def test_numbers_have_one_scale_for_all_sections(key, layer):
     cells = some_tissue()
+    cells.layers["reversed"] = scipy.sparse.csr_matrix(3 * cells.X[::-1])
     cells.obs["value"] = cells.obs["value"].astype("Float64")
     cells.obs.iloc[[3, 100], 1] = pd.NA, np.inf
-    values = cells.obs["value"].to_numpy(float, na_value=np.nan) if key == "value" else np.arange(200.0)
-    panels = panels_of(plots.tissue(cells, key, section_key="slide"))
+    genes = np.arange(200.0) if layer is None else 3 * np.arange(200.0)[::-1]
+    values = cells.obs["value"].to_numpy(float, na_value=np.nan) if key == "value" else genes
+    panels = panels_of(plots.tissue(cells, key, section_key="slide", layer=layer))
     finite = np.where(np.isfinite(values), values, np.nan)
     norm = matplotlib.colors.Normalize(np.nanmin(finite), np.nanmax(finite))
     expected = matplotlib.colormaps["viridis"](norm(finite))[:, :3]
@@ -691,6 +700,14 @@ def test_history_marks_the_kept_epoch_and_where_trainings_began(cells):
     # Models that were saved before this was known have no marks.
     del model.trainings[-1]["first_epoch"], model.trainings[-1]["kept_epoch"]
     assert len(plots.history(model).get_lines()) == 2
+
+
+def test_history_names_the_unit_of_the_model():
+    cells = scgen.simulate_tissue(n_sections=1, n_rows=3, counts=False)
+    scgen.setup_anndata(cells, spatial_key="spatial", counts=False)
+    model = scgen.SpatialVAE(cells, n_latent=2, n_hidden=4)
+    model.train(max_epochs=2, progress=False, accelerator="cpu")
+    assert plots.history(model).get_ylabel() == "ELBO (nats per niche)"
 
 
 def test_history_of_a_query_has_its_own_epochs_only(trained):
