@@ -100,7 +100,7 @@ class TissueModel(Model):
             warnings.warn(
                 "adata is a view, and neighbours are looked for in it alone. Pass whole sections, and choose cells by "
                 "indices=.",
-                stacklevel=6,
+                stacklevel=9,  # the call of `get_latent_representation`
             )
         return positions.coordinates_of(adata, setup), positions.sections_of(adata, setup)
 

@@ -164,5 +164,6 @@ def test_what_does_not_fit_is_said(spots, trained):
             trained.get_latent_representation()
     finally:
         spots.obsm["spatial"][:] = places
-    with pytest.warns(UserWarning, match="adata is a view"):
+    with pytest.warns(UserWarning, match="adata is a view") as warned:
         trained.get_latent_representation(spots[:200])
+    assert warned[0].filename == __file__  # the call of the user
