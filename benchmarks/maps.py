@@ -37,7 +37,6 @@ MODELS = {
     "maps, diagonal": {},
     "maps, full": {"covariance": "full"},
     "maps, rank 1": {"rank": 1},
-    "maps, independent": {"covariance": "independent"},
     "vector": {"n_maps": 72, "map_size": 1},
 }
 #: By set: arguments of the models and of their training.
@@ -182,10 +181,15 @@ def main(what: str, *seeds: str) -> None:
         return
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{what}.jsonl"
+    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(line["model"], line["seed"]) for line in known}
     for seed in map(int, seeds or range(3)):
         for name in MODELS:
+            if (name, seed) in done:
+                continue
             line = json.dumps(measured(what, name, seed))
-            with (RESULTS / f"{what}.jsonl").open("a") as file:
+            with path.open("a") as file:
                 file.write(line + "\n")
             print(line, flush=True)
 

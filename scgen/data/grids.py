@@ -52,8 +52,8 @@ class Patches:
 
         Columns of a patch follow the direction of the lattice that is nearest to the first axis of the coordinates. On
         a square lattice, its rows follow the other direction, on a hexagonal one the direction at 60 degrees to it.
-        There, the patch consists of the places that are at most (D - 1) / 2 steps away, and two of its corners are
-        empty.
+        There, the patch consists of the places that are at most (D - 1) / 2 steps away, and two opposite corners
+        of it are empty.
 
         Parameters
         ----------
@@ -72,7 +72,7 @@ class Patches:
             If the spots of a section are not on such a lattice, or two of them are at the same place of it.
         """
         size, grid = check_patch_size(size), check_choice("grid", grid, tuple(GRIDS))
-        n_bytes = 9 * len(coordinates) * size**2
+        n_bytes = 32 * len(coordinates) * size**2
         check_memory("patch_size", size, n_bytes, "Use a smaller one.")
         sections = np.zeros(len(coordinates), int) if sections is None else np.unique(sections, return_inverse=True)[1]
         places = lattice_places(coordinates, sections, grid)
