@@ -557,6 +557,7 @@ LARGE = {
     "SCVI.differential_expression": {"n_samples": 100_000},
     "SCVI.get_normalized_expression": {"n_samples": 1000, "return_mean": False},
     "Query.transfer_labels": {"n_neighbors": 1000},
+    "MatrixNormalVAE": {"patch_size": 101},
 }
 
 

@@ -52,8 +52,8 @@ class Patches:
 
         Columns of a patch follow the direction of the lattice that is nearest to the first axis of the coordinates. On
         a square lattice, its rows follow the other direction, on a hexagonal one the direction at 60 degrees to it.
-        There, the patch consists of the places that are at most (D - 1) / 2 steps away, and two of its corners are
-        empty.
+        There, the patch consists of the places that are at most (D - 1) / 2 steps away, and two opposite corners
+        of it are empty.
 
         Parameters
         ----------
@@ -72,7 +72,7 @@ class Patches:
             If the spots of a section are not on such a lattice, or two of them are at the same place of it.
         """
         size, grid = check_patch_size(size), check_choice("grid", grid, tuple(GRIDS))
-        n_bytes = 9 * len(coordinates) * size**2
+        n_bytes = 32 * len(coordinates) * size**2
         check_memory("patch_size", size, n_bytes, "Use a smaller one.")
         sections = np.zeros(len(coordinates), int) if sections is None else np.unique(sections, return_inverse=True)[1]
         places = lattice_places(coordinates, sections, grid)
@@ -112,7 +112,7 @@ def lattice_places(coordinates: np.ndarray, sections: np.ndarray, grid: str) -> 
     Raises
     ------
     ValueError
-        If spots are too far from the places of the lattice.
+        If spots are too far from the places of the lattice, or the positions are Visium's rows and columns.
 
     Examples
     --------
@@ -122,6 +122,16 @@ def lattice_places(coordinates: np.ndarray, sections: np.ndarray, grid: str) -> 
     >>> lattice_places(spots, np.zeros(5), "hex").tolist()
     [[0, 0], [0, 1], [0, 2], [1, 0], [1, 2]]
     """
+    # Visium's rows and columns, of which a spot is in either even or odd ones, would pass for a square lattice.
+    if (coordinates % 1 == 0).all() and np.unique(coordinates % 2, axis=0).tolist() in (
+        [[0, 0], [1, 1]],
+        [[0, 1], [1, 0]],
+    ):
+        raise ValueError(
+            "the positions look like Visium's array_row and array_col, which are not distances. Use the pixels, or "
+            'distances made of them, with grid="hex": '
+            'adata.obsm["spatial"] = adata.obs[["array_col", "array_row"]].to_numpy() * [0.5, 0.75**0.5].'
+        )
     places, off = np.zeros((len(coordinates), 2), np.int64), np.zeros(len(coordinates))
     for section in np.unique(sections):
         rows = np.flatnonzero(sections == section)
@@ -133,12 +143,7 @@ def lattice_places(coordinates: np.ndarray, sections: np.ndarray, grid: str) -> 
             for section in np.unique(sections)
         )
         advice = "Bin the cells, or use SpatialVAE, whose cells may lie anywhere."
-        if grid == "hex" and (coordinates % 1 == 0).all() and np.unique(coordinates.sum(1) % 2).size == 1:
-            advice = (
-                "They look like array_row and array_col, which are not distances. Set up positions made of them: "
-                'adata.obsm["spatial"] = adata.obs[["array_col", "array_row"]].to_numpy() * [0.5, 0.75**0.5].'
-            )
-        elif fits:
+        if fits:
             advice = f'They lie on the other lattice: pass grid="{other}".'
         name = "hexagonal" if grid == "hex" else "square"
         raise ValueError(
@@ -171,7 +176,8 @@ def _fitted(coordinates: np.ndarray, n_directions: int) -> tuple[np.ndarray, np.
     while True:  # from the middle outwards: the error of the steps so far grows with the distance
         near = coordinates[distances <= max(radius, distances.min())]
         places = np.rint((near - origin) @ np.linalg.pinv(basis))
-        change = np.linalg.lstsq(np.column_stack([np.ones(len(near)), places]), near - origin - places @ basis)[0]
+        design = np.column_stack([np.ones(len(near)), places])
+        change = np.linalg.lstsq(design, near - origin - places @ basis, rcond=None)[0]
         origin, basis = origin + change[0], basis + change[1:]
         if len(near) == n:
             break

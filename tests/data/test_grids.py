@@ -46,7 +46,7 @@ def test_a_hexagonal_lattice_that_stands_on_its_tip_has_one_orientation():
 
 
 def test_a_line_of_spots_and_a_single_spot():
-    xy = np.array([[0.0, 0.0], [3.0, 3.0], [6.0, 6.0], [12.0, 12.0], [5.0, 5.0]])
+    xy = np.array([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0], [12.0, 16.0], [5.0, 5.0]])
     found = lattice_places(xy, np.array([0, 0, 0, 0, 1]), "square")
     assert np.abs(np.diff(found[:4], axis=0)).sum(1).tolist() == [1, 1, 2]
     assert found[4].tolist() == [0, 0]
@@ -80,8 +80,9 @@ def test_what_is_not_a_lattice_is_refused():
             Patches.of(spots(grid)[1], grid=other)
     row, column = spots("hex")[0].T
     array = np.column_stack([2 * column + row, row])  # Visium's array_col and array_row
-    with pytest.raises(ValueError, match=r'array_row and array_col.*adata.obs\[\["array_col", "array_row"\]\]'):
-        Patches.of(array, grid="hex")
+    for grid in ("square", "hex"):
+        with pytest.raises(ValueError, match=r'array_row and array_col.*adata.obs\[\["array_col", "array_row"\]\]'):
+            Patches.of(array, grid=grid)
     found = lattice_places(array * [0.5, 0.75**0.5], np.zeros(len(array)), "hex")
     assert np.array_equal(found - found[0], np.column_stack([row, column]) - [row[0], column[0]])
     twice = np.vstack([spots("square")[1], spots("square")[1][5] + 0.01])

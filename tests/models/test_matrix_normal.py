@@ -131,7 +131,7 @@ def images(n: int = 120, shape: tuple[int, ...] = (8, 10)) -> AnnData:
 @pytest.mark.parametrize("shape", [(8, 10), (8, 10, 3)])
 def test_images(shape, tmp_path):
     adata = images(200, shape)
-    model = scgen.MatrixNormalVAE(adata, image_shape=shape, n_maps=2, n_hidden=16)
+    model = scgen.MatrixNormalVAE(adata, image_shape=shape, n_maps=2, n_hidden=16, rank=len(shape) - 1)
     model.train(60, batch_size=60, accelerator="cpu", progress=False)
     assert model.get_latent_representation().shape == (200, 18)
     # The noise has a standard deviation of 0.1, and the pixels around a mean image one of 0.3.
@@ -164,5 +164,6 @@ def test_what_does_not_fit_is_said(spots, trained):
             trained.get_latent_representation()
     finally:
         spots.obsm["spatial"][:] = places
-    with pytest.warns(UserWarning, match="adata is a view"):
+    with pytest.warns(UserWarning, match="adata is a view") as warned:
         trained.get_latent_representation(spots[:200])
+    assert warned[0].filename == __file__  # the call of the user
