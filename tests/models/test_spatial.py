@@ -7,6 +7,8 @@ import pytest
 import torch
 from anndata import AnnData
 from scipy import sparse, stats
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
 
 import scgen
@@ -391,3 +393,24 @@ def test_bad_positions_are_refused(tissue, damage, changed, words):
     damage(adata)
     with pytest.raises(ValueError, match=words):
         set_up(adata, **changed)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_niches_are_found_whatever_their_orientation(seed):
+    tissue = scgen.simulate_tissue(n_sections=2, n_rows=14, counts=False, seed=seed)
+    tissue = tissue[tissue.obs["niche"].isin(["sectors", "mirrored", "bands 1|2|3", "mixed"])].copy()
+    types = pd.get_dummies(tissue.obs["cell_type"], dtype="float32")
+    adata = AnnData(types, obs=tissue.obs, obsm={"spatial": tissue.obsm["spatial"]})
+    scgen.setup_anndata(adata, spatial_key="spatial", section_key="section", counts=False)
+    turned, centre = adata.copy(), adata.obs["is_centre"].to_numpy()
+    turned.obsm["spatial"] = adata.obsm["spatial"] @ [[0, 1], [-1, 0]]  # by 90 degrees
+    agreement, same = {}, {}
+    for rotate in (True, False):
+        model = scgen.SpatialVAE(adata, n_latent=5, rotate=rotate, seed=seed)
+        model.train(30, batch_size=64, accelerator="cpu", progress=False, seed=seed)
+        z, after = model.get_latent_representation(), model.get_latent_representation(turned)
+        found = KMeans(4, n_init=10, random_state=0).fit_predict(z[centre])
+        agreement[rotate] = adjusted_rand_score(adata.obs["niche"][centre], found)
+        same[rotate] = min(np.corrcoef(one, other)[0, 1] for one, other in zip(z.T, after.T, strict=True))
+    assert agreement[True] > max(0.7, agreement[False] + 0.1)
+    assert same[True] > max(0.9, same[False] + 0.05)
