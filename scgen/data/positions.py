@@ -101,7 +101,11 @@ def _key_of_sections(setup: Setup) -> str | None:
 
 def _put_there(adata: AnnData, where: str) -> str:
     """Return how to put the coordinates into ``obsm``, by columns that are often named so if they are there."""
-    for x, y in (("x", "y"), ("X", "Y"), ("x_coord", "y_coord"), ("array_row", "array_col"), ("imagerow", "imagecol")):
+    for x, y in (("x", "y"), ("X", "Y"), ("x_coord", "y_coord"), ("imagerow", "imagecol"), ("array_col", "array_row")):
         if x in adata.obs and y in adata.obs:
-            return f'Put the columns there: {where} = adata.obs[["{x}", "{y}"]].to_numpy(float).'
+            column, row = (pd.to_numeric(adata.obs[name], errors="coerce") for name in (x, y))
+            # Columns of a hexagonal lattice, such as Visium's, count in half steps.
+            hexagonal = x == "array_col" and (column + row).mod(2).nunique() == 1
+            units = " * [0.5, 0.75**0.5]" if hexagonal else ""
+            return f'Put the columns there: {where} = adata.obs[["{x}", "{y}"]].to_numpy(float){units}.'
     return f"Put x and y of each cell there: {where} = xy."
