@@ -702,12 +702,16 @@ def test_history_marks_the_kept_epoch_and_where_trainings_began(cells):
     assert len(plots.history(model).get_lines()) == 2
 
 
-def test_history_names_the_unit_of_the_model():
+def test_history_names_the_unit_and_the_dropout_of_the_model(trained):
+    first = plots.history(trained).get_lines()[0]
+    assert (trained.arguments.dropout_rate > 0, first.get_label()) == (True, "training cells, with dropout")
     cells = scgen.simulate_tissue(n_sections=1, n_rows=3, counts=False)
     scgen.setup_anndata(cells, spatial_key="spatial", counts=False)
     model = scgen.SpatialVAE(cells, n_latent=2, n_hidden=4)
     model.train(max_epochs=2, progress=False, accelerator="cpu")
-    assert plots.history(model).get_ylabel() == "ELBO (nats per niche)"
+    axes = plots.history(model)
+    assert axes.get_ylabel() == "ELBO (nats per niche)"
+    assert axes.get_lines()[0].get_label() == "training cells"
 
 
 def test_history_of_a_query_has_its_own_epochs_only(trained):
