@@ -278,6 +278,22 @@ def test_values_in_obsm_that_do_not_fit_are_refused(represented, of_representati
         represented.obsm["X_scgen"][7, 2] = before
 
 
+def test_values_of_neighbours_that_change_are_noticed(of_representation, represented):
+    places = represented.obsm["spatial"][represented.obs["section"] == "section_1"]
+    neighbour = NearestNeighbors(n_neighbors=2).fit(places).kneighbors(places[[100]])[1][0, 1]
+    other = represented.copy()
+    for adata, words in ((represented, "the model's AnnData has changed"), (other, "1 NaN or infinite value")):
+        assert np.isfinite(of_representation.get_latent_representation(adata, indices=[100])).all()
+        before = adata.obsm["X_scgen"][neighbour, 2]
+        adata.obsm["X_scgen"][neighbour, 2] = before + 1 if adata is represented else np.nan
+        try:
+            for ask in (of_representation.get_latent_representation, of_representation.get_rotation):
+                with pytest.raises(ValueError, match=words):
+                    ask(adata, indices=[100])
+        finally:
+            adata.obsm["X_scgen"][neighbour, 2] = before
+
+
 def test_an_angle_that_collapses_is_reported(tissue):
     model = scgen.SpatialVAE(tissue, angle="wrapped-normal")
     with pytest.warns(UserWarning, match='the angle holds only .* nats.* angle="equivariant" finds them'):
