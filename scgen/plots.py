@@ -195,7 +195,9 @@ def history(model, *, ax: Axes | None = None, save: str | Path | None = None) ->
     with canvas.drawing(ax, 6.4, 4, save) as figure:
         ax = figure.subplots() if ax is None else ax
         marker = "." if len(table) < 20 else None
-        for column, label in (("elbo_train", "training cells, with dropout"), ("elbo_validation", "validation cells")):
+        dropout = getattr(getattr(model, "arguments", None), "dropout_rate", 0)
+        training = "training cells, with dropout" if dropout else "training cells"
+        for column, label in (("elbo_train", training), ("elbo_validation", "validation cells")):
             if column in table and table[column].notna().any():
                 ax.plot(table.index, table[column], label=label, marker=marker)
         ax.set_ylim(least - 0.3 * span, most + 0.1 * span)

@@ -694,6 +694,7 @@ def test_history_marks_the_kept_epoch_and_where_trainings_began(cells):
     kept = model.history["elbo_validation"].iloc[8:].idxmax()
     np.testing.assert_array_equal(ring.get_xydata(), [[kept, model.history.loc[kept, "elbo_validation"]]])
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts[:2] == ["training cells, with dropout", "validation cells"]
     assert texts[2:] == ["train was called again", f"weights kept: epoch {kept}"]
     lower, upper = axes.get_ylim()
     assert lower < ring.get_ydata()[0] < upper
@@ -707,7 +708,9 @@ def test_history_names_the_unit_of_the_model():
     scgen.setup_anndata(cells, spatial_key="spatial", counts=False)
     model = scgen.SpatialVAE(cells, n_latent=2, n_hidden=4)
     model.train(max_epochs=2, progress=False, accelerator="cpu")
-    assert plots.history(model).get_ylabel() == "ELBO (nats per niche)"
+    axes = plots.history(model)
+    assert axes.get_ylabel() == "ELBO (nats per niche)"
+    assert axes.get_legend().get_texts()[0].get_text() == "training cells"  # the model has no dropout
 
 
 def test_history_of_a_query_has_its_own_epochs_only(trained):
