@@ -1,6 +1,6 @@
 """Read the columns of ``adata.obs`` that a model was set up with."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -8,7 +8,7 @@ import pandas as pd
 from scgen.data.checks import did_you_mean_column
 
 
-def columns_of(obs: pd.DataFrame, keys: Iterable[str], rows: np.ndarray | slice) -> dict[str, pd.Series]:
+def columns_of(obs: pd.DataFrame, keys: Sequence[str], rows: np.ndarray | slice) -> dict[str, pd.Series]:
     """Return columns for some cells; ValueError unless there is exactly one of each name."""
     for key in keys:
         if (n := list(obs.columns).count(key)) != 1:
