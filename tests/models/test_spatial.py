@@ -286,6 +286,23 @@ def test_values_in_obsm_that_do_not_fit_are_refused(represented, of_representati
         represented.obsm["X_scgen"][7, 2] = before
 
 
+def test_columns_of_a_table_in_obsm_are_matched_by_name(represented):
+    adata, names = represented.copy(), list("ABCDE")
+    adata.obsm["X_scgen"] = pd.DataFrame(adata.obsm["X_scgen"], adata.obs_names, names)
+    model = scgen.SpatialVAE(adata, use_rep="X_scgen", n_latent=3)
+    model.train(1, accelerator="cpu", progress=False)
+    z, other = model.get_latent_representation(), adata.copy()
+    for values in (adata.obsm["X_scgen"][list("CEBAD")], adata.obsm["X_scgen"].to_numpy()):
+        other.obsm["X_scgen"] = values
+        assert np.array_equal(model.get_latent_representation(other), z)
+        assert np.array_equal(model.query(other).get_latent_representation(), z)
+    other.obsm["X_scgen"] = adata.obsm["X_scgen"].rename(columns={"B": "F"})
+    with pytest.raises(
+        ValueError, match=r"lacks the model's columns B\. Compute it in the same way"
+    ):
+        model.get_latent_representation(other)
+
+
 def test_values_of_neighbours_that_change_are_noticed(of_representation, represented):
     places = represented.obsm["spatial"][represented.obs["section"] == "section_1"]
     neighbour = NearestNeighbors(n_neighbors=2).fit(places).kneighbors(places[[100]])[1][0, 1]
