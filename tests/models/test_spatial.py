@@ -297,9 +297,7 @@ def test_columns_of_a_table_in_obsm_are_matched_by_name(represented):
         assert np.array_equal(model.get_latent_representation(other), z)
         assert np.array_equal(model.query(other).get_latent_representation(), z)
     other.obsm["X_scgen"] = adata.obsm["X_scgen"].rename(columns={"B": "F"})
-    with pytest.raises(
-        ValueError, match=r"lacks the model's columns B\. Compute it in the same way"
-    ):
+    with pytest.raises(ValueError, match=r"lacks the model's columns B\. Compute it in the same way"):
         model.get_latent_representation(other)
 
 
