@@ -241,7 +241,8 @@ class Model(metaclass=Answering):
         RuntimeError
             If the model is untrained.
         ValueError
-            If there are no cells, or ``adata`` lacks genes or has batches that the model does not know.
+            If there are no cells, or ``adata`` lacks genes or has batches that the model does not know. Models whose
+            encoders do not read the batch, such as `SpatialVAE`, refuse such batches only for bounds and likelihoods.
 
         Examples
         --------
