@@ -211,11 +211,9 @@ class Registry:
         return cls(setup, [str(name) for name in adata.var_names], categories, scaling, identifiers(adata.var))
 
     @property
-    def width(self) -> str:
-        """How many genes the model reads, or how many columns of ``obsm``, as text."""
-        if self.setup.use_rep is None:
-            return counted(len(self.genes), "gene")
-        return f"{counted(len(self.genes), 'column')} of {self.setup.where}"
+    def counted_features(self) -> str:
+        """The number of genes that the model reads, or of columns of a matrix in ``obsm``, as text."""
+        return counted(len(self.genes), "gene" if self.setup.use_rep is None else "column")
 
     @property
     def batches(self) -> list[str]:
@@ -283,7 +281,7 @@ class Registry:
         obs = columns_of(adata.obs, [*setup.categorical.values(), *setup.numeric.values()], slice(None))
         lacking = f"; {len(self.missing):,} not measured" if self.missing else ""
         rows = [
-            ("counts" if setup.counts else "values", setup.where, f"{counted(n, 'cell')} x {self.width}"),
+            ("counts" if setup.counts else "values", setup.where, f"{counted(n, 'cell')} x {self.counted_features}"),
             ("cells", "adata.obs_names", f"{n:,}: {some(adata.obs_names)}"),
         ]
         if setup.use_rep is None:

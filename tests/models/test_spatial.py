@@ -166,7 +166,9 @@ def test_genes_are_not_needed_beside_values_in_obsm(of_representation, represent
     assert repr(of_representation).startswith(
         'SpatialVAE model of 950 cells x 5 columns of adata.obsm["X_scgen"]; batches'
     )
-    assert of_representation.view_anndata_setup().index.tolist() == ["values", "cells", "batch_key", "spatial_key"]
+    view = of_representation.view_anndata_setup()
+    assert view.index.tolist() == ["values", "cells", "batch_key", "spatial_key"]
+    assert view.loc["values"].tolist() == ['adata.obsm["X_scgen"]', "950 cells x 5 columns"]
 
 
 @pytest.fixture(scope="module")
