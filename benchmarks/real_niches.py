@@ -322,8 +322,10 @@ def main() -> None:
     if args.setting == "table":
         table(args.out)
         return
-    args.out.mkdir(parents=True, exist_ok=True)
     kinds = INVARIANCE if args.setting == "invariance" else VALUES
+    if wrong := set(args.values or kinds) - set(kinds):
+        parser.error(f"--values {' '.join(sorted(wrong))}: {args.setting} has the values {', '.join(kinds)}")
+    args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for values in args.values or kinds:
             line = {"setting": args.setting, "values": values, "seed": seed, "n_latent": args.n_latent}

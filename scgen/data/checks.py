@@ -93,7 +93,8 @@ def check_setup(setup: Setup) -> None:
     for name in ("layer", "batch_key", "labels_key", "size_factor_key", "spatial_key", "section_key", "use_rep"):
         value = getattr(setup, name)
         if value is not None and not isinstance(value, str):
-            further = " Pass further columns as categorical_covariate_keys=[...]." if isinstance(value, list) else ""
+            several = name == "batch_key" and isinstance(value, list)
+            further = " Pass further columns as categorical_covariate_keys=[...]." if several else ""
             raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it takes one name, a string.{further}")
     for name in ("categorical_covariate_keys", "continuous_covariate_keys"):
         value = getattr(setup, name)

@@ -189,7 +189,7 @@ def _no_matrix(adata: AnnData, setup: Setup) -> Finding:
     if setup.use_rep is not None:
         names = list(adata.obsm)
         text = f'use_rep="{setup.use_rep}" is not in adata.obsm (it has: {some(names, 12) or "none"})'
-        fix = f"Store the values there, {setup.where} = values, or leave use_rep out."
+        fix = f"Store the values there: {setup.where} = values."
         return Finding("error", "adata.obsm", text, 1, fix + did_you_mean(setup.use_rep, names))
     layers = layers_of(adata)
     if setup.layer is None:
@@ -208,7 +208,8 @@ def _kind(setup: Setup, matrix) -> Iterator[Finding]:
         yield Finding("error", setup.where, reason[0], 1, reason[1])
     elif matrix.dtype.kind not in "biuf":
         text = f"{setup.where} does not hold real numbers (dtype {matrix.dtype})"
-        yield Finding("error", setup.where, text, matrix.shape[0], "Convert it to numbers first.")
+        fix = f'Convert it to numbers: {setup.where} = {setup.where}.astype("float32").'
+        yield Finding("error", setup.where, text, matrix.shape[0], fix)
     elif setup.use_rep is not None and (len(matrix.shape) != 2 or not matrix.shape[1]):
         text = f"{setup.where} has the shape {matrix.shape}, but it must have one row for each cell, and columns"
         yield Finding("error", setup.where, text, 1, "Store a matrix of cells x values there.")

@@ -123,7 +123,7 @@ def _near(tree: KDTree, n_neighbors: int, radius: float | None, rounding: float)
     n_asked = 2 * n_neighbors + 1
     if radius is None:
         n_bytes = 16 * tree.n * min(n_asked, tree.n)
-        check_memory("n_neighbors", n_neighbors, n_bytes, "Ask for fewer, such as n_neighbors=18.")
+        check_memory("n_neighbors", n_neighbors, n_bytes, "Ask for fewer neighbours.")
     else:
         n_most = max(tree.query_ball_point(tree.data, radius, return_length=True))
         text = "A radius in the unit of the coordinates holds far fewer cells."

@@ -64,7 +64,10 @@ def _sections(adata: AnnData, setup: Setup, places: np.ndarray) -> Iterator[Find
             n = names.count(key)
             text = f'section_key="{key}" is not a column of adata.obs (it has: {some(names, 12) or "none"})'
             text = f'adata.obs has {n} columns named "{key}", the section_key; it must have one' if n else text
-            fix = "Name the column of sections." + ("" if n else did_you_mean(key, names))
+            fix = "Keep one of them."
+            if not n:
+                alone = f' If all cells are of one section: adata.obs["{key}"] = "section_1".'
+                fix = "Name the column of sections." + (did_you_mean(key, names) or alone)
             yield Finding("error", "adata.obs", text, max(n, 1), fix)
         return
     table = pd.DataFrame(places, index=adata.obs_names)

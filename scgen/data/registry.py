@@ -25,7 +25,7 @@ from scgen.data.checks import (
     raise_errors,
     some,
 )
-from scgen.data.columns import columns_of, numbers_of, standard
+from scgen.data.columns import columns_in_obsm, columns_of, names_in_obsm, numbers_of, standard
 from scgen.data.counts import matrix_of
 from scgen.data.findings import findings
 from scgen.data.genes import identifiers, places_of
@@ -207,16 +207,13 @@ class Registry:
         }
         scaling = {key: standard(adata.obs[key].to_numpy(float)) for key in setup.continuous_covariate_keys}
         if use_rep is not None:
-            names = [f"{use_rep}_{i}" for i in range(1, matrix_of(adata, setup).shape[1] + 1)]
-            return cls(setup, names, categories, scaling)
+            return cls(setup, names_in_obsm(adata, use_rep), categories, scaling)
         return cls(setup, [str(name) for name in adata.var_names], categories, scaling, identifiers(adata.var))
 
     @property
-    def width(self) -> str:
-        """How many genes the model reads, or how many columns of ``obsm``, as text."""
-        if self.setup.use_rep is None:
-            return counted(len(self.genes), "gene")
-        return f"{counted(len(self.genes), 'column')} of {self.setup.where}"
+    def counted_features(self) -> str:
+        """The number of genes that the model reads, or of columns of a matrix in ``obsm``, as text."""
+        return counted(len(self.genes), "gene" if self.setup.use_rep is None else "column")
 
     @property
     def batches(self) -> list[str]:
@@ -284,7 +281,7 @@ class Registry:
         obs = columns_of(adata.obs, [*setup.categorical.values(), *setup.numeric.values()], slice(None))
         lacking = f"; {len(self.missing):,} not measured" if self.missing else ""
         rows = [
-            ("counts" if setup.counts else "values", setup.where, f"{counted(n, 'cell')} x {self.width}"),
+            ("counts" if setup.counts else "values", setup.where, f"{counted(n, 'cell')} x {self.counted_features}"),
             ("cells", "adata.obs_names", f"{n:,}: {some(adata.obs_names)}"),
         ]
         if setup.use_rep is None:
@@ -362,16 +359,10 @@ class Registry:
     def _gene_columns(self, adata: AnnData, warn: bool = False) -> np.ndarray | None:
         """Return the positions of the model's genes in ``adata``; None if it has the same genes in the same order.
 
-        If the model reads a matrix of ``obsm``, return None after checking its number of columns.
+        If the model reads a matrix of ``obsm``, these are the columns of this matrix.
         """
         if self.setup.use_rep is not None:
-            shape = np.shape(matrix_of(adata, self.setup))
-            if len(shape) == 2 and shape[1] != len(self.genes):
-                raise ValueError(
-                    f"{self.setup.where} has {counted(shape[1], 'column')}, but the model was made for "
-                    f"{len(self.genes)}. Compute it in the same way as for the model's cells."
-                )
-            return None
+            return columns_in_obsm(adata, self.setup, self.genes)
         if adata.var_names.equals(pd.Index(self.genes)):
             return None
         columns, n_unversioned = places_of(self.genes, adata.var_names[~adata.var_names.duplicated()])

@@ -16,7 +16,8 @@ from scgen.data.stores import BackedStore, MemoryStore, totals_and_squares
 class Snapshot:
     """Names, totals and columns of all cells of an AnnData.
 
-    A method that is called for some cells reads only these, so only these must be unchanged.
+    A method that is called for some cells reads only these, so only these must be unchanged. Models that read
+    neighbours, too, ask about all cells.
 
     Attributes
     ----------

@@ -72,9 +72,12 @@ class Model(metaclass=Answering):
         with seeded(arguments.seed), torch.inference_mode(False):
             self.vae = self.build(registry, arguments).eval()
 
-    #: Epsilon of Adam, which must be small beside the gradients, what the bound is of, and whether posteriors use the
-    #: batch. If they do not, cells of any batch can be embedded.
-    _epsilon, _unit, _infers_by_batch = 0.01, "cell", True
+    #: Epsilon of Adam, which must be small beside the gradients.
+    _epsilon = 0.01
+    #: What a bound is of.
+    _unit = "cell"
+    #: Whether the posteriors depend on the batch. If they do not, cells of any batch can be embedded.
+    _infers_by_batch = True
     #: Public for other parts of scgen, but not for users: tab completion does not list these names.
     _hidden = (
         "Arguments",
@@ -238,7 +241,8 @@ class Model(metaclass=Answering):
         RuntimeError
             If the model is untrained.
         ValueError
-            If there are no cells, or ``adata`` lacks genes or has batches that the model does not know.
+            If there are no cells, or ``adata`` lacks genes or has batches that the model does not know. Models whose
+            encoders do not read the batch, such as `SpatialVAE`, refuse such batches only for bounds and likelihoods.
 
         Examples
         --------
@@ -381,7 +385,8 @@ class Model(metaclass=Answering):
         Parameters
         ----------
         adata
-            New cells with raw counts; `setup_anndata` need not have been called.
+            New cells with raw counts, or with the values that the model reads in their place. `setup_anndata` need not
+            have been called.
         layer, batch_key
             Where the counts and the batch of the new cells are; None looks where the model has its own.
         min_overlap
@@ -415,7 +420,7 @@ class Model(metaclass=Answering):
         folder
             Where it was saved.
         adata
-            The new cells. To load only the query's model, with or without cells, use ``SCVI.load(folder)``.
+            The new cells. To load only the query's model, with or without cells, use `load` of the model's class.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""What models of expression are asked: denoised values, differences between groups, samples, new cells."""
+"""What models of expression are asked: denoised values, differences between groups, samples."""
 
 from collections.abc import Mapping, Sequence
 

@@ -124,7 +124,9 @@ def of_question(
     check_types(adata, model.registry.setup)
     index = rows_asked_for(indices, adata.n_obs)
     registry = model.registry.of_any_batch() if any_batch and adata is not model.adata else model.registry
-    store, columns = _read(model, adata, registry, None if indices is None else index)
+    # Cells with positions are read with their neighbours, so all cells must be what they were.
+    rows = None if indices is None or registry.setup.spatial_key is not None else index
+    store, columns = _read(model, adata, registry, rows)
     return loader_of(model, adata, store, columns, index, batch_size)
 
 

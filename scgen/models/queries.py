@@ -346,9 +346,11 @@ def load(reference, folder: str | Path, adata: AnnData) -> Query:
     reference.require_training()
     folder = check_path("folder", folder)
     check_types(adata, Setup())
-    model, told = files.load(type(reference), folder, None)
+    kind = type(reference)
+    model, told = files.load(kind, folder, None)
     if not isinstance(told, dict) or not {"matched_by", "reference"} <= told.keys():
-        raise ModelFileError(f"{folder} holds a model, not a query of query.save(folder). Load it with SCVI.load.")
+        text = f"{folder} holds a model, not a query of query.save(folder). Load it with {kind.__name__}.load."
+        raise ModelFileError(text)
     with reference.vae.occupied():
         if told["reference"] != files.digest(reference):
             raise ValueError(

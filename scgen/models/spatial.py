@@ -84,7 +84,8 @@ class SpatialVAE(TissueModel):
     use_rep
         Key of ``adata.obsm`` with the values to use instead, such as the principal components or the latent
         representation of a trained `SCVI`: an array, a sparse matrix or a DataFrame of numbers, (n_obs, F). Genes are
-        then not read. Other AnnData need the same key with the same number of columns.
+        then not read. Other AnnData need the same key with the same number of columns. Columns of a DataFrame are
+        matched by name.
     n_latent
         Number of values of z.
     n_hidden

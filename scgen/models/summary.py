@@ -43,7 +43,8 @@ def of_model(model) -> tuple[str, dict[str, str]]:
     rows = {"arguments": ", ".join(changed) or "the defaults", "training": of_training(model)}
     if registry.setup.batch_key is not None:
         rows = {"batches": f"{len(registry.batches):,} ({some(registry.batches, 3)})", **rows}
-    return f"{type(model).__name__} model of {cells} x {registry.width}", rows
+    of = "" if registry.setup.use_rep is None else f" of {registry.setup.where}"
+    return f"{type(model).__name__} model of {cells} x {registry.counted_features}{of}", rows
 
 
 def of_training(model) -> str:

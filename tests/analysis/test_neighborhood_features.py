@@ -151,7 +151,7 @@ def test_a_file_is_read(tissue, tmp_path):
 
 def test_a_result_that_memory_does_not_hold(tissue, monkeypatch):
     monkeypatch.setattr(arguments, "_memory", lambda: 200 * 5 * 7 * 4 - 1)
-    scgen.neighborhood_features(tissue, "mean")
+    scgen.neighborhood_features(tissue, "mean", n_neighbors=3)  # few, so that the search needs less than the result
     with pytest.raises(MemoryError, match=r"method='gradient' needs about 2\.8e-05 GB"):
         scgen.neighborhood_features(tissue, "gradient")
 

@@ -13,6 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 
 import scgen
 from scgen.models import loaders
+from scgen.storage import ModelFileError
 
 
 def set_up(adata, **changed):
@@ -167,7 +168,9 @@ def test_genes_are_not_needed_beside_values_in_obsm(of_representation, represent
     assert repr(of_representation).startswith(
         'SpatialVAE model of 950 cells x 5 columns of adata.obsm["X_scgen"]; batches'
     )
-    assert of_representation.view_anndata_setup().index.tolist() == ["values", "cells", "batch_key", "spatial_key"]
+    view = of_representation.view_anndata_setup()
+    assert view.index.tolist() == ["values", "cells", "batch_key", "spatial_key"]
+    assert view.loc["values"].tolist() == ['adata.obsm["X_scgen"]', "950 cells x 5 columns"]
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +195,9 @@ def test_a_section_of_a_new_batch_is_embedded_as_if_its_batch_were_known(trained
     assert np.isfinite(trained.get_elbo(known))
     lacking = new.copy()
     del lacking.obs["section"]
-    with pytest.raises(ValueError, match=r'"section" is not a column of adata.obs'):
+    with pytest.raises(
+        ValueError, match=r'"section" is not a column of adata.obs.*one section: adata.obs\["section"\] ='
+    ):
         trained.get_latent_representation(lacking)
 
 
@@ -225,6 +230,9 @@ def test_a_query_adds_the_batch_and_trains_nothing_else(trained, tissue, new_sec
     query.save(tmp_path / "query")
     again = trained.load_query(tmp_path / "query", new)
     assert again.model.get_elbo() == query.model.get_elbo()
+    trained.save(tmp_path / "model")
+    with pytest.raises(ModelFileError, match=r"holds a model, not a query .* Load it with SpatialVAE.load\."):
+        trained.load_query(tmp_path / "model", new)
 
 
 def test_a_query_needs_all_genes(trained, new_section):
@@ -247,7 +255,7 @@ def test_a_query_of_values_in_obsm_needs_no_genes(of_representation, represented
     [
         (lambda obsm: obsm.pop("X_scgen"), r'use_rep="X_scgen" is not in adata.obsm \(it has: spatial\)'),
         (lambda obsm: obsm["X_scgen"].__setitem__((3, 0), np.nan), 'obsm.* 1 NaN or infinite value .*cell "cell_4"'),
-        (lambda obsm: obsm.update(X_scgen=obsm["X_scgen"].astype(str)), "does not hold real numbers"),
+        (lambda obsm: obsm.update(X_scgen=obsm["X_scgen"].astype(str)), r"does not hold real numbers.*astype\("),
         (lambda obsm: obsm.update(X_scgen=np.zeros((950, 2, 2))), r"has the shape \(950, 2, 2\)"),
         (lambda obsm: obsm.update(X_scgen=np.zeros((950, 0))), r"has the shape \(950, 0\)|has 0 columns, but"),
     ],
@@ -263,6 +271,8 @@ def test_values_in_obsm_are_checked(represented, of_representation, damage, word
 
 
 def test_values_in_obsm_that_do_not_fit_are_refused(represented, of_representation):
+    with pytest.raises(TypeError, match=r"use_rep=\['X_scgen'\] is a list; it takes one name, a string\.$"):
+        scgen.SpatialVAE(represented, use_rep=["X_scgen"])
     with pytest.raises(ValueError, match=r'use_rep="X_scgem" is not in .*Did you mean "X_scgen"'):
         scgen.SpatialVAE(represented, use_rep="X_scgem")
     with pytest.raises(ValueError, match='likelihood="nb" needs counts, but the values are those of use_rep="X_scgen"'):
@@ -278,6 +288,37 @@ def test_values_in_obsm_that_do_not_fit_are_refused(represented, of_representati
             of_representation.get_latent_representation()
     finally:
         represented.obsm["X_scgen"][7, 2] = before
+
+
+def test_columns_of_a_table_in_obsm_are_matched_by_name(represented):
+    adata, names = represented.copy(), list("ABCDE")
+    adata.obsm["X_scgen"] = pd.DataFrame(adata.obsm["X_scgen"], adata.obs_names, names)
+    model = scgen.SpatialVAE(adata, use_rep="X_scgen", n_latent=3)
+    model.train(1, accelerator="cpu", progress=False)
+    z, other = model.get_latent_representation(), adata.copy()
+    for values in (adata.obsm["X_scgen"][list("CEBAD")], adata.obsm["X_scgen"].to_numpy()):
+        other.obsm["X_scgen"] = values
+        assert np.array_equal(model.get_latent_representation(other), z)
+        assert np.array_equal(model.query(other).get_latent_representation(), z)
+    other.obsm["X_scgen"] = adata.obsm["X_scgen"].rename(columns={"B": "F"})
+    with pytest.raises(ValueError, match=r"lacks the model's columns B\. Compute it in the same way"):
+        model.get_latent_representation(other)
+
+
+def test_values_of_neighbours_that_change_are_noticed(of_representation, represented):
+    places = represented.obsm["spatial"][represented.obs["section"] == "section_1"]
+    neighbour = NearestNeighbors(n_neighbors=2).fit(places).kneighbors(places[[100]])[1][0, 1]
+    other = represented.copy()
+    for adata, words in ((represented, "the model's AnnData has changed"), (other, "1 NaN or infinite value")):
+        assert np.isfinite(of_representation.get_latent_representation(adata, indices=[100])).all()
+        before = adata.obsm["X_scgen"][neighbour, 2]
+        adata.obsm["X_scgen"][neighbour, 2] = before + 1 if adata is represented else np.nan
+        try:
+            for ask in (of_representation.get_latent_representation, of_representation.get_rotation):
+                with pytest.raises(ValueError, match=words):
+                    ask(adata, indices=[100])
+        finally:
+            adata.obsm["X_scgen"][neighbour, 2] = before
 
 
 def test_an_angle_that_collapses_is_reported(tissue):

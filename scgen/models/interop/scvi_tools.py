@@ -14,8 +14,9 @@ from torch import Tensor
 from scgen.arguments import check_path, shown
 from scgen.data.categories import names_of
 from scgen.data.checks import Setup, check_types
+from scgen.data.columns import standard
 from scgen.data.genes import identifiers
-from scgen.data.registry import Registry, standard
+from scgen.data.registry import Registry
 from scgen.models import files, loaders
 from scgen.models.interop import pickles
 from scgen.modules.networks import MLP
