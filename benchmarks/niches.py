@@ -1,17 +1,18 @@
 """How well niches are told apart by arrangement, on simulated tissue of which the truth is known.
 
     python -m benchmarks.niches features [SEED ...]   # one seed or several (default 0 to 4), a line of JSON each
+    python -m benchmarks.niches fixed [SEED ...]
     python -m benchmarks.niches random_types [SEED ...]
     python -m benchmarks.niches counts [SEED ...]
     python -m benchmarks.niches table
 
 Four sections of `scgen.simulate_tissue`, without counts; again with a tenth of the types at random, and with counts.
 Tissue and model of a seed have the seeds 100 + SEED and SEED. A `SpatialVAE` is trained on all cells, with its
-defaults, and without rotation. Niches are scored on the centres of the motifs (`scgen.score_niches`: each section is
-predicted from the others), beside baselines that need no model. "angles": the length of the mean of
-exp(i (theta - truth)) for each niche, 1 where theta is the true angle but for a constant. "invariance": the smallest
-correlation of a latent before and after each section was turned by a random angle, and the mean error of theta's turn,
-in radians. Seconds are those of the training, on this machine, as it was.
+defaults; for "fixed", without rotation, on the tissue of "features". Niches are scored on the centres of the motifs
+(`scgen.score_niches`: each section is predicted from the others), beside baselines that need no model. "angles": the
+length of the mean of exp(i (theta - truth)) for each niche, 1 where theta is the true angle but for a constant.
+"invariance": the smallest correlation of a latent before and after each section was turned by a random angle, and the
+mean error of theta's turn, in radians. Seconds are those of the training, on this machine, as it was.
 """
 
 import json
@@ -25,7 +26,7 @@ import pandas as pd
 import scgen
 
 RESULTS = Path(__file__).parent / "results" / "niches"
-SETTINGS = {"features": {}, "random_types": {"random_types": 0.1}, "counts": {"counts": True}}
+SETTINGS = {"features": {}, "fixed": {}, "random_types": {"random_types": 0.1}, "counts": {"counts": True}}
 BASELINES = ("mean", "gradient", "pool")
 
 
@@ -35,34 +36,29 @@ def tissue(setting: str, seed: int) -> dict:
     counts = SETTINGS[setting].get("counts", False)
     scgen.setup_anndata(adata, spatial_key="spatial", batch_key="section", counts=counts)
     started = time.perf_counter()
-    model = trained(adata, seed)
+    model = scgen.SpatialVAE(adata, rotate=setting != "fixed", seed=seed)
+    model.train(seed=seed, accelerator="cpu", progress=False)
     seconds = time.perf_counter() - started
     found = {"SpatialVAE": model.get_latent_representation()}
-    if setting == "features":
-        found["SpatialVAE, rotate=False"] = trained(adata, seed, rotate=False).get_latent_representation()
     found |= {name: scgen.neighborhood_features(adata, name, section_key="section") for name in BASELINES}
     types = {"labels_key": "cell_type", "section_key": "section"}
     found["composition"] = scgen.neighborhood_features(adata, "composition", **types)
     centre = adata.obs["is_centre"].to_numpy()
     scores = scgen.score_niches(adata, "niche", found, section_key="section", indices=centre)
+    turning = {}
+    if setting != "fixed":
+        turning["angles"] = angles(model, adata[centre].obs, np.flatnonzero(centre))
+        turning["invariance"] = invariance(model, adata, found["SpatialVAE"], seed)
     return {
         "setting": setting,
         "seed": seed,
         "scores": scores.to_dict("index"),
-        "angles": angles(model, adata[centre].obs, np.flatnonzero(centre)),
-        "invariance": invariance(model, adata, found["SpatialVAE"], seed),
+        **turning,
         "seconds": seconds,
         "epochs": len(model.history),
         "kl": model.history.filter(like="kl_").iloc[-1].to_dict(),
         "elbo": model.history["elbo_validation"].max(),
     }
-
-
-def trained(adata, seed: int, **arguments) -> scgen.SpatialVAE:
-    """Return a model trained with its defaults."""
-    model = scgen.SpatialVAE(adata, seed=seed, **arguments)
-    model.train(seed=seed, accelerator="cpu", progress=False)
-    return model
 
 
 def angles(model: scgen.SpatialVAE, centres: pd.DataFrame, rows: np.ndarray) -> dict[str, float]:
@@ -98,7 +94,7 @@ def table() -> None:
             for name in of[0]["scores"]
         }
         print(pd.DataFrame.from_dict(rows, orient="index").to_string())
-        for part in ("angles", "invariance", "kl"):
+        for part in [name for name in ("angles", "invariance", "kl") if name in of[0]]:
             print(part, {name: spread([line[part][name] for line in of]) for name in of[0][part]})
         print("seconds", spread([line["seconds"] for line in of]), "epochs", of[0]["epochs"])
 

@@ -19,8 +19,10 @@ from scgen.modules.posteriors import positive_variance
 
 #: One standard deviation of the prior of the translation, in radii of the neighbourhood.
 UNIT_OF_TRANSLATION = 0.1
-#: Limits of the logarithm of the angle's standard deviation. The widest angle is uniform but for 1e-5 nats.
-NARROWEST, WIDEST = -6.0, 1.2
+#: Limits of the logarithm of the angle's standard deviation. The widest angle is uniform but for 1e-5 nats. That of
+#: `EquivariantAngle` is 1 radian: with less information, what depends on the angle could not be learned any more, and
+#: in some trainings the angle would be given up.
+NARROWEST, WIDEST, WIDEST_EQUIVARIANT = -6.0, 1.2, 0.0
 #: Number of `harmonics`.
 N_HARMONICS = 5
 
@@ -69,9 +71,9 @@ def pooled(h: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([mean, h.masked_fill(~mask[..., None], -math.inf).amax(1)], -1)
 
 
-def angular_scale(log_scale: Tensor) -> Tensor:
+def angular_scale(log_scale: Tensor, widest: float = WIDEST) -> Tensor:
     """Return the standard deviation of an angle within its limits. The upper one is smooth: there is a way back."""
-    return (WIDEST - softplus(WIDEST - log_scale)).clamp(min=NARROWEST).exp()
+    return (widest - softplus(widest - log_scale)).clamp(min=NARROWEST).exp()
 
 
 class NicheEncoder(nn.Module):
@@ -156,7 +158,7 @@ class EquivariantAngle(nn.Module):
 
     def forward(self, cells: Niches) -> WrappedNormal:
         (x, y), log_scale = self._direction(cells)
-        return WrappedNormal(torch.atan2(y, x)[:, None], angular_scale(log_scale)[:, None])
+        return WrappedNormal(torch.atan2(y, x)[:, None], angular_scale(log_scale, WIDEST_EQUIVARIANT)[:, None])
 
     def _direction(self, cells: Niches) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Return cosine and sine of the angle of c, and the logarithm of theta's standard deviation, (n,) each."""

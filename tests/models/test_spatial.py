@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
-from scipy import sparse, stats
+from scipy import integrate, sparse, stats
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
@@ -323,8 +323,21 @@ def test_values_of_neighbours_that_change_are_noticed(of_representation, represe
 
 def test_an_angle_that_collapses_is_reported(tissue):
     model = scgen.SpatialVAE(tissue, angle="wrapped-normal")
-    with pytest.warns(UserWarning, match='the angle holds only .* nats.* angle="equivariant" finds them'):
+    with pytest.warns(UserWarning, match='the angle is .* nats, about the least.* angle="equivariant" finds them'):
         model.train(2, kl_start=100.0, accelerator="cpu", progress=False)
+
+
+def test_an_equivariant_angle_is_never_wider_than_a_radian(tissue):
+    model = scgen.SpatialVAE(tissue)
+    with pytest.warns(UserWarning, match=r"the angle is 0.4\d nats, about the least possible"):
+        model.train(3, kl_start=1000.0, accelerator="cpu", progress=False)
+    _, deviation = model.get_rotation(return_dist=True)
+    assert 0.9 < deviation.min() <= deviation.max() <= 1
+    # KL from the uniform distribution, of a normal with a deviation of 1 that is wrapped: by quadrature.
+    theta = np.linspace(-np.pi, np.pi, 20001)
+    density = sum(stats.norm.pdf(theta + 2 * np.pi * k) for k in range(-4, 5))
+    least = integrate.trapezoid(density * np.log(density * 2 * np.pi), theta)
+    assert model.history["kl_rotation_validation"].min() > least - 1e-5
 
 
 def test_deviations_are_those_of_draws(trained):
