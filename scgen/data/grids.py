@@ -166,10 +166,14 @@ def _fitted(coordinates: np.ndarray, n_directions: int) -> tuple[np.ndarray, np.
     step = (steps * np.exp(-1j * once * turns)).mean() * spacing
     columns, rows = step, step * np.exp(1j * once)
     basis = np.array([[rows.real, rows.imag], [columns.real, columns.imag]])
-    distances = np.hypot(*coordinates.T)
-    origin, radius = coordinates[distances.argmin()], 4 * spacing
-    while True:  # from the middle outwards: the error of the steps so far grows with the distance
-        near = coordinates[distances <= max(radius, distances.min())]
+    # From a spot with all neighbours outwards, since the error of the steps so far grows with the distance. The middle
+    # of the section may be empty.
+    n_neighbors = np.bincount(pairs.ravel(), minlength=n)
+    surrounded = coordinates[n_neighbors == n_neighbors.max()]
+    origin = surrounded[np.hypot(*surrounded.T).argmin()]
+    distances, radius = np.hypot(*(coordinates - origin).T), 4 * spacing
+    while True:
+        near = coordinates[distances <= radius]
         places = np.rint((near - origin) @ np.linalg.pinv(basis))
         change = np.linalg.lstsq(np.column_stack([np.ones(len(near)), places]), near - origin - places @ basis)[0]
         origin, basis = origin + change[0], basis + change[1:]

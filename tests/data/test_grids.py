@@ -36,6 +36,16 @@ def test_rounded_pixels_of_a_wide_capture_area(grid):
     assert np.array_equal(found - found[0], places - places[0])
 
 
+@pytest.mark.parametrize("grid", ["square", "hex"])
+def test_places_of_tissue_without_a_middle(grid):
+    places, xy = spots(grid, 0.1, 137.0, n_rows=60, share=1)
+    kept = np.abs(places[:, 0] - 30) > 22
+    # Registration of images may stretch a section a little.
+    places, xy = places[kept], np.rint(xy[kept] @ [[1.02, 0.01], [0.0, 1.0]])
+    found = lattice_places(xy, np.zeros(len(xy)), grid)
+    assert np.array_equal(found - found[0], places - places[0])
+
+
 def test_a_hexagonal_lattice_that_stands_on_its_tip_has_one_orientation():
     _, xy = spots("hex", np.pi / 6, 100.0)  # its steps are at 30 and 90 degrees, and 30 is as near to x as -30
     ways = set()
