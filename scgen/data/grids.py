@@ -13,6 +13,8 @@ from scgen.data.stores import BackedStore, MemoryStore
 GRIDS = {"square": 4, "hex": 6}
 #: A spot may be so far from its place of the lattice, in distances between neighbours.
 FARTHEST = 0.3
+#: With fewer spots, the positions are not compared with Visium's array_row and array_col.
+FEW = 30
 #: Where the angle of a lattice is cut, in radians. Lattices rarely lie so; without it, the angle of those that lie
 #: diagonally would be a matter of rounding.
 CUT = 0.3
@@ -112,7 +114,7 @@ def lattice_places(coordinates: np.ndarray, sections: np.ndarray, grid: str) -> 
     Raises
     ------
     ValueError
-        If spots are too far from the places of the lattice.
+        If spots are too far from the places of the lattice, or the coordinates are Visium's array_row and array_col.
 
     Examples
     --------
@@ -122,6 +124,12 @@ def lattice_places(coordinates: np.ndarray, sections: np.ndarray, grid: str) -> 
     >>> lattice_places(spots, np.zeros(5), "hex").tolist()
     [[0, 0], [0, 1], [0, 2], [1, 0], [1, 2]]
     """
+    if _are_array_positions(coordinates, sections):
+        raise ValueError(
+            "the positions look like Visium's array_row and array_col, which are not distances. Set up positions made "
+            'of them, adata.obsm["spatial"] = adata.obs[["array_col", "array_row"]].to_numpy() * [0.5, 0.75**0.5], and '
+            'pass grid="hex".'
+        )
     places, off = np.zeros((len(coordinates), 2), np.int64), np.zeros(len(coordinates))
     for section in np.unique(sections):
         rows = np.flatnonzero(sections == section)
@@ -133,18 +141,27 @@ def lattice_places(coordinates: np.ndarray, sections: np.ndarray, grid: str) -> 
             for section in np.unique(sections)
         )
         advice = "Bin the cells, or use SpatialVAE, whose cells may lie anywhere."
-        if grid == "hex" and (coordinates % 1 == 0).all() and np.unique(coordinates.sum(1) % 2).size == 1:
-            advice = (
-                "They look like array_row and array_col, which are not distances. Set up positions made of them: "
-                'adata.obsm["spatial"] = adata.obs[["array_col", "array_row"]].to_numpy() * [0.5, 0.75**0.5].'
-            )
-        elif fits:
+        if fits:
             advice = f'They lie on the other lattice: pass grid="{other}".'
         name = "hexagonal" if grid == "hex" else "square"
         raise ValueError(
             f"{counted(wrong.size, 'spot is', 'spots are')} not on a {name} lattice (first: row {wrong[0]}). {advice}"
         )
     return places
+
+
+def _are_array_positions(coordinates: np.ndarray, sections: np.ndarray) -> bool:
+    """Return whether the coordinates are Visium's array_row and array_col.
+
+    In even rows, columns are even, and in odd rows odd. Some sections begin with a row of the other kind. To a fit,
+    this is a square lattice that stands on its tip. Few spots may lie so by chance.
+    """
+    if len(coordinates) < FEW or (coordinates % 1 != 0).any():
+        return False
+    odd = coordinates % 2 == 1
+    differ = odd[:, 0] != odd[:, 1]
+    _, first, section = np.unique(sections, return_index=True, return_inverse=True)
+    return bool((differ == differ[first][section]).all() and len(np.unique(odd[:, 0])) == 2)
 
 
 def _fitted(coordinates: np.ndarray, n_directions: int) -> tuple[np.ndarray, np.ndarray]:

@@ -90,8 +90,11 @@ def test_what_is_not_a_lattice_is_refused():
             Patches.of(spots(grid)[1], grid=other)
     row, column = spots("hex")[0].T
     array = np.column_stack([2 * column + row, row])  # Visium's array_col and array_row
-    with pytest.raises(ValueError, match=r'array_row and array_col.*adata.obs\[\["array_col", "array_row"\]\]'):
-        Patches.of(array, grid="hex")
+    sections = np.arange(len(array)) % 2
+    for positions in (array, array[:, ::-1].astype(np.uint16), array + np.outer(sections, [1, 0])):
+        for grid in ("hex", "square"):
+            with pytest.raises(ValueError, match=r'array_row and array_col.*adata.obs\[\["array_col", "array_row"\]\]'):
+                Patches.of(positions, sections, grid=grid)
     found = lattice_places(array * [0.5, 0.75**0.5], np.zeros(len(array)), "hex")
     assert np.array_equal(found - found[0], np.column_stack([row, column]) - [row[0], column[0]])
     twice = np.vstack([spots("square")[1], spots("square")[1][5] + 0.01])
