@@ -74,7 +74,7 @@ class Patches:
             If the spots of a section are not on such a lattice, or two of them are at the same place of it.
         """
         size, grid = check_patch_size(size), check_choice("grid", grid, tuple(GRIDS))
-        n_bytes = 9 * len(coordinates) * size**2
+        n_bytes = 36 * len(coordinates) * size**2  # with the arrays that are only needed here
         check_memory("patch_size", size, n_bytes, "Use a smaller one.")
         sections = np.zeros(len(coordinates), int) if sections is None else np.unique(sections, return_inverse=True)[1]
         places = lattice_places(coordinates, sections, grid)

@@ -177,7 +177,7 @@ class MatrixNormalVAE(TissueModel):
         a, store = self.arguments, self.registry.store(adata)
         if a.image_shape is not None:
             images = ImageStore(store, a.image_shape)
-            return {"features": images, "mask": torch.ones(images.shape[:2], dtype=torch.bool)}
+            return {"features": images, "mask": torch.tensor(True).expand(images.shape[:2])}
         patches = Patches.of(*self._places_of(adata), size=a.patch_size, grid=a.grid)
         self._check_unchanged(adata, patches.index)
         return {"features": NeighbourStore(store, patches.index), "mask": torch.from_numpy(patches.mask)}

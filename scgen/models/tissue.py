@@ -96,7 +96,7 @@ class TissueModel(Model):
         if adata is not self.adata:
             return
         known = self._own_places
-        if known is not None and not (known.shape == places.shape and np.allclose(known, places, atol=1e-4)):
+        if known is not None and not (known.shape == places.shape and np.allclose(known, places, rtol=0, atol=1e-4)):
             raise ValueError(
                 "the positions of the model's cells have changed since the model was made. Restore them, or pass "
                 "adata= with the other positions."

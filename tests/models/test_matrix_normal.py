@@ -70,6 +70,13 @@ def test_spots_of_the_patch_count_and_no_others(trained, spots):
     assert np.array_equal(changed, near & (spots.obs["section"] == "section_1").to_numpy())
 
 
+def test_neighbours_with_large_row_numbers_are_told_apart(spots):
+    model = scgen.MatrixNormalVAE(spots, n_hidden=4)
+    model._own_places = np.array([[300_000, 300_001]])
+    with pytest.raises(ValueError, match="the positions of the model's cells have changed"):
+        model._check_unchanged(spots, np.array([[300_000, 300_002]]))
+
+
 def test_it_is_saved_and_loaded(trained, spots, tmp_path):
     trained.save(tmp_path / "model")
     again = scgen.MatrixNormalVAE.load(tmp_path / "model", spots)
