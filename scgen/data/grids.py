@@ -52,8 +52,8 @@ class Patches:
     ) -> "Patches":
         """Find the spots in the D x D places around each spot.
 
-        Columns of a patch follow the direction of the lattice that is nearest to the first axis of the coordinates. On
-        a square lattice, its rows follow the other direction, on a hexagonal one the direction at 60 degrees to it.
+        Rows of a patch run along the direction of the lattice that is nearest to the first axis of the coordinates. On
+        a square lattice, columns run along the other direction, on a hexagonal one along the direction at 60 degrees.
         There, the patch consists of the places that are at most (D - 1) / 2 steps away, and two of its corners are
         empty.
 

@@ -87,8 +87,8 @@ class MatrixNormalVAE(TissueModel):
         Side of the patches, an odd number of spots.
     grid
         Lattice of the spots: "square", such as bins, or "hex", such as Visium's. Positions may be in any unit, such as
-        pixels. Spacing and angle of each section's lattice are found from the positions. Columns of a patch follow the
-        direction of the lattice that is nearest to the x-axis. On a hexagonal lattice, a patch is all spots within
+        pixels. Spacing and angle of each section's lattice are found from the positions. Rows of a patch run along
+        the direction of the lattice that is nearest to the x-axis. On a hexagonal lattice, a patch is all spots within
         ``(patch_size - 1) / 2`` steps.
     image_shape
         If given, each observation is an image, and its features are the pixels, row by row: (height, width), or

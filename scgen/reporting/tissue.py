@@ -56,7 +56,7 @@ def tissue(
     spatial_key
         Key of the positions in ``adata.obsm``, two columns.
     layer
-        Layer with the values of genes; None reads ``adata.X``.
+        Layer with the values of genes; None reads ``adata.X``. ``adata.raw`` is not read.
     rotation_key
         Column of ``adata.obs`` with angles in radians, such as those of `SpatialVAE.get_rotation`. Each cell has an
         arrow that points in the direction (cos, sin) of its angle. Cells at NaN have none.
