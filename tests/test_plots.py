@@ -637,6 +637,30 @@ def test_legends_of_tissue_are_not_cut(tmp_path, n_sections, scale):
     assert_nothing_is_cut(tmp_path / "a.png", picture.figure)
 
 
+@pytest.mark.parametrize("lengths", [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_cells_in_a_line_and_a_single_cell_are_seen(tmp_path, lengths):
+    cells = some_tissue()[: 30 if max(lengths) else 1].copy()
+    cells.obsm["spatial"] = 1e4 + np.outer(np.arange(len(cells)), lengths)
+    cells.obs["angle"] = np.where(np.arange(len(cells)) == 0, 0.0, np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, that the layout does not fit
+        axes = plots.tissue(cells, "value", rotation_key="angle", save=tmp_path / "a.png")
+    box = axes.get_window_extent()
+    assert min(box.width, box.height) > 0.3 * axes.figure.dpi
+    assert all(box.contains(*place) for place in axes.transData.transform(cells.obsm["spatial"]))
+    (arrow,) = [artist for artist in axes.collections if isinstance(artist, matplotlib.quiver.Quiver)]
+    assert 0.01 < arrow.U[0] / max(np.diff(axes.get_xlim())[0], np.diff(axes.get_ylim())[0]) < 0.2
+
+
+def test_labels_of_panels_do_not_overlap(tmp_path):
+    cells = some_tissue()
+    cells.obsm["spatial"] = XY
+    picture = plots.tissue(cells, ["kind", "value"], save=tmp_path / "a.png")
+    upper, lower = panels_of(picture).values()
+    gap = (upper.get_position().y0 - lower.get_position().y1) * picture.get_figheight() * 72  # in points
+    assert gap > upper.xaxis.label.get_size() + lower.title.get_size()
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -13,6 +13,8 @@ from scgen.data.stores import BackedStore, MemoryStore
 GRIDS = {"square": 4, "hex": 6}
 #: A spot may be so far from its place of the lattice, in distances between neighbours.
 FARTHEST = 0.3
+#: With fewer spots, the positions are not compared with Visium's array_row and array_col.
+FEW = 30
 #: Where the angle of a lattice is cut, in radians. Lattices rarely lie so; without it, the angle of those that lie
 #: diagonally would be a matter of rounding.
 CUT = 0.3
@@ -50,8 +52,8 @@ class Patches:
     ) -> "Patches":
         """Find the spots in the D x D places around each spot.
 
-        Columns of a patch follow the direction of the lattice that is nearest to the first axis of the coordinates. On
-        a square lattice, its rows follow the other direction, on a hexagonal one the direction at 60 degrees to it.
+        Rows of a patch run along the direction of the lattice that is nearest to the first axis of the coordinates. On
+        a square lattice, columns run along the other direction, on a hexagonal one along the direction at 60 degrees.
         There, the patch consists of the places that are at most (D - 1) / 2 steps away, and two opposite corners
         of it are empty.
 
@@ -72,7 +74,7 @@ class Patches:
             If the spots of a section are not on such a lattice, or two of them are at the same place of it.
         """
         size, grid = check_patch_size(size), check_choice("grid", grid, tuple(GRIDS))
-        n_bytes = 32 * len(coordinates) * size**2
+        n_bytes = 36 * len(coordinates) * size**2  # with the arrays that are only needed here
         check_memory("patch_size", size, n_bytes, "Use a smaller one.")
         sections = np.zeros(len(coordinates), int) if sections is None else np.unique(sections, return_inverse=True)[1]
         places = lattice_places(coordinates, sections, grid)
@@ -112,7 +114,7 @@ def lattice_places(coordinates: np.ndarray, sections: np.ndarray, grid: str) -> 
     Raises
     ------
     ValueError
-        If spots are too far from the places of the lattice, or the positions are Visium's rows and columns.
+        If spots are too far from the places of the lattice, or the coordinates are Visium's array_row and array_col.
 
     Examples
     --------
@@ -122,15 +124,11 @@ def lattice_places(coordinates: np.ndarray, sections: np.ndarray, grid: str) -> 
     >>> lattice_places(spots, np.zeros(5), "hex").tolist()
     [[0, 0], [0, 1], [0, 2], [1, 0], [1, 2]]
     """
-    # Visium's rows and columns, of which a spot is in either even or odd ones, would pass for a square lattice.
-    if (coordinates % 1 == 0).all() and np.unique(coordinates % 2, axis=0).tolist() in (
-        [[0, 0], [1, 1]],
-        [[0, 1], [1, 0]],
-    ):
+    if _are_array_positions(coordinates, sections):
         raise ValueError(
-            "the positions look like Visium's array_row and array_col, which are not distances. Use the pixels, or "
-            'distances made of them, with grid="hex": '
-            'adata.obsm["spatial"] = adata.obs[["array_col", "array_row"]].to_numpy() * [0.5, 0.75**0.5].'
+            "the positions look like Visium's array_row and array_col, which are not distances. Set up positions made "
+            'of them, adata.obsm["spatial"] = adata.obs[["array_col", "array_row"]].to_numpy() * [0.5, 0.75**0.5], and '
+            'pass grid="hex".'
         )
     places, off = np.zeros((len(coordinates), 2), np.int64), np.zeros(len(coordinates))
     for section in np.unique(sections):
@@ -152,6 +150,20 @@ def lattice_places(coordinates: np.ndarray, sections: np.ndarray, grid: str) -> 
     return places
 
 
+def _are_array_positions(coordinates: np.ndarray, sections: np.ndarray) -> bool:
+    """Return whether the coordinates are Visium's array_row and array_col.
+
+    In even rows, columns are even, and in odd rows odd. Some sections begin with a row of the other kind. To a fit,
+    this is a square lattice that stands on its tip. Few spots may lie so by chance.
+    """
+    if len(coordinates) < FEW or (coordinates % 1 != 0).any():
+        return False
+    odd = coordinates % 2 == 1
+    differ = odd[:, 0] != odd[:, 1]
+    _, first, section = np.unique(sections, return_index=True, return_inverse=True)
+    return bool((differ == differ[first][section]).all() and len(np.unique(odd[:, 0])) == 2)
+
+
 def _fitted(coordinates: np.ndarray, n_directions: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the places of a section's spots on the lattice that fits best, and how far they are from these places."""
     n = len(coordinates)
@@ -171,10 +183,14 @@ def _fitted(coordinates: np.ndarray, n_directions: int) -> tuple[np.ndarray, np.
     step = (steps * np.exp(-1j * once * turns)).mean() * spacing
     columns, rows = step, step * np.exp(1j * once)
     basis = np.array([[rows.real, rows.imag], [columns.real, columns.imag]])
-    distances = np.hypot(*coordinates.T)
-    origin, radius = coordinates[distances.argmin()], 4 * spacing
-    while True:  # from the middle outwards: the error of the steps so far grows with the distance
-        near = coordinates[distances <= max(radius, distances.min())]
+    # From a spot with all neighbours outwards, since the error of the steps so far grows with the distance. The middle
+    # of the section may be empty.
+    n_neighbors = np.bincount(pairs.ravel(), minlength=n)
+    surrounded = coordinates[n_neighbors == n_neighbors.max()]
+    origin = surrounded[np.hypot(*surrounded.T).argmin()]
+    distances, radius = np.hypot(*(coordinates - origin).T), 4 * spacing
+    while True:
+        near = coordinates[distances <= radius]
         places = np.rint((near - origin) @ np.linalg.pinv(basis))
         design = np.column_stack([np.ones(len(near)), places])
         change = np.linalg.lstsq(design, near - origin - places @ basis, rcond=None)[0]

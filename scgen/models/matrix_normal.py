@@ -64,7 +64,7 @@ class MatrixNormalVAE(TissueModel):
     columns. Batches, such as sections, are inputs of the decoder. Places of the patch without a spot are left out of
     the likelihood.
 
-    The maps keep the orientation of the tissue. Use `SpatialVAE` if it has no meaning.
+    The maps keep the orientation of the tissue on the slide. Use `SpatialVAE` if it has no meaning.
 
     Spots are looked for among those of the AnnData that a method is given. Pass whole sections, and choose spots by
     ``indices``. Bounds and likelihoods are those of all spots of a patch, in nats per patch. Patches overlap, so that
@@ -87,8 +87,9 @@ class MatrixNormalVAE(TissueModel):
         Side of the patches, an odd number of spots.
     grid
         Lattice of the spots: "square", such as bins, or "hex", such as Visium's. Positions may be in any unit, such as
-        pixels, and sections may lie in any orientation. The spacing is found from the positions. On a hexagonal
-        lattice, a patch is all spots within ``(patch_size - 1) / 2`` steps.
+        pixels. Spacing and angle of each section's lattice are found from the positions. Rows of a patch run along
+        the direction of the lattice that is nearest to the x-axis. On a hexagonal lattice, a patch is all spots within
+        ``(patch_size - 1) / 2`` steps.
     image_shape
         If given, each observation is an image, and its features are the pixels, row by row: (height, width), or
         (height, width, channels) with the channels of a pixel together. Positions are then not needed, and
@@ -177,7 +178,7 @@ class MatrixNormalVAE(TissueModel):
         a, store = self.arguments, self.registry.store(adata)
         if a.image_shape is not None:
             images = ImageStore(store, a.image_shape)
-            return {"features": images, "mask": torch.ones(images.shape[:2], dtype=torch.bool)}
+            return {"features": images, "mask": torch.tensor(True).expand(images.shape[:2])}
         patches = Patches.of(*self._places_of(adata), size=a.patch_size, grid=a.grid)
         self._check_unchanged(adata, patches.index)
         return {"features": NeighbourStore(store, patches.index), "mask": torch.from_numpy(patches.mask)}

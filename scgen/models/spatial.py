@@ -202,7 +202,7 @@ class SpatialVAE(TissueModel):
         if a.image_shape is not None:
             images = ImageStore(store, a.image_shape)
             offsets = torch.from_numpy(pixel_places(a.image_shape)).expand(*images.shape[:2], 2)
-            return {"features": images, "offsets": offsets, "mask": torch.ones(images.shape[:2], dtype=torch.bool)}
+            return {"features": images, "offsets": offsets, "mask": torch.tensor(True).expand(images.shape[:2])}
         near = Neighbourhoods.of(*self._places_of(adata), n_neighbors=a.n_neighbors, radius=a.radius)
         self._check_unchanged(adata, near.offsets)
         features = NeighbourStore(store, near.index)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from anndata import AnnData
 
-from scgen.arguments import check_whole
+from scgen.arguments import check_number, check_whole
 from scgen.data import positions
 from scgen.data.checks import Setup, raise_errors
 from scgen.data.loader import CellLoader
@@ -57,7 +57,9 @@ class TissueModel(Model):
         """
         batch_size = self._batch_size if batch_size is None else check_whole("batch_size", batch_size, 3)
         if max_epochs is None and self.adata is not None:
-            n_steps = max(round(0.9 * self.adata.n_obs / batch_size), 1)
+            share = check_number("train_size", train_size, "a share above 0 and up to 1", above=0, most=1)
+            n = share * self.adata.n_obs if self.train_indices is None else len(self.train_indices)
+            n_steps = max(round(n / batch_size), 1)
             max_epochs = min(max(math.ceil(N_STEPS / n_steps), EPOCHS[0]), EPOCHS[1])
         plan = {"batch_size": batch_size, "train_size": train_size, "learning_rate": learning_rate}
         plan |= {"early_stopping": early_stopping, "patience": patience, "kl_start": kl_start}
@@ -96,7 +98,7 @@ class TissueModel(Model):
         if adata is not self.adata:
             return
         known = self._own_places
-        if known is not None and not (known.shape == places.shape and np.allclose(known, places, atol=1e-4)):
+        if known is not None and not (known.shape == places.shape and np.allclose(known, places, rtol=0, atol=1e-4)):
             raise ValueError(
                 "the positions of the model's cells have changed since the model was made. Restore them, or pass "
                 "adata= with the other positions."

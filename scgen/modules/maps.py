@@ -20,7 +20,9 @@ SMALLEST = 4
 
 
 def halvings(shape: tuple[int, int], map_size: int) -> list[tuple[int, int]]:
-    """Return the sizes of an image that is halved repeatedly, while it is not smaller than the maps or `SMALLEST`.
+    """Return the size of an image before and after each halving.
+
+    It is halved as long as both sides stay at least as large as a map and as `SMALLEST`.
 
     Examples
     --------

@@ -21,7 +21,7 @@ from scgen.reporting import canvas
 
 #: Panels of a row, and the largest width and height of each in inches.
 MOST_IN_A_ROW, WIDTH, HEIGHT = 4, 3.6, 7.2
-#: Length of an arrow, relative to the distance to the nearest other arrow.
+#: Length of an arrow, relative to the distance to the nearest other arrow, or to a tenth of the section.
 ARROW = 0.8
 
 
@@ -56,7 +56,7 @@ def tissue(
     spatial_key
         Key of the positions in ``adata.obsm``, two columns.
     layer
-        Layer with the values of genes; None reads ``adata.X``.
+        Layer with the values of genes; None reads ``adata.X``. ``adata.raw`` is not read.
     rotation_key
         Column of ``adata.obs`` with angles in radians, such as those of `SpatialVAE.get_rotation`. Each cell has an
         arrow that points in the direction (cos, sin) of its angle. Cells at NaN have none.
@@ -116,9 +116,9 @@ def tissue(
     parts = np.array_split(np.arange(len(sections)), -(-len(sections) // MOST_IN_A_ROW))
     sizes = [len(part) for part in parts] * len(columns)
     canvas.check_ax(ax, sum(sizes))
+    corners = [_corners(xy[rows]) for _, rows in sections]
     # Height divided by width, of the section for which it is largest.
-    extents = np.stack([np.ptp(xy[rows], axis=0) for _, rows in sections])
-    shape = np.clip(np.max(extents[:, 1] / np.maximum(extents[:, 0], 1e-300)), 0.3, 6)
+    shape = max(0.3, *(height / width for width, height in np.ptp(corners, axis=1)))
     width = min(WIDTH, HEIGHT / shape)
     size = (
         max(sizes) * width + max(column.legend_width for column in columns.values()),
@@ -134,12 +134,15 @@ def tissue(
             rows = random.permutation(rows)
             columns[key].draw(axes, xy[rows], rows, canvas.plain(section + key))
             axes.set(aspect="equal", xlabel=canvas.plain(f"{spatial_key}1"), ylabel=canvas.plain(f"{spatial_key}2"))
+            axes.update_datalim(corners[i % len(sections)])
             if angles is not None:
                 _add_arrows(axes, xy[rows], angles[rows])
             if y_down:
                 axes.yaxis.set_inverted(True)
             if i % len(sections) == sizes[0] - 1:
                 columns[key].add_legend(axes)
+        if ax is None:
+            figure.draw_without_rendering()  # labels of panels may overlap until the layout is made a second time
     return panels[0] if len(panels) == 1 else figure
 
 
@@ -217,13 +220,22 @@ def _column(adata: AnnData, name: str, key: str) -> pd.Series:
     return adata.obs.iloc[:, columns.index(key)]
 
 
+def _corners(xy: np.ndarray) -> np.ndarray:
+    """Return two corners of a box that holds the cells, (2, 2). Its sides differ by at most a factor of 6."""
+    low, high = xy.min(0), xy.max(0)
+    half = (high - low) / 2
+    half = np.maximum(half, half.max() / 6 or 1.0)
+    return (low + high) / 2 + np.stack([-half, half])
+
+
 def _add_arrows(ax: Axes, xy: np.ndarray, angles: np.ndarray) -> None:
     """Draw an arrow at each cell that has an angle."""
     there = np.isfinite(angles)
     if not there.any():
         return
+    otherwise = 0.1 * np.ptp(_corners(xy), axis=0).max()
     xy, angles = xy[there], angles[there]
     spacing = np.median(KDTree(xy).query(xy, 2)[0][:, 1]) if len(xy) > 1 else 0.0
-    length = ARROW * (spacing or 0.1 * np.ptp(xy) or 1.0)
+    length = ARROW * (spacing or otherwise)
     how = {"angles": "xy", "scale_units": "xy", "scale": 1, "units": "xy", "width": 0.1 * length, "pivot": "mid"}
     ax.quiver(*xy.T, length * np.cos(angles), length * np.sin(angles), color="black", **how)

@@ -36,6 +36,16 @@ def test_rounded_pixels_of_a_wide_capture_area(grid):
     assert np.array_equal(found - found[0], places - places[0])
 
 
+@pytest.mark.parametrize("grid", ["square", "hex"])
+def test_places_of_tissue_without_a_middle(grid):
+    places, xy = spots(grid, 0.1, 137.0, n_rows=60, share=1)
+    kept = np.abs(places[:, 0] - 30) > 22
+    # Registration of images may stretch a section a little.
+    places, xy = places[kept], np.rint(xy[kept] @ [[1.02, 0.01], [0.0, 1.0]])
+    found = lattice_places(xy, np.zeros(len(xy)), grid)
+    assert np.array_equal(found - found[0], places - places[0])
+
+
 def test_a_hexagonal_lattice_that_stands_on_its_tip_has_one_orientation():
     _, xy = spots("hex", np.pi / 6, 100.0)  # its steps are at 30 and 90 degrees, and 30 is as near to x as -30
     ways = set()
@@ -80,9 +90,11 @@ def test_what_is_not_a_lattice_is_refused():
             Patches.of(spots(grid)[1], grid=other)
     row, column = spots("hex")[0].T
     array = np.column_stack([2 * column + row, row])  # Visium's array_col and array_row
-    for grid in ("square", "hex"):
-        with pytest.raises(ValueError, match=r'array_row and array_col.*adata.obs\[\["array_col", "array_row"\]\]'):
-            Patches.of(array, grid=grid)
+    sections = np.arange(len(array)) % 2
+    for positions in (array, array[:, ::-1].astype(np.uint16), array + np.outer(sections, [1, 0])):
+        for grid in ("hex", "square"):
+            with pytest.raises(ValueError, match=r'array_row and array_col.*adata.obs\[\["array_col", "array_row"\]\]'):
+                Patches.of(positions, sections, grid=grid)
     found = lattice_places(array * [0.5, 0.75**0.5], np.zeros(len(array)), "hex")
     assert np.array_equal(found - found[0], np.column_stack([row, column]) - [row[0], column[0]])
     twice = np.vstack([spots("square")[1], spots("square")[1][5] + 0.01])

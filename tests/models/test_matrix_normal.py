@@ -70,6 +70,25 @@ def test_spots_of_the_patch_count_and_no_others(trained, spots):
     assert np.array_equal(changed, near & (spots.obs["section"] == "section_1").to_numpy())
 
 
+@pytest.mark.parametrize(("train_size", "n_training"), [(0.9, 461), (0.25, 128)])
+def test_the_default_training_has_3000_minibatches(spots, train_size, n_training):
+    def stop(row):
+        raise KeyboardInterrupt  # ends the training
+
+    model = scgen.MatrixNormalVAE(spots, n_maps=1, n_hidden=2, patch_size=3)
+    model.train(batch_size=10, train_size=train_size, accelerator="cpu", progress=False, on_epoch=stop)
+    assert len(model.train_indices) == n_training
+    n_steps = model.trainings[-1]["max_epochs"] * n_training / 10
+    assert n_steps == pytest.approx(3000, rel=0.05)
+
+
+def test_neighbours_with_large_row_numbers_are_told_apart(spots):
+    model = scgen.MatrixNormalVAE(spots, n_hidden=4)
+    model._own_places = np.array([[300_000, 300_001]])
+    with pytest.raises(ValueError, match="the positions of the model's cells have changed"):
+        model._check_unchanged(spots, np.array([[300_000, 300_002]]))
+
+
 def test_it_is_saved_and_loaded(trained, spots, tmp_path):
     trained.save(tmp_path / "model")
     again = scgen.MatrixNormalVAE.load(tmp_path / "model", spots)
