@@ -66,6 +66,8 @@ class PlaceDecoder(nn.Module):
         self.mean = WideLinear(n_hidden, n_features)
         normal = likelihood == "normal"
         self.log_scale = nn.Parameter(torch.zeros(n_features, dtype=torch.float32)) if normal else None
+        # Values are decoded in standard deviations of the feature, so that their unit does not matter.
+        self.register_buffer("unit", torch.ones(n_features, dtype=torch.float32) if normal else None)
         dispersed = likelihood in ("nb", "zinb")
         self.dispersion = Dispersion("gene", n_features, n_batches, 1, n_hidden) if dispersed else None
         self.zi_logits = WideLinear(n_hidden, n_features) if likelihood == "zinb" else None
@@ -85,14 +87,14 @@ class PlaceDecoder(nn.Module):
             if self.log_scale is None:
                 self.mean.bias.copy_((mean + 1e-3 * mean.mean()).log())
             else:
-                self.mean.bias.copy_(mean)
-                self.log_scale.copy_(0.5 * variance.clamp(min=1e-6).log())
+                self.unit.copy_(torch.where(variance > 0, variance, 1).sqrt())
+                self.mean.bias.copy_(mean / self.unit)
 
     def forward(self, latents: dict[str, Tensor], cells: Places) -> CellsOfNiches:
         h = self.hidden(latents, cells).flatten(-3, -2)  # (..., n J, H): all places, one after the other
         if self.log_scale is not None:
             scale = self.log_scale.clamp(-MAX_LOG, MAX_LOG).exp() + 1e-4
-            normal = SeededNormal(self.mean(h), scale, validate_args=False)
+            normal = SeededNormal(self.unit * self.mean(h), self.unit * scale, validate_args=False)
             return CellsOfNiches(Independent(normal, 1, validate_args=False), cells.mask)
         log_library = cells.features.sum(-1).clamp(min=1).log().reshape(-1, 1)
         log_theta = None if self.dispersion is None else self.dispersion(h, cells)

@@ -148,10 +148,24 @@ def test_values_in_obsm_start_at_their_means_and_deviations(represented):
         near[rows] = rows[NearestNeighbors(n_neighbors=19).fit(places).kneighbors(places)[1]]
     values = values[near[model.train_indices]].reshape(-1, values.shape[1])  # with those of the neighbours
     decoder, read = model.vae.decoder, model.vae.posteriors["z"].encoder.features.norm
-    np.testing.assert_allclose(decoder.mean.bias.detach(), values.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(decoder.log_scale.detach().exp(), values.std(0), rtol=1e-4)
+    unit, scale = decoder.unit, decoder.log_scale.detach().exp()
+    np.testing.assert_allclose(unit * decoder.mean.bias.detach(), values.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(unit * scale, values.std(0), rtol=1e-4)
     np.testing.assert_allclose(read.running_mean, values.mean(0), atol=0.05)
     np.testing.assert_allclose(read.running_var, values.var(0), rtol=0.05)
+
+
+@pytest.mark.parametrize("unit", [1000.0, 65536.0])
+def test_the_unit_of_values_does_not_matter(represented, unit):
+    elbos = []
+    for factor in (1.0, unit):
+        adata = represented.copy()
+        adata.obsm["X_scgen"] = factor * adata.obsm["X_scgen"]
+        model = scgen.SpatialVAE(adata, use_rep="X_scgen", n_latent=2)
+        model.train(3, accelerator="cpu", progress=False)
+        elbos.append(model.get_elbo())
+    n_values = 19 * represented.obsm["X_scgen"].shape[1]  # the density of each is divided by the factor
+    assert elbos[1] == pytest.approx(elbos[0] - n_values * np.log(unit), abs=0.05)
 
 
 def test_genes_are_not_needed_beside_values_in_obsm(of_representation, represented, tmp_path):
