@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 import tracemalloc
 
 import anndata
@@ -366,17 +365,15 @@ DESCRIPTIONS = {
 def test_wrong_descriptions_are_refused(folder, cells, change, words, with_cells):
     edit(folder, change)
     tracemalloc.start()
-    started = time.perf_counter()
     try:
         with pytest.raises(ModelFileError) as error:
             scgen.SCVI.load(folder, cells if with_cells else None)
-        seconds, megabytes = time.perf_counter() - started, tracemalloc.get_traced_memory()[1] / 2**20
+        megabytes = tracemalloc.get_traced_memory()[1] / 2**20
     finally:
         tracemalloc.stop()
     for word in words:
         assert word in str(error.value)
     # A description may claim any size; only the weights' own is ever built.
-    assert seconds < 5
     assert megabytes < 50
 
 

@@ -154,7 +154,8 @@ def test_images(shape, tmp_path):
     model.train(60, batch_size=60, accelerator="cpu", progress=False)
     assert model.get_latent_representation().shape == (200, 18)
     # The noise has a standard deviation of 0.1, and the pixels around a mean image one of 0.3.
-    assert model.vae.decoder.log_scale.exp().max() < 0.16
+    decoder = model.vae.decoder
+    assert (decoder.unit * decoder.log_scale.exp()).max() < 0.16
     model.save(tmp_path / "model")
     again = scgen.MatrixNormalVAE.load(tmp_path / "model", adata)
     assert again.arguments == model.arguments
