@@ -31,8 +31,8 @@ from scgen.modules.priors import StandardNormalPrior
 from scgen.modules.vae import VAE
 
 #: KL divergence of an angle, in nats, below which it hardly depends on the niche. An equivariant angle has at least
-#: .42 nats, because its standard deviation is at most 1 radian.
-LITTLE = {"equivariant": 0.5, "wrapped-normal": 0.1, "normal": 0.1}
+#: 1.11 nats, because its standard deviation is at most half a radian.
+LITTLE = {"equivariant": 1.2, "wrapped-normal": 0.1, "normal": 0.1}
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from scgen.modules.posteriors import positive_variance
 #: One standard deviation of the prior of the translation, in radii of the neighbourhood.
 UNIT_OF_TRANSLATION = 0.1
 #: Limits of the logarithm of the angle's standard deviation. The widest angle is uniform but for 1e-5 nats. That of
-#: `EquivariantAngle` is 1 radian: with less information, what depends on the angle could not be learned any more, and
-#: in some trainings the angle would be given up.
-NARROWEST, WIDEST, WIDEST_EQUIVARIANT = -6.0, 1.2, 0.0
+#: `EquivariantAngle` is half a radian: with wider ones, the decoder sees niches that are blurred by rotation, and some
+#: trainings end there.
+NARROWEST, WIDEST, WIDEST_EQUIVARIANT = -6.0, 1.2, math.log(0.5)
 #: Number of `harmonics`.
 N_HARMONICS = 5
 
