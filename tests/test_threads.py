@@ -493,7 +493,7 @@ def test_no_crowd_where_its_threads_cannot_be_started():
 import os, resource
 from scgen import threads
 libraries = threads._gnu_openmp()
-os.setuid(54_321)
+os.setuid(100_000 + os.getpid())  # of whom no other process is
 n = len(os.listdir("/proc/self/task"))
 resource.setrlimit(resource.RLIMIT_NPROC, (n + 1, n + 1))
 watch = threads.Watch()

@@ -165,7 +165,7 @@ def test_the_unit_of_values_does_not_matter(represented, unit):
         model.train(3, accelerator="cpu", progress=False)
         elbos.append(model.get_elbo())
     n_values = 19 * represented.obsm["X_scgen"].shape[1]  # the density of each is divided by the factor
-    assert elbos[1] == pytest.approx(elbos[0] - n_values * np.log(unit), abs=0.05)
+    assert elbos[1] == pytest.approx(elbos[0] - n_values * np.log(unit), abs=0.3)
 
 
 def test_genes_are_not_needed_beside_values_in_obsm(of_representation, represented, tmp_path):
