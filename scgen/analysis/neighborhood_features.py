@@ -1,5 +1,7 @@
 """Describe each cell by the cells around it, without a model: means, gradients, maxima and composition."""
 
+from dataclasses import replace
+
 import numpy as np
 from anndata import AnnData
 
@@ -141,7 +143,8 @@ def _features(
         raise ValueError(
             f"layer={setup.layer!r}: {setup.where} does not exist. There are {there}. Set layer= or use_rep=."
         )
-    raise_errors(findings(adata, setup), "neighborhood_features")
+    values = replace(setup, spatial_key=None, section_key=None)  # positions were checked before
+    raise_errors(findings(adata, values), "neighborhood_features")
     store = open_store(matrix)
     if setup.use_rep is not None or not are_counts(matrix):
         return store, None

@@ -11,6 +11,19 @@ from scgen.data.categories import unhashable
 from scgen.data.checks import some
 
 
+def column_of(adata: AnnData, name: str, key: str) -> pd.Series:
+    """Return a column of ``adata.obs``. If there is not exactly one, raise an error that names the argument."""
+    columns = [str(column) for column in adata.obs.columns]
+    there = f"{name}={shown(key)} is not a column of adata.obs (it has: {some(columns, 12) or 'none'})."
+    if not isinstance(key, str):
+        raise TypeError(there)
+    if key not in columns:
+        raise ValueError(there + did_you_mean(key, columns))
+    if columns.count(key) > 1:
+        raise ValueError(f"{name}={key!r}: adata.obs has {columns.count(key)} columns of this name; it must have one.")
+    return adata.obs.iloc[:, columns.index(key)]
+
+
 def groups_of(adata: AnnData, name: str, key: str) -> pd.Categorical:
     """Return a column of ``adata.obs`` as categories, without those that no cell has.
 
@@ -37,15 +50,7 @@ def groups_of(adata: AnnData, name: str, key: str) -> pd.Categorical:
     Traceback (most recent call last):
     ValueError: section_key='slides' is not a column of adata.obs (it has: slide). Did you mean "slide"?
     """
-    columns = [str(column) for column in adata.obs.columns]
-    there = f"{name}={shown(key)} is not a column of adata.obs (it has: {some(columns, 12) or 'none'})."
-    if not isinstance(key, str):
-        raise TypeError(there)
-    if key not in columns:
-        raise ValueError(there + did_you_mean(key, columns))
-    if columns.count(key) > 1:
-        raise ValueError(f"{name}={key!r}: adata.obs has {columns.count(key)} columns of this name; it must have one.")
-    column = adata.obs[key]
+    column = column_of(adata, name, key)
     if (row := unhashable(column)) is not None:
         kind = type(column.iloc[row]).__name__
         raise ValueError(f"{name}={key!r}: the column holds a {kind} at {column.index[row]}; it must hold names.")

@@ -154,7 +154,6 @@ class MatrixNormalVAE(TissueModel):
         seed: int = 0,
     ):
         registry = registry_of("MatrixNormalVAE", adata, image_shape, use_rep)
-        check_image_shape(image_shape, len(registry.genes))
         if likelihood is None:
             likelihood = "nb" if registry.setup.counts and image_shape is None else "normal"
         sizes, posterior = (n_maps, map_size, n_hidden, patch_size, grid, image_shape), (covariance, rank)

@@ -165,7 +165,6 @@ class SpatialVAE(TissueModel):
         seed: int = 0,
     ):
         registry = registry_of("SpatialVAE", adata, image_shape, use_rep)
-        check_image_shape(image_shape, len(registry.genes))
         if likelihood is None:
             likelihood = "nb" if registry.setup.counts and image_shape is None else "normal"
         sizes = n_latent, n_hidden, n_neighbors, radius
@@ -209,7 +208,7 @@ class SpatialVAE(TissueModel):
         return {"features": features, "offsets": torch.from_numpy(near.offsets), "mask": torch.from_numpy(near.mask)}
 
     def _after_training(self) -> None:
-        """Warn if the KL divergence of the angle of the validation cells is near 0: nothing depends on the angle."""
+        """Warn if the KL divergence of the validation cells' angle is about the least possible: see `LITTLE`."""
         kl = self.history.get("kl_rotation_validation", pd.Series(dtype=float)).get(self.trainings[-1]["kept_epoch"])
         if kl is not None and kl < LITTLE[self.arguments.angle]:
             free = "" if self.arguments.angle == "equivariant" else ' angle="equivariant" finds them more often.'

@@ -53,7 +53,8 @@ class TissueModel(Model):
         Warns
         -----
         UserWarning
-            If the model has an angle, and its KL divergence for the validation cells is near 0: nothing depends on it.
+            If the model has an angle whose KL divergence for the validation cells is about the least possible: nothing
+            depends on it.
         """
         batch_size = self._batch_size if batch_size is None else check_whole("batch_size", batch_size, 3)
         if max_epochs is None and self.adata is not None:
@@ -61,17 +62,21 @@ class TissueModel(Model):
             n = share * self.adata.n_obs if self.train_indices is None else len(self.train_indices)
             n_steps = max(round(n / batch_size), 1)
             max_epochs = min(max(math.ceil(N_STEPS / n_steps), EPOCHS[0]), EPOCHS[1])
-        plan = {"batch_size": batch_size, "train_size": train_size, "learning_rate": learning_rate}
-        plan |= {"early_stopping": early_stopping, "patience": patience, "kl_start": kl_start}
-        where = {"accelerator": accelerator, "devices": devices, "precision": precision}
         super().train(
             max_epochs,
+            batch_size=batch_size,
+            train_size=train_size,
+            early_stopping=early_stopping,
+            patience=patience,
+            learning_rate=learning_rate,
+            kl_start=kl_start,
             n_importance_samples=n_importance_samples,
+            accelerator=accelerator,
+            devices=devices,
+            precision=precision,
             seed=seed,
             progress=progress,
             on_epoch=on_epoch,
-            **plan,
-            **where,
         )
         self._after_training()
 

@@ -13,8 +13,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from scipy.spatial import KDTree
 
-from scgen.arguments import check_flag, check_names, check_whole, counted, did_you_mean, shown
-from scgen.data.annotations import features_of, groups_of
+from scgen.arguments import check_flag, check_names, check_whole, counted, did_you_mean
+from scgen.data.annotations import column_of, features_of, groups_of
 from scgen.data.categories import unhashable
 from scgen.data.checks import Setup, check_types, some
 from scgen.reporting import canvas
@@ -111,7 +111,7 @@ def tissue(
     columns = {key: _colours_of(adata, key, layer, max_categories) for key in keys}
     angles = None
     if rotation_key is not None:
-        angles = Numbers("rotation_key", rotation_key, _column(adata, "rotation_key", rotation_key)).values
+        angles = Numbers("rotation_key", rotation_key, column_of(adata, "rotation_key", rotation_key)).values
 
     parts = np.array_split(np.arange(len(sections)), -(-len(sections) // MOST_IN_A_ROW))
     sizes = [len(part) for part in parts] * len(columns)
@@ -197,7 +197,7 @@ def _colours_of(adata: AnnData, key: str, layer: str | None, max_categories: int
                 f"color={key!r}: {n_genes} genes have this name. Call adata.var_names_make_unique() first."
             )
         return Numbers("color", key, pd.Series(adata.obs_vector(key, layer=layer)))
-    column = _column(adata, "color", key)
+    column = column_of(adata, "color", key)
     if pd.api.types.is_any_real_numeric_dtype(column):
         return Numbers("color", key, column)
     if (row := unhashable(column)) is not None:
@@ -207,17 +207,6 @@ def _colours_of(adata: AnnData, key: str, layer: str | None, max_categories: int
     if len(stored) < len(names) or not all(map(matplotlib.colors.is_color_like, stored)):
         stored = canvas.distinct_colours(len(names))
     return canvas.Categories(column, max_categories, dict(zip(names, stored, strict=False)))
-
-
-def _column(adata: AnnData, name: str, key: str) -> pd.Series:
-    """Return a column of ``obs``; raise an error that names the argument if there is not exactly one."""
-    columns = [str(column) for column in adata.obs.columns]
-    if not isinstance(key, str) or key not in columns:
-        text = f"{name}={shown(key)} is not a column of adata.obs (it has: {some(columns, 12) or 'none'})."
-        raise ValueError(text + did_you_mean(key, columns)) if isinstance(key, str) else TypeError(text)
-    if columns.count(key) > 1:
-        raise ValueError(f"{name}={key!r}: adata.obs has {columns.count(key)} columns of this name; it must have one.")
-    return adata.obs.iloc[:, columns.index(key)]
 
 
 def _corners(xy: np.ndarray) -> np.ndarray:
