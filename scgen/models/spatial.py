@@ -21,7 +21,9 @@ from scgen.modules.niches import (
     UNIT_OF_TRANSLATION,
     EquivariantAngle,
     FreeAngle,
+    InvariantEncoder,
     NicheDecoder,
+    NicheEncoder,
     NichePosterior,
     Niches,
     UniformAngle,
@@ -180,17 +182,18 @@ class SpatialVAE(TissueModel):
         if a.image_shape is not None:
             n_features //= a.image_shape[0] * a.image_shape[1]
         read = a.n_hidden, counts
-        posteriors, priors, angle = {}, {}, None
+        posteriors, priors, angle, of_z = {}, {}, None, NicheEncoder
         if a.rotate and a.angle == "equivariant":
-            angle = EquivariantAngle(n_features, *read)
+            angle, of_z = EquivariantAngle(n_features, *read), InvariantEncoder
+            posteriors["rotation"] = angle
         elif a.rotate:
-            angle = FreeAngle(n_features, *read, wrapped=a.angle == "wrapped-normal")
-        if angle is not None:
-            posteriors["rotation"], priors["rotation"] = angle, WideAngle() if a.angle == "normal" else UniformAngle()
-        posteriors["z"] = NichePosterior(n_features, a.n_latent, *read, angle)
+            posteriors["rotation"] = FreeAngle(n_features, *read, wrapped=a.angle == "wrapped-normal")
+        if a.rotate:
+            priors["rotation"] = WideAngle() if a.angle == "normal" else UniformAngle()
+        posteriors["z"] = NichePosterior(of_z(n_features, 2 * a.n_latent, *read))
         priors["z"] = StandardNormalPrior(a.n_latent)
         if a.translate:
-            posteriors["translation"] = NichePosterior(n_features, 2, *read, angle)
+            posteriors["translation"] = NichePosterior(NicheEncoder(n_features, 4, *read, angle))
             priors["translation"] = StandardNormalPrior(2)
         decoder = NicheDecoder(a.likelihood, a.n_latent, n_features, 2 * a.n_hidden, len(registry.batches))
         return VAE(posteriors, priors, decoder)

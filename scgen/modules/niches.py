@@ -55,8 +55,25 @@ def turned(offsets: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 def harmonics(offsets: Tensor) -> Tensor:
     """Return functions of positions, (..., 5): x, y, the second harmonics x^2 - y^2 and 2 x y, and x^2 + y^2."""
-    x, y = offsets.unbind(-1)
-    return torch.stack([x, y, x * x - y * y, 2 * x * y, x * x + y * y], -1)
+    return torch.cat([offsets, squared(offsets), offsets.square().sum(-1, keepdim=True)], -1)
+
+
+def squared(u: Tensor) -> Tensor:
+    """Return u^2 of complex numbers, given as real and imaginary parts (..., 2)."""
+    x, y = u.unbind(-1)
+    return torch.stack([x * x - y * y, 2 * x * y], -1)
+
+
+def products_with_conjugate(a: Tensor, b: Tensor) -> Tensor:
+    """Return real and imaginary parts of all a_k conj(b_l), (n, K, 2) and (n, L, 2) -> (n, 2 K L).
+
+    Examples
+    --------
+    >>> products_with_conjugate(torch.tensor([[[0.0, 1.0]]]), torch.tensor([[[3.0, 4.0]]]))  # i (3 - 4 i)
+    tensor([[4., 3.]])
+    """
+    x, y = b.unbind(-1)
+    return torch.cat([a @ b.mT, a @ torch.stack([-y, x], -1).mT], -1).flatten(1)
 
 
 def perceptron(*widths: int) -> nn.Sequential:
@@ -85,17 +102,61 @@ class NicheEncoder(nn.Module):
         F, the number of outputs, and the width of all hidden layers.
     log_input
         Whether the features are counts; the network then reads log(1 + x).
+    angle
+        If given, an `EquivariantAngle`. The positions are turned back by its mean before they are read.
     """
 
-    def __init__(self, n_features: int, n_out: int, n_hidden: int, log_input: bool):
+    def __init__(
+        self, n_features: int, n_out: int, n_hidden: int, log_input: bool, angle: "EquivariantAngle | None" = None
+    ):
         super().__init__()
         self.features = Standardised(n_features, log_input)
         self.cell = perceptron(n_features + N_HARMONICS, n_hidden, n_hidden)
         self.whole = perceptron(2 * n_hidden, n_hidden, n_out)
+        self.angle = (angle,)  # in a tuple: its weights are registered as those of its own latent, and not twice
 
-    def forward(self, cells: Niches, offsets: Tensor) -> Tensor:
+    def forward(self, cells: Niches) -> Tensor:
+        (angle,) = self.angle
+        offsets = cells.offsets if angle is None else angle.frame(cells)
         h = silu(self.cell(torch.cat([self.features(cells), harmonics(offsets)], -1)))
         return self.whole(pooled(h, cells.mask))
+
+
+class InvariantEncoder(nn.Module):
+    """Outputs (n, n_out) that depend on the arrangement of the cells, but do not change if it is turned.
+
+    The cells are summed with K sets of weights w, which depend on their features and distances: c_k = sum_j w_k(j) u_j
+    and d_k = sum_j w'_k(j) u_j^2, where the position u_j is a complex number. If the niche turns by alpha, all c_k turn
+    by alpha and all d_k by 2 alpha. The products c_k conj(c_l), d_k conj(d_l) and c_k^2 conj(d_l) do not change, and
+    tell how the sums lie relative to each other. A network reads them beside what is pooled over the cells.
+
+    No angle is needed. An encoder that reads the positions relative to theta does not change under rotation, either.
+    But z then says what theta lacks, so that no gradient corrects a wrong theta.
+
+    Parameters
+    ----------
+    n_features, n_out, n_hidden, log_input
+        As in `NicheEncoder`.
+    n_sums
+        K of each of the two kinds of sums.
+    """
+
+    def __init__(self, n_features: int, n_out: int, n_hidden: int, log_input: bool, n_sums: int = 16):
+        super().__init__()
+        self.features = Standardised(n_features, log_input)
+        self.cell = perceptron(n_features + 1, n_hidden, n_hidden)
+        self.weights = Linear(n_hidden, 2 * n_sums, bias=False)
+        self.whole = perceptron(2 * n_hidden + 6 * n_sums**2, 2 * n_hidden, n_hidden, n_out)
+
+    def forward(self, cells: Niches) -> Tensor:
+        u = cells.offsets
+        h = silu(self.cell(torch.cat([self.features(cells), u.square().sum(-1, keepdim=True)], -1)))
+        # Divided by the root of the number of cells, sums of independent cells vary by about 1, whatever the number.
+        weights = self.weights(h) * cells.mask[..., None] / cells.mask.sum(1)[:, None, None].sqrt()
+        first, second = weights.mT.chunk(2, -2)
+        c, d = first @ u, second @ squared(u)  # (n, K, 2) each: real and imaginary parts
+        products = [products_with_conjugate(a, b) for a, b in ((c, c), (d, d), (squared(c), d))]
+        return self.whole(torch.cat([pooled(h, cells.mask), *products], -1))
 
 
 class FreeAngle(nn.Module):
@@ -114,12 +175,8 @@ class FreeAngle(nn.Module):
         super().__init__()
         self.encoder, self.wrapped = NicheEncoder(n_features, 3, n_hidden, log_input), wrapped
 
-    def frame(self, cells: Niches) -> Tensor:
-        """Return the positions that the other encoders read: as they are."""
-        return cells.offsets
-
     def forward(self, cells: Niches) -> WrappedNormal | DiagonalNormal:
-        direction, log_scale = self.encoder(cells, cells.offsets).split([2, 1], -1)
+        direction, log_scale = self.encoder(cells).split([2, 1], -1)
         scale = angular_scale(log_scale)
         if not self.wrapped:
             return DiagonalNormal(direction[..., :1], scale.square())
@@ -174,34 +231,25 @@ class EquivariantAngle(nn.Module):
 
 
 class NichePosterior(nn.Module):
-    """q(z | niche) = N(m, diag v), or q of the translation. It reads the positions in the frame of the angle.
+    """q(z | niche) = N(m, diag v), or q of the translation.
 
     Parameters
     ----------
-    n_features, n_hidden, log_input
-        As in `NicheEncoder`.
-    n_latent
-        d.
-    angle
-        The posterior of theta; None reads the positions as they are.
+    encoder
+        A module ``cells -> (n, 2 d)``: m and the logarithm of v.
     """
 
-    def __init__(self, n_features: int, n_latent: int, n_hidden: int, log_input: bool, angle: nn.Module | None = None):
+    def __init__(self, encoder: nn.Module):
         super().__init__()
-        self.encoder = NicheEncoder(n_features, 2 * n_latent, n_hidden, log_input)
-        self.angle = (angle,)  # in a tuple: its weights are registered as those of its own latent, and not twice
+        self.encoder = encoder
 
     def forward(self, cells: Niches) -> DiagonalNormal:
-        mean, log_variance = self._outputs(cells)
+        mean, log_variance = self.encoder(cells).chunk(2, -1)
         return DiagonalNormal(mean, positive_variance(log_variance))
 
     def means(self, cells: Niches) -> Tensor:
         """Return only the means m, (n, d)."""
-        return self._outputs(cells)[0]
-
-    def _outputs(self, cells: Niches) -> tuple[Tensor, Tensor]:
-        (angle,) = self.angle
-        return self.encoder(cells, cells.offsets if angle is None else angle.frame(cells)).chunk(2, -1)
+        return self.encoder(cells).chunk(2, -1)[0]
 
 
 class UniformAngle(nn.Module):

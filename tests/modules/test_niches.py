@@ -1,6 +1,7 @@
 """Encoders and decoder of niches: what turns with them, what does not, and that padding has no influence."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -10,10 +11,14 @@ import torch
 from scgen.modules.niches import (
     EquivariantAngle,
     FreeAngle,
+    InvariantEncoder,
     NicheDecoder,
+    NicheEncoder,
     NichePosterior,
     Niches,
     UniformAngle,
+    products_with_conjugate,
+    squared,
     turned,
 )
 from scgen.modules.priors import StandardNormalPrior
@@ -51,8 +56,13 @@ def niches() -> Niches:
 def model(likelihood="nb", angle=EquivariantAngle) -> VAE:
     with seeded(0):
         theta = angle(F, 16, likelihood != "normal", *((True,) if angle is FreeAngle else ()))
-        posteriors = {"rotation": theta, "z": NichePosterior(F, 3, 16, likelihood != "normal", theta)}
-        priors = {"rotation": UniformAngle(), "z": StandardNormalPrior(3)}
+        sizes = 16, likelihood != "normal"
+        z = NicheEncoder(F, 6, *sizes) if angle is FreeAngle else InvariantEncoder(F, 6, *sizes)
+        if angle is not FreeAngle:  # before a training, z hardly depends on the arrangement
+            z.weights.weight.data *= 20
+        shift = NicheEncoder(F, 4, *sizes, None if angle is FreeAngle else theta)
+        posteriors = {"rotation": theta, "z": NichePosterior(z), "translation": NichePosterior(shift)}
+        priors = {"rotation": UniformAngle(), "z": StandardNormalPrior(3), "translation": StandardNormalPrior(2)}
         return VAE(posteriors, priors, NicheDecoder(likelihood, 3, F, 16, 2))
 
 
@@ -71,15 +81,39 @@ def test_positions_turn_counter_clockwise():
     np.testing.assert_allclose(found, [[0.7648421873, 0.6442176872], [-0.6442176872, 0.7648421873]], atol=1e-7)
 
 
+def test_products_are_those_of_complex_numbers():
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=(2, n)) + 1j * rng.normal(size=(2, n)) for n in (3, 4))
+    pairs = [torch.from_numpy(np.stack([value.real, value.imag], -1)) for value in (a, b)]
+    products = a[:, :, None] * b.conj()[:, None]
+    expected = np.concatenate([products.real, products.imag], -1).reshape(2, -1)
+    np.testing.assert_allclose(products_with_conjugate(*pairs), expected)
+    np.testing.assert_allclose(torch.view_as_complex(squared(pairs[0])), a**2)
+
+
+def test_z_tells_mirror_images_and_other_arrangements_of_the_same_cells_apart(niches):
+    encoder = model().eval().posteriors["z"].encoder
+    distances = niches.offsets.norm(dim=-1)
+    rng = torch.Generator().manual_seed(0)
+    angle = 2 * math.pi * torch.rand(distances.shape, generator=rng)
+    others = {
+        "mirrored": niches.offsets * torch.tensor([1.0, -1.0]),
+        "other": distances[..., None] * torch.stack([angle.cos(), angle.sin()], -1),
+    }
+    found = {name: encoder(dataclasses.replace(niches, offsets=offsets)) for name, offsets in others.items()}
+    for name, outputs in found.items():
+        assert (outputs - encoder(niches)).abs().amax(-1).median() > 0.01, name
+
+
 @pytest.mark.parametrize("alpha", [0.4, 2.0, -3.0])
 def test_the_angle_turns_with_the_niche_and_z_does_not(niches, alpha):
     vae = model().eval().requires_grad_(False)
     before, after = (vae.infer(of) for of in (niches, rotated(niches, alpha)))
     assert circular_distance(after["rotation"].mean, before["rotation"].mean + alpha) < 1e-4
     np.testing.assert_allclose(after["rotation"].scale, before["rotation"].scale, rtol=1e-4)
-    for part in ("mean", "variance"):
-        expected = getattr(before["z"], part)
-        np.testing.assert_allclose(getattr(after["z"], part), expected, rtol=1e-3, atol=1e-4)
+    for name, part in itertools.product(("z", "translation"), ("mean", "variance")):
+        expected = getattr(before[name], part)
+        np.testing.assert_allclose(getattr(after[name], part), expected, rtol=1e-3, atol=1e-4)
     free = model(angle=FreeAngle).eval().requires_grad_(False)
     assert circular_distance(*(free.infer(of)["rotation"].mean for of in (niches, rotated(niches, alpha)))) > 1e-3
 
@@ -133,5 +167,5 @@ def test_the_likelihood_is_the_sum_over_the_cells_that_are_there(niches, likelih
 
 def test_weights_of_the_angle_are_stored_once():
     names = list(model().state_dict())
-    assert not any(name.startswith("posteriors.z.angle") for name in names)
+    assert not any("encoder.angle" in name for name in names)
     assert any(name.startswith("posteriors.rotation") for name in names)
