@@ -4,6 +4,9 @@
   genes are the same for all methods and seeds.
 - total = 0.6 bio + 0.4 batch, the unscaled means of scib-metrics' ``Benchmarker`` defaults, over all cells but
   ``unassigned``; bio only over cells whose labels were not transferred from other cells.
+- "fair batch" and "fair total" are of scores that differing shares of types cannot fool, and "scGraph" and "own
+  neighbours" say what is distorted: see `benchmarks.fair`.
+- SET@N are N cells of a set, drawn at random, with at least 25 cells of each batch, or all that it has.
 - The test ELBO is the mean over test cells at KL weight 1, over five draws of the latent noise. The marginal
   likelihood, of 100 draws, is over 1000 of the test cells only: the two do not compare with each other. Neither
   compares between the observed library, where both are of p(x | l), and the latent one.
@@ -13,8 +16,10 @@ from pathlib import Path
 
 import anndata
 import numpy as np
-import scanpy as sc
+import pandas as pd
 from sklearn.model_selection import train_test_split
+
+from benchmarks import fair
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -29,16 +34,28 @@ SETS = {
 
 def read(name: str) -> tuple[anndata.AnnData, np.ndarray, np.ndarray]:
     """Return the set, with a batch in ``obs["batch"]``, and the indices of its training and its test cells."""
+    name, _, n = name.partition("@")
     adata = anndata.read_h5ad(DATA / f"{name}.h5ad")
     if name in SETS:
         adata.obs["batch"] = adata.obs[SETS[name][0]]
     elif "batch" not in adata.obs:
         adata.obs["batch"] = "all"
     adata.obs["batch"] = adata.obs["batch"].astype("category")
+    if n:
+        adata = adata[some(adata.obs["batch"].to_numpy(), int(n))].copy()
     train, test = train_test_split(
         np.arange(adata.n_obs), test_size=0.2, stratify=adata.obs["batch"].to_numpy(), random_state=0
     )
     return adata, np.sort(train), np.sort(test)
+
+
+def some(batches: np.ndarray, n: int, fewest: int = 25) -> np.ndarray:
+    """Return the indices of n cells drawn at random, with at least ``fewest`` of each batch, or all that it has."""
+    order = np.random.default_rng(0).permutation(len(batches))
+    rank = pd.Series(batches[order]).groupby(batches[order]).cumcount().to_numpy()
+    first = np.flatnonzero(rank < fewest)
+    others = np.flatnonzero(rank >= fewest)
+    return np.sort(order[np.concatenate([first, others])[: max(n, len(first))]])
 
 
 def few(test: np.ndarray, n: int = 1000) -> np.ndarray:
@@ -48,18 +65,14 @@ def few(test: np.ndarray, n: int = 1000) -> np.ndarray:
 
 def pca(adata: anndata.AnnData) -> np.ndarray:
     """Return the uncorrected embedding: 30 components of the log-normalised counts."""
-    copy = anndata.AnnData(adata.X.copy())
-    sc.pp.normalize_total(copy, target_sum=1e4)
-    sc.pp.log1p(copy)
-    sc.pp.pca(copy, n_comps=30, random_state=0)
-    return copy.obsm["X_pca"]
+    return fair.components(adata)
 
 
 def scores(name: str, adata: anndata.AnnData, embedding: np.ndarray) -> dict[str, float]:
     """Return scib-metrics' default scores of one embedding of a set, and bio, batch and total."""
     from scib_metrics.benchmark import BatchCorrection, Benchmarker, BioConservation
 
-    labels = SETS[name][1]
+    labels = SETS[name.partition("@")[0]][1]
     adata = anndata.AnnData(
         adata.X, obs=adata.obs, var=adata.var, obsm={"X_pre": pca(adata), "X_emb": np.asarray(embedding)}
     )
@@ -87,5 +100,11 @@ def scores(name: str, adata: anndata.AnnData, embedding: np.ndarray) -> dict[str
         values = table.loc["X_emb"].drop(["Total", "Bio conservation", "Batch correction"], errors="ignore")
         rows |= {name: float(value) for name, value in values.items()}
         rows[kind] = float(np.mean([float(value) for value in values]))
+    types, batches = (adata.obs[column].astype(str).to_numpy() for column in (labels, "batch"))
+    rows |= fair.batch_scores(adata.obsm["X_emb"], adata.obsm["X_pre"], types, batches)
+    rows |= fair.distortion(adata, adata.obsm["X_emb"], types, batches)
+    parts = [rows[part] for part in ("PCR within types", "CiLISI", "BRAS", "KBET", "Graph connectivity")]
+    rows["fair batch"] = float(np.nanmean(parts))
     rows["total"] = 0.6 * rows["bio"] + 0.4 * rows["batch"]
+    rows["fair total"] = 0.6 * rows["bio"] + 0.4 * rows["fair batch"]
     return rows

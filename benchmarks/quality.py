@@ -128,7 +128,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     steps = parser.add_subparsers(dest="step", required=True)
     one = steps.add_parser("run")
-    one.add_argument("set", choices=protocol.SETS)
+    one.add_argument("set", help=f"one of {', '.join(protocol.SETS)}, or SET@N for N cells of it")
     one.add_argument("method", choices=METHODS)
     one.add_argument("--seed", type=int, default=0)
     steps.add_parser("score")
