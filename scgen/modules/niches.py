@@ -147,7 +147,7 @@ class InvariantEncoder(nn.Module):
         self.cell = perceptron(n_features + 1, n_hidden, n_hidden)
         self.weights = Linear(n_hidden, 2 * n_sums, bias=False)
         with torch.no_grad():
-            self.weights.weight *= 5  # otherwise the products are so small at first that some trainings miss them
+            self.weights.weight *= 10  # otherwise the products are so small at first that some trainings miss them
         self.whole = perceptron(2 * n_hidden + 6 * n_sums**2, 2 * n_hidden, n_hidden, n_out)
 
     def forward(self, cells: Niches) -> Tensor:

@@ -59,7 +59,7 @@ def model(likelihood="nb", angle=EquivariantAngle) -> VAE:
         sizes = 16, likelihood != "normal"
         z = NicheEncoder(F, 6, *sizes) if angle is FreeAngle else InvariantEncoder(F, 6, *sizes)
         if angle is not FreeAngle:  # before a training, z hardly depends on the arrangement
-            z.weights.weight.data *= 4
+            z.weights.weight.data *= 2
         shift = NicheEncoder(F, 4, *sizes, None if angle is FreeAngle else theta)
         posteriors = {"rotation": theta, "z": NichePosterior(z), "translation": NichePosterior(shift)}
         priors = {"rotation": UniformAngle(), "z": StandardNormalPrior(3), "translation": StandardNormalPrior(2)}
