@@ -131,7 +131,7 @@ class InvariantEncoder(nn.Module):
     tell how the sums lie relative to each other. A network reads them beside what is pooled over the cells.
 
     No angle is needed. An encoder that reads the positions relative to theta does not change under rotation, either.
-    But z then says what theta lacks, so that no gradient corrects a wrong theta.
+    But where theta is wrong, z then tells by how much, and no gradient corrects theta.
 
     Parameters
     ----------
