@@ -19,8 +19,8 @@ What is distorted, by what each batch alone shows:
 - "scGraph" (Wang et al. 2025): the correlation between the distances of types in the embedding and the mean over
   batches of their distances in the principal components of each batch alone, weighted by the inverse of the distance.
 - "own neighbours": which share of the 30 nearest cells of the own batch, in the components of this batch alone, are
-  among the 30 nearest of the own batch in the embedding. A random half of a batch's genes gives other components, and
-  thus a ceiling below 1.
+  among the 30 nearest of the own batch in the embedding. Principal components of all batches together, uncorrected,
+  had .54 to .73 on 1,000 to 5,000 cells of the four sets.
 """
 
 import numpy as np
