@@ -4,17 +4,17 @@ If a type is more frequent in one batch, batches differ although nothing is wron
 an embedding that tells types apart. Here they are computed within each type, and averaged over the types, weighted by
 their cells:
 
-- "PCR within types": PCR comparison (Buettner et al. 2018) of the cells of a type: the share of variance that batches
-  explain, before minus after, divided by before. Shares are adjusted for what batches explain by chance.
+- "PCR within types": PCR comparison (Buettner et al. 2018): the share of a type's variance that batches explain, mean
+  over the types, before minus after, divided by before. Shares are adjusted for what batches explain by chance.
 - "CiLISI": iLISI of the cells of a type among themselves (Andreatta et al. 2024).
 - "fair batch": the mean of these and of three scores that are within types already: BRAS, kBET and graph connectivity.
   "fair total" = 0.6 bio + 0.4 fair batch.
 
-A type counts in the batches where it has 10 cells or more, and if these are two batches or more. PCR within types needs
-batches that differ: where they explain less than 0.02 of the variance of a type before the correction, the type is left
-out.
+A type counts in the batches where it has 10 cells or more, and if these are two batches or more. PCR within types is
+left out where batches explain less than 0.02 of the types' variance before the correction. The best CiLISI depends on
+the batches' shares and on the number of cells, and "own neighbours" on the latter: compare them on the same cells only.
 
-What is distorted, by what each batch alone shows:
+What is distorted, by what each batch of 60 cells or more shows alone:
 
 - "scGraph" (Wang et al. 2025): the correlation between the distances of types in the embedding and the mean over
   batches of their distances in the principal components of each batch alone, weighted by the inverse of the distance.
@@ -49,7 +49,7 @@ def batch_scores(embedding: np.ndarray, before: np.ndarray, types: np.ndarray, b
     from scib_metrics import ilisi_knn
     from scib_metrics.nearest_neighbors import NeighborsResults
 
-    found, weights = {"PCR within types": [], "CiLISI": []}, {"PCR within types": [], "CiLISI": []}
+    sizes, mixing, shares = [], [], []
     for kind in np.unique(types):
         rows = np.flatnonzero(types == kind)
         n = pd.Series(batches[rows]).value_counts()
@@ -58,18 +58,16 @@ def batch_scores(embedding: np.ndarray, before: np.ndarray, types: np.ndarray, b
         if len(np.unique(own)) < 2:
             continue
         x = embedding[rows]
-        distances, indices = (
-            NearestNeighbors(n_neighbors=min(90, len(rows))).fit(x).kneighbors(x)
-        )  # with the cell itself
-        found["CiLISI"].append(float(ilisi_knn(NeighborsResults(indices, distances), own)))
-        weights["CiLISI"].append(len(rows))
-        share = explained(before[rows], own)
-        if share >= LEAST:
-            found["PCR within types"].append(max(share - max(explained(x, own), 0), 0) / share)
-            weights["PCR within types"].append(len(rows))
-    return {
-        name: float(np.average(values, weights=weights[name])) if values else np.nan for name, values in found.items()
-    }
+        # Each cell is among its own neighbours, as scib-metrics expects.
+        distances, indices = NearestNeighbors(n_neighbors=min(90, len(rows))).fit(x).kneighbors(x)
+        sizes.append(len(rows))
+        mixing.append(float(ilisi_knn(NeighborsResults(indices, distances), own)))
+        shares.append((explained(before[rows], own), explained(x, own)))
+    if not sizes:
+        return {"PCR within types": np.nan, "CiLISI": np.nan}
+    share_before, share_after = np.average(shares, axis=0, weights=sizes)
+    pcr = 1 - share_after / share_before if share_before >= LEAST else np.nan
+    return {"PCR within types": float(np.clip(pcr, 0, 1)), "CiLISI": float(np.average(mixing, weights=sizes))}
 
 
 def explained(x: np.ndarray, batches: np.ndarray) -> float:
@@ -77,7 +75,8 @@ def explained(x: np.ndarray, batches: np.ndarray) -> float:
     x = x - x.mean(0)
     within = sum(((x[batches == batch] - x[batches == batch].mean(0)) ** 2).sum() for batch in np.unique(batches))
     n, n_batches = len(x), len(np.unique(batches))
-    return 1 - within / (n - n_batches) / ((x**2).sum() / (n - 1))
+    total = (x**2).sum()
+    return 1 - within / (n - n_batches) / (total / (n - 1)) if total > 0 else 0.0
 
 
 def distortion(adata: AnnData, embedding: np.ndarray, types: np.ndarray, batches: np.ndarray) -> dict[str, float]:
@@ -92,6 +91,8 @@ def distortion(adata: AnnData, embedding: np.ndarray, types: np.ndarray, batches
         seen.append(relative_distances(alone, types[rows], names))
         near = [NearestNeighbors(n_neighbors=N_NEAREST).fit(x).kneighbors()[1] for x in (alone, embedding[rows])]
         kept += [len(np.intersect1d(a, b)) / N_NEAREST for a, b in zip(*near, strict=True)]
+    if not seen:
+        return {"scGraph": np.nan, "own neighbours": np.nan}
     expected = nanmean(seen)
     measured = relative_distances(embedding, types, names)
     correlations = []
@@ -99,7 +100,8 @@ def distortion(adata: AnnData, embedding: np.ndarray, types: np.ndarray, batches
         use = np.isfinite(expected[i]) & np.isfinite(measured[i]) & (np.arange(len(names)) != i) & (expected[i] > 0)
         if use.sum() > 2:
             correlations.append(weighted_correlation(measured[i][use], expected[i][use], 1 / expected[i][use]))
-    return {"scGraph": float(np.mean(correlations)), "own neighbours": float(np.mean(kept))}
+    scgraph = float(np.mean(correlations)) if correlations else np.nan
+    return {"scGraph": scgraph, "own neighbours": float(np.mean(kept))}
 
 
 def relative_distances(x: np.ndarray, types: np.ndarray, names: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@
   ``unassigned``; bio only over cells whose labels were not transferred from other cells.
 - "fair batch" and "fair total" are of scores that differing shares of types cannot fool, and "scGraph" and "own
   neighbours" say what is distorted: see `benchmarks.fair`.
-- SET@N are N cells of a set, drawn at random, with at least 25 cells of each batch, or all that it has.
+- SET@N are N cells of a set, drawn at random, or as many as it takes to have 25 cells of each batch, or all of it.
 - The test ELBO is the mean over test cells at KL weight 1, over five draws of the latent noise. The marginal
   likelihood, of 100 draws, is over 1000 of the test cells only: the two do not compare with each other. Neither
   compares between the observed library, where both are of p(x | l), and the latent one.
@@ -69,7 +69,7 @@ def pca(adata: anndata.AnnData) -> np.ndarray:
 
 
 def scores(name: str, adata: anndata.AnnData, embedding: np.ndarray) -> dict[str, float]:
-    """Return scib-metrics' default scores of one embedding of a set, and bio, batch and total."""
+    """Return scib-metrics' default scores of one embedding of a set, those of `fair`, and the totals."""
     from scib_metrics.benchmark import BatchCorrection, Benchmarker, BioConservation
 
     labels = SETS[name.partition("@")[0]][1]

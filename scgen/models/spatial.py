@@ -104,8 +104,9 @@ class SpatialVAE(TissueModel):
         Whether niches have a rotation and a translation.
     angle
         How theta is inferred. "equivariant" is an angle that turns with the niche by construction, and z does not
-        change with it. "wrapped-normal" and "normal" are as in the paper: a network may return any angle, and z is
-        inferred from the niche as it lies. In training, such a network often stops using the angle.
+        change if the niche turns. z then reads the first two harmonics of the arrangement alone: around a ring, ABAB...
+        and AABB... look the same. "wrapped-normal" and "normal" are as in the paper: a network may return any angle,
+        and z is inferred from the niche as it lies. In training, such a network often stops using the angle.
     image_shape
         If given, each observation is an image instead of a cell with its neighbours: (height, width), or (height,
         width, channels). Its features are the pixels, row by row, with the channels of a pixel together. Positions are

@@ -133,10 +133,13 @@ class InvariantEncoder(nn.Module):
     No angle is needed. An encoder that reads the positions relative to theta does not change under rotation, either.
     But where theta is wrong, z then tells by how much, and no gradient corrects theta.
 
+    Only the first two harmonics of the angle are read. Arrangements that differ in higher ones alone, such as ABAB...
+    and AABB... around a ring, look the same.
+
     Parameters
     ----------
     n_features, n_out, n_hidden, log_input
-        As in `NicheEncoder`.
+        As in `NicheEncoder`. The layer that reads the products is twice as wide.
     n_sums
         K of each of the two kinds of sums.
     """
@@ -153,7 +156,7 @@ class InvariantEncoder(nn.Module):
     def forward(self, cells: Niches) -> Tensor:
         u = cells.offsets
         h = silu(self.cell(torch.cat([self.features(cells), u.square().sum(-1, keepdim=True)], -1)))
-        # Divided by the root of the number of cells, sums of independent cells vary by about 1, whatever the number.
+        # Divided by the root of the number of cells, sums of independent cells are as large, whatever the number.
         weights = self.weights(h) * cells.mask[..., None] / cells.mask.sum(1)[:, None, None].sqrt()
         first, second = weights.mT.chunk(2, -2)
         c, d = first @ u, second @ squared(u)  # (n, K, 2) each: real and imaginary parts
