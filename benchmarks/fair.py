@@ -93,13 +93,14 @@ def distortion(adata: AnnData, embedding: np.ndarray, types: np.ndarray, batches
         kept += [len(np.intersect1d(a, b)) / N_NEAREST for a, b in zip(*near, strict=True)]
     if not seen:
         return {"scGraph": np.nan, "own neighbours": np.nan}
-    expected = nanmean(seen)
+    expected = np.ma.masked_invalid(seen).mean(0).filled(np.nan)
     measured = relative_distances(embedding, types, names)
     correlations = []
-    for i in range(len(names)):
-        use = np.isfinite(expected[i]) & np.isfinite(measured[i]) & (np.arange(len(names)) != i) & (expected[i] > 0)
+    for own, other in zip(measured, expected, strict=True):
+        use = np.isfinite(own) & (other > 0)  # not the type itself, at distance 0, and no NaN
         if use.sum() > 2:
-            correlations.append(weighted_correlation(measured[i][use], expected[i][use], 1 / expected[i][use]))
+            covariance = np.cov(own[use], other[use], aweights=1 / other[use])
+            correlations.append(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]))
     scgraph = float(np.mean(correlations)) if correlations else np.nan
     return {"scGraph": scgraph, "own neighbours": float(np.mean(kept))}
 
@@ -113,15 +114,3 @@ def relative_distances(x: np.ndarray, types: np.ndarray, names: np.ndarray) -> n
     distances = cdist(means, means)
     most = np.max(distances, axis=1, initial=0, where=np.isfinite(distances))[:, None]
     return distances / np.where(most > 0, most, np.nan)
-
-
-def nanmean(tables: list[np.ndarray]) -> np.ndarray:
-    """Return the mean of what is not NaN, and NaN where nothing is, without a warning."""
-    n = np.isfinite(tables).sum(0)
-    return np.nansum(tables, axis=0) / np.where(n > 0, n, np.nan)
-
-
-def weighted_correlation(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> float:
-    """Return Pearson's correlation with weights."""
-    a, b = (x - np.average(x, weights=weights) for x in (a, b))
-    return float((weights * a * b).sum() / np.sqrt((weights * a * a).sum() * (weights * b * b).sum()))
