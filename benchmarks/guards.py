@@ -23,7 +23,7 @@ import anndata
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
-from benchmarks import protocol
+from benchmarks import fair, protocol
 from benchmarks.quality import CACHE, OF_PRIORS, RESULTS, tag
 from benchmarks.tasks import model_of
 
@@ -61,7 +61,7 @@ def cells(guard: str) -> anndata.AnnData:
 
 def embedding_of(method: str, adata: anndata.AnnData, seed: int) -> np.ndarray:
     if method == "pca":
-        return protocol.pca(adata)
+        return fair.components(adata)
     if method == "scvi-tools-observed":
         model = model_of("scvi-tools", adata, True, seed)
         model.train(enable_progress_bar=False)

@@ -63,18 +63,13 @@ def few(test: np.ndarray, n: int = 1000) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(test)[:n])
 
 
-def pca(adata: anndata.AnnData) -> np.ndarray:
-    """Return the uncorrected embedding: 30 components of the log-normalised counts."""
-    return fair.components(adata)
-
-
 def scores(name: str, adata: anndata.AnnData, embedding: np.ndarray) -> dict[str, float]:
     """Return scib-metrics' default scores of one embedding of a set, those of `fair`, and the totals."""
     from scib_metrics.benchmark import BatchCorrection, Benchmarker, BioConservation
 
     labels = SETS[name.partition("@")[0]][1]
     adata = anndata.AnnData(
-        adata.X, obs=adata.obs, var=adata.var, obsm={"X_pre": pca(adata), "X_emb": np.asarray(embedding)}
+        adata.X, obs=adata.obs, var=adata.var, obsm={"X_pre": fair.components(adata), "X_emb": np.asarray(embedding)}
     )
     adata = adata[~adata.obs[labels].astype(str).isin(["unassigned", "NA", "Excluded"])].copy()
     own = np.ones(adata.n_obs, dtype=bool)
