@@ -66,7 +66,7 @@ def embedding_of(method: str, adata: anndata.AnnData, seed: int) -> np.ndarray:
         model = model_of("scvi-tools", adata, True, seed)
         model.train(enable_progress_bar=False)
     else:
-        model = model_of("scgen", adata, method == "scgen-observed", seed, OF_PRIORS.get(method, "normal"))
+        model = model_of("scgen", adata, method == "scgen-observed", seed, OF_PRIORS.get(method, "vamp"))
         model.train(seed=seed, progress=False)
     return model.get_latent_representation()
 

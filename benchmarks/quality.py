@@ -58,7 +58,7 @@ def run_scvi_tools(adata, train, test, seed, observed):
     return embedding, {"seconds": seconds, "epochs": epochs, "test_elbo": float(elbo), "marginal": float(marginal)}
 
 
-def run_scgen(adata, train, test, seed, observed, precision="auto", prior="normal"):
+def run_scgen(adata, train, test, seed, observed, precision="auto", prior="vamp"):
     import scgen
 
     reference = adata[train].copy()
@@ -85,7 +85,7 @@ METHODS = {
     "scgen-latent-float32": lambda *a: run_scgen(*a, observed=False, precision="32"),
 }
 #: Methods that learn their prior.
-OF_PRIORS = {f"scgen-latent-{prior}": prior for prior in ("mog", "vamp", "flow")}
+OF_PRIORS = {f"scgen-latent-{prior}": prior for prior in ("normal", "mog", "flow")}
 METHODS |= {name: partial(run_scgen, observed=False, prior=prior) for name, prior in OF_PRIORS.items()}
 
 

@@ -46,7 +46,7 @@ def cells(data: str):
     return anndata.read_h5ad(path)
 
 
-def model_of(package: str, adata, observed: bool, seed: int = 0, prior: str = "normal"):
+def model_of(package: str, adata, observed: bool, seed: int = 0, prior: str = "vamp"):
     if package == "scgen":
         import scgen
 

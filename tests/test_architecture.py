@@ -26,7 +26,7 @@ ALLOWED = {
     "storage": ("atomic",),
     "threads": (),
     "seeding": (),
-    "training": ("data", "training"),
+    "training": ("data", "distributions", "training"),
     "models": (
         *("__version__", "analysis", "training", "modules", "data", "storage", "models.base", "models.differences"),
         *("models.expression", "models.files", "models.interop", "models.loaders", "models.queries", "models.summary"),

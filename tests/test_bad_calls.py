@@ -195,6 +195,7 @@ KINDS = ADATA_KEYS | {
     "dropout_rate": "share below 1",
     "learning_rate": "positive",
     "kl_start": "from 0",
+    "batch_penalty": "from 0",
     "train_size": "train share",
     "held_out": "open share",
     "fdr_target": "open share",
@@ -588,7 +589,8 @@ def test_numpys_scalars_are_taken_as_pythons(on):
     settings = {"n_latent": 3, "n_hidden": 8, "n_layers": 1, "dropout_rate": 0.25, "gene_likelihood": "nb", "seed": 1}
     settings |= {"use_observed_lib_size": False, "prior": "mog", "n_components": 2}
     options = {"max_epochs": 2, "batch_size": 64, "train_size": 0.75, "early_stopping": False, "patience": 1, "seed": 2}
-    options |= {"learning_rate": 0.015625, "kl_start": 2.0, "n_importance_samples": 2, "progress": False, "devices": 1}
+    options |= {"learning_rate": 0.015625, "kl_start": 2.0, "batch_penalty": 5.0, "n_importance_samples": 2}
+    options |= {"progress": False, "devices": 1}
     found = []
     for form in (dict, numpys):
         model = scgen.SCVI(on.cells, **form(settings))

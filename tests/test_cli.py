@@ -631,7 +631,7 @@ def test_options_reach_the_model(tmp_path, here):
     wanted = {"n_latent": 3, "n_hidden": 16, "prior": "mog", "n_components": 4, "posterior": "planar", "n_layers": 1,
               "dispersion": "gene-label", "gene_likelihood": "nb", "encode_covariates": False}  # fmt: skip
     assert wanted.items() <= dataclasses.asdict(model.arguments).items()
-    training = {"max_epochs": 2, "batch_size": 32, "kl_start": 2.0, "early_stopping": False}
+    training = {"max_epochs": 2, "batch_size": 32, "kl_start": 2.0, "batch_penalty": 5.0, "early_stopping": False}
     assert training.items() <= model.trainings[0].items()
     assert len(model.train_indices) == 96
     assert (model.registry.n_categories, list(model.registry.scaling)) == ([2, 2], ["age"])

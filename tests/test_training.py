@@ -187,7 +187,7 @@ def test_a_state_goes_on_to_the_same_weights(device):
     """Whatever the epoch: what is saved after it holds all that the rest of the training depends on."""
     adata = scgen.simulate_cells(n_cells=200, n_genes=30, n_batches=2, seed=0)
     scgen.setup_anndata(adata, batch_key="batch")
-    plan = (8, 0.02, 4.0, 1, True, 3, torch.device(device), "32", 0, False)
+    plan = (8, 0.02, 4.0, 20.0, 1, True, 3, torch.device(device), "32", 0, False)
 
     def trained(**how):
         model = scgen.SCVI(adata, n_hidden=16)

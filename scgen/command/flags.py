@@ -107,7 +107,7 @@ MODEL = {
     "gene_likelihood": "distribution of the counts (default zinb)",
     "dispersion": "what the dispersion depends on (default gene)",
     "posterior": "distribution of the embedding given a cell (default normal)",
-    "prior": "distribution of the embedding over all cells (default normal)",
+    "prior": "distribution of the embedding over all cells (default vamp)",
     "use_observed_lib_size": "take a cell's total as its library size, instead of inferring it (default no)",
     "encode_covariates": "let the encoder see the batch and the covariates (default yes)",
     "library_residual": "infer the library size as a correction of the cell's total (default yes)",
@@ -119,7 +119,8 @@ TRAINING = {
     "early_stopping": "stop when the validation bound no longer rises (default yes)",
     "patience": "epochs to wait for a higher validation bound (default: a quarter of --max-epochs)",
     "learning_rate": "highest learning rate (default 0.02)",
-    "kl_start": "weight of the KL divergence at the start; it is 1 in the second half (default 4.0)",
+    "kl_start": "weight of the KL divergence at the start; it is 1 in the second half (default 1.0)",
+    "batch_penalty": "weight of a penalty on batch differences within components of --prior (default 20.0)",
     "n_importance_samples": "draws of the importance-weighted bound; 1 trains on the ELBO (default 1)",
     "accelerator": "where to compute (default auto)",
     "devices": "number of devices (default 1)",
@@ -146,7 +147,7 @@ def add_training_arguments(group) -> None:
     _add(group, "max_epochs", type=whole(1, 1_000_000), metavar="N")
     for argument in ("batch_size", "patience", "n_importance_samples", "devices"):
         _add(group, argument, type=whole(1), metavar="N")
-    for argument in ("train_size", "learning_rate", "kl_start"):
+    for argument in ("train_size", "learning_rate", "kl_start", "batch_penalty"):
         _add(group, argument, type=float, metavar="X")
     _add(group, "early_stopping", action=argparse.BooleanOptionalAction)
     _add(group, "accelerator", choices=("auto", "cpu", "gpu"))

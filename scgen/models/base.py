@@ -117,7 +117,8 @@ class Model(metaclass=Answering):
         early_stopping: bool = True,
         patience: int | None = None,
         learning_rate: float = 2e-2,
-        kl_start: float = 4.0,
+        kl_start: float = 1.0,
+        batch_penalty: float = 20.0,
         n_importance_samples: int = 1,
         accelerator: str = "auto",
         devices: int = 1,
@@ -149,7 +150,12 @@ class Model(metaclass=Answering):
             Peak learning rate of Adam. Gradients are clipped to three times their usual norm.
         kl_start
             Weight of the KL divergence of z at the first step; it goes to 1 over the first half of the planned steps. A
-            value above 1 removes batch differences from z early; a value below 1 is a warm-up.
+            value below 1 is a warm-up. A value above 1, such as 4, removes batch differences from z early, and with
+            them small differences between cell types.
+        batch_penalty
+            Weight of a penalty on how far apart the batches' means of z are within each component of the prior. It
+            removes batch differences from z without merging cell types that differ, or that only one batch has. It is
+            for ``prior="vamp"`` and "mog" with a Gaussian posterior; others are trained without it. 0 is without it.
         n_importance_samples
             K draws of the latents. With K > 1, training and validation use the tighter bound
             log (1/K) sum_k p(x, z_k, l_k) / q(z_k, l_k | x) of Burda et al. (2016). Decoding then costs K times as
@@ -196,7 +202,7 @@ class Model(metaclass=Answering):
         >>> writer, elbo = SummaryWriter(), "elbo_validation"  # doctest: +SKIP
         >>> model.train(on_epoch=lambda row: writer.add_scalar(elbo, row[elbo], row["epoch"]))  # doctest: +SKIP
         """
-        plan = max_epochs, batch_size, train_size, early_stopping, patience, learning_rate, kl_start
+        plan = max_epochs, batch_size, train_size, early_stopping, patience, learning_rate, kl_start, batch_penalty
         options = trainings.checked(
             *plan, n_importance_samples, accelerator, devices, precision, seed, progress, on_epoch, self._epsilon
         )
@@ -398,8 +404,8 @@ class Model(metaclass=Answering):
 
         Notes
         -----
-        If the reference is meant for label transfer, train it with ``train(kl_start=0)``. This mixes the batches less
-        than the default and gives better labels (benchmarks/RESULTS.md).
+        If the reference is meant for label transfer, train it with ``train(kl_start=0, batch_penalty=0)``. This mixes
+        the batches less than the default and gives better labels (benchmarks/RESULTS.md).
 
         Raises
         ------

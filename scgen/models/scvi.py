@@ -95,10 +95,11 @@ class SCVI(ExpressionModel):
     r"""Variational auto-encoder of counts with two latents: the biological state z and the library size l.
 
     .. math::
-        z_n \sim N(0, I), \quad \log l_n \sim N(m_{s_n}, v_{s_n}), \quad
+        z_n \sim \sum_k w_k N(m_k, v_k), \quad \log l_n \sim N(m_{s_n}, v_{s_n}), \quad
         \rho_n = \mathrm{softmax} f(z_n, s_n), \quad x_{ng} \sim \mathrm{ZINB}(l_n \rho_{ng}, \theta_g, \pi_{ng})
 
-    The posteriors q(z | x, s) and q(log l | x, s) are Gaussian and conditioned on the batch s.
+    The posteriors q(z | x, s) and q(log l | x, s) are Gaussian and conditioned on the batch s. The components of p(z)
+    are the posteriors of learned pseudo-cells; the model of Lopez et al. has one component, N(0, I).
 
     Parameters
     ----------
@@ -128,9 +129,11 @@ class SCVI(ExpressionModel):
     n_flows
         Number of steps of that flow; None uses 8 for "planar" and 4 for "iaf".
     prior
-        p(z): "normal" is N(0, I). "mog" is a mixture of Gaussians; `get_cluster_probs` returns the probabilities of its
-        components. "vamp" is a mixture of the Gaussian posteriors, without any flow, of learned pseudo-cells. "flow" is
-        a masked autoregressive flow of 4 steps. All but "normal" are learned.
+        p(z): "vamp" is a mixture of the Gaussian posteriors, without any flow, of learned pseudo-cells (Tomczak &
+        Welling 2018). "mog" is a mixture of Gaussians; if its components are meant as clusters, use
+        ``train(kl_start=4)``. `get_cluster_probs` returns the probabilities of the components of both. "flow" is a
+        masked autoregressive flow of 4 steps. "normal" is N(0, I), as in the paper and in scvi-tools. All but "normal"
+        are learned.
     n_components
         Number of components of "mog" and "vamp"; None uses 20 and 50.
     seed
@@ -145,6 +148,7 @@ class SCVI(ExpressionModel):
     References
     ----------
     Lopez et al., Deep generative modeling for single-cell transcriptomics, Nature Methods 15 (2018) 1053.
+    Tomczak & Welling, VAE with a VampPrior, AISTATS 2018.
 
     Examples
     --------
@@ -174,7 +178,7 @@ class SCVI(ExpressionModel):
         library_residual: bool = True,
         posterior: str = "normal",
         n_flows: int | None = None,
-        prior: str = "normal",
+        prior: str = "vamp",
         n_components: int | None = None,
         seed: int = 0,
     ):
@@ -270,6 +274,8 @@ class SCVI(ExpressionModel):
 
         Examples
         --------
+        >>> model = scgen.SCVI(adata, prior="mog", n_components=8)  # doctest: +SKIP
+        >>> model.train(kl_start=4)  # doctest: +SKIP
         >>> probs = model.get_cluster_probs()  # doctest: +SKIP
         >>> adata.obsm["scgen_cluster_probs"] = probs  # doctest: +SKIP
         >>> adata.obs["scgen_cluster"] = probs.idxmax(axis=1).astype("category")  # doctest: +SKIP

@@ -22,6 +22,7 @@ def checked(
     patience: int | None,
     learning_rate: float,
     kl_start: float,
+    batch_penalty: float,
     n_importance_samples: int,
     accelerator: str,
     devices: int,
@@ -38,7 +39,7 @@ def checked(
     if on_epoch is not None and not callable(on_epoch):
         raise TypeError(f"on_epoch={shown(on_epoch)}; it takes a function of a dict, such as on_epoch=print.")
     device = choose_device(accelerator)
-    plan = max_epochs, learning_rate, kl_start, n_importance_samples, early_stopping, patience
+    plan = max_epochs, learning_rate, kl_start, batch_penalty, n_importance_samples, early_stopping, patience
     options = Options(*plan, device, precision, seed, progress, epsilon)
     options.check(batch_size, train_size, devices)
     return options

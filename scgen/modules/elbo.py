@@ -1,7 +1,7 @@
 """The parts of the evidence lower bound (ELBO), per cell."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -24,11 +24,14 @@ class Elbo:
     weighted
         Whether the draws along the first axis are importance samples. If so, ``kl`` is at the draws, and the bound is
         the logarithm of the mean weight exp(log_likelihood - sum of kl).
+    distributions
+        q and p of each latent, by name.
     """
 
     log_likelihood: Tensor
     kl: dict[str, Tensor]
     weighted: bool = False
+    distributions: dict[str, tuple[Distribution, Distribution]] = field(default_factory=dict)
 
     @cached_property
     def value(self) -> Tensor:

@@ -220,10 +220,11 @@ class VAE(nn.Module):
         """
         weighted = n_importance_samples > 1
         shape = (n_importance_samples, *shape) if weighted else shape
+        pairs = {name: (q, self.prior(name, cells)) for name, q in self.infer(cells).items()}
         latents, kl = {}, {}
-        for name, q in self.infer(cells).items():
-            latents[name], kl[name] = draw_and_kl(q, self.prior(name, cells), shape, closed_form=not weighted)
-        return Elbo(self.decoder(latents, cells).log_prob(self.decoder.target(cells)), kl, weighted)
+        for name, (q, p) in pairs.items():
+            latents[name], kl[name] = draw_and_kl(q, p, shape, closed_form=not weighted)
+        return Elbo(self.decoder(latents, cells).log_prob(self.decoder.target(cells)), kl, weighted, pairs)
 
     def log_weights(self, cells: Cells, q: dict[str, Distribution], shape: tuple[int, ...]) -> Tensor:
         """Return log p(x, latents) - log q(latents | x) at draws from q, the result of `infer`, (*shape, n).

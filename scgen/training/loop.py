@@ -13,6 +13,7 @@ from torch import nn
 
 from scgen.data.loader import CellLoader
 from scgen.seeding import seeded
+from scgen.training.batches import BatchPenalty, rise
 from scgen.training.monitoring import Best, evaluate, locate_nonfinite, search_nonfinite
 from scgen.training.optimizer import Adam
 from scgen.training.options import Options, default_epochs, warmup_cosine
@@ -78,7 +79,8 @@ def fit(
     n_steps = max_epochs * len(training)
     patience = (options.patience or math.ceil(max_epochs / 4)) if options.early_stopping else None
     best = Best(vae, first_epoch=max_epochs // 2, patience=patience)
-    state = TrainingState(vae, Adam(vae, options.epsilon), best, training.rng)
+    penalty = BatchPenalty(int(training.columns["batch"].max()) + 1, len(training))
+    state = TrainingState(vae, Adam(vae, options.epsilon), best, penalty, training.rng)
     reduced = options.precision == "bf16"
     n_before, interrupted = len(rows), False
     with (
@@ -100,6 +102,10 @@ def fit(
                         kl_weight = 1 + (options.kl_start - 1) * max(0.0, 1 - 2 * (state.step + 1) / n_steps)
                         elbo = vae(cells, n_importance_samples=options.n_importance_samples)
                         loss = elbo.loss(kl_weight)
+                        penalty_weight = options.batch_penalty * rise(state.step / n_steps)
+                        # The rows of a query are trained without the reference's cells, so without their means.
+                        if penalty_weight and not vae.frozen and penalty.applies(*elbo.distributions[vae.latent]):
+                            loss = loss + penalty_weight * penalty(*elbo.distributions[vae.latent], cells.batch)
                         if options.device.type == "cpu" and not torch.isfinite(loss):
                             raise locate_nonfinite(vae, cells)
                         loss.backward()

@@ -15,6 +15,7 @@ class Options:
     max_epochs: int | None
     learning_rate: float
     kl_start: float
+    batch_penalty: float
     n_importance_samples: int
     early_stopping: bool
     patience: int | None
@@ -28,6 +29,7 @@ class Options:
         plain = {
             "learning_rate": check_number("learning_rate", self.learning_rate, "a positive number", above=0),
             "kl_start": check_number("kl_start", self.kl_start, "a weight from 0", least=0),
+            "batch_penalty": check_number("batch_penalty", self.batch_penalty, "a weight from 0", least=0),
             "n_importance_samples": check_whole("n_importance_samples", self.n_importance_samples, 1),
             "seed": check_seed(self.seed),
         }

@@ -6,6 +6,7 @@ import numpy as np
 from torch import nn
 
 from scgen.seeding import generator
+from scgen.training.batches import BatchPenalty
 from scgen.training.monitoring import Best
 from scgen.training.optimizer import Adam
 
@@ -18,6 +19,8 @@ class TrainingState:
     ----------
     vae, optimizer, best
         The module that is trained, its optimiser, and its best weights so far.
+    penalty
+        What it knows of the batches.
     order
         The random generator of the order of the cells.
     epoch, step
@@ -27,6 +30,7 @@ class TrainingState:
     vae: nn.Module
     optimizer: Adam
     best: Best
+    penalty: BatchPenalty
     order: np.random.Generator
     epoch: int = 0
     step: int = 0
@@ -39,6 +43,7 @@ class TrainingState:
             "weights": self.vae.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "best": self.best.state_dict(),
+            "penalty": self.penalty.state_dict(),
             "order": self.order.bit_generator.state,
             "noise": generator(self.vae.device).get_state(),
         }
@@ -49,5 +54,6 @@ class TrainingState:
         self.vae.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.best.load_state_dict(state["best"])
+        self.penalty.load_state_dict(state["penalty"])
         self.order.bit_generator.state = state["order"]
         generator(self.vae.device).set_state(state["noise"])

@@ -55,6 +55,7 @@ def integrate(
     patience: int | None = None,
     learning_rate: float | None = None,
     kl_start: float | None = None,
+    batch_penalty: float | None = None,
     n_importance_samples: int | None = None,
     accelerator: str | None = None,
     devices: int | None = None,
@@ -84,8 +85,8 @@ def integrate(
     n_latent, n_hidden, n_layers, dropout_rate, gene_likelihood, dispersion, use_observed_lib_size, encode_covariates, \
 library_residual, posterior, n_flows, prior, n_components
         As in `SCVI`; None uses its default.
-    max_epochs, batch_size, train_size, early_stopping, patience, learning_rate, kl_start, n_importance_samples, \
-accelerator, devices, precision
+    max_epochs, batch_size, train_size, early_stopping, patience, learning_rate, kl_start, batch_penalty, \
+n_importance_samples, accelerator, devices, precision
         As in `SCVI.train`; None uses its default.
     seed
         Seed of the initial weights and of training.

@@ -155,7 +155,9 @@ def test_effective_sizes_of_large_negative_weights():
     np.testing.assert_allclose(second, logsumexp(2 * log_w, axis=0), rtol=1e-12)
 
 
-def test_units_are_what_numpy_says(trained, cells):
+def test_units_are_what_numpy_says(cells):
+    trained = scgen.SCVI(cells, n_latent=4, n_hidden=16, prior="normal")
+    trained.train(3, accelerator="cpu", progress=False)
     mean, variance = (values.astype(float) for values in trained.get_latent_representation(return_dist=True))
     table = trained.active_units()
     np.testing.assert_allclose(table["variance"], mean.var(0), rtol=1e-6)

@@ -43,7 +43,7 @@ def small():
 
 
 def test_the_bound_is_the_sum_of_its_parts(small):
-    model = train(new_model(small))
+    model = train(new_model(small, prior="normal"))
     error, elbo = model.get_reconstruction_error(return_mean=False), model.get_elbo(return_mean=False)
     mean, variance = (a.astype(float) for a in model.get_latent_representation(return_dist=True))
     kl_z = 0.5 * (mean**2 + variance - np.log(variance) - 1).sum(1)
