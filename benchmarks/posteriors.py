@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results" / "posteriors"
 CACHE = Path(__file__).parent / "cache" / "posteriors"
 SETS = ("hemato_mouse_bm", "paul15_hematopoiesis", "pbmc_10k_5k_cite")
 
-#: Arguments of the model, and of its training. Priors that are mixtures are trained with the default's penalty on batches.
+#: Arguments of the model, and of its training. The priors that are mixtures have the default penalty on batches.
 KINDS = {
     "normal": ({"prior": "normal"}, {}),
     "posterior planar": ({"posterior": "planar", "prior": "normal"}, {}),

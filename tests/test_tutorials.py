@@ -27,7 +27,7 @@ def integrate_batches(text: str):
     before, after, full = numbers(text, "# before, # after; # if")
     assert before < 0.5 * full
     assert after > 0.85 * full
-    assert numbers(text, "Rand index): #")[0] > 0.7
+    assert numbers(text, "Rand index): #")[0] > 0.9
     assert "the same embedding: True" in text
 
 
