@@ -80,6 +80,7 @@ WRONG = {
     "size": [*NO_WHOLE, 0, None, 10**15],
     "n_hidden": [*NO_WHOLE, 0, None, 10**6],
     "n_flows": [*NO_WHOLE, 0, 3, 10**6],  # for posterior="normal" there is none
+    "n_components": [*NO_WHOLE, 0, 10**6],
     "devices": [*NO_WHOLE, 0, None, 2, "auto"],
     "seed": [*NO_WHOLE, None, 2**63, 2**64, 10**400],
     "positive": [*NO_NUMBER, None, 0, -1, NAN, INF, -INF, 1e300, 10**400],
@@ -191,7 +192,7 @@ KINDS = ADATA_KEYS | {
     "n_hidden": "n_hidden",
     "n_layers": "n_hidden",
     "n_flows": "n_flows",
-    "n_components": "n_flows",
+    "n_components": "n_components",
     "dropout_rate": "share below 1",
     "learning_rate": "positive",
     "kl_start": "from 0",
@@ -641,12 +642,12 @@ WRONG_COLUMNS = {
 }
 WRONG_FLAGS = {
     "integrate": WRONG_COLUMNS
-    | {key: [*WRONG_WHOLE, "0"] for key in ("--n-latent", "--n-hidden", "--n-layers")}
-    | {key: [*WRONG_WHOLE, "0", "3"] for key in ("--n-flows", "--n-components")}
+    | {key: [*WRONG_WHOLE, "0"] for key in ("--n-latent", "--n-hidden", "--n-layers", "--n-components")}
+    | {"--n-flows": [*WRONG_WHOLE, "0", "3"]}
     | {key: [*WRONG_WHOLE[:-1], "0"] for key in ("--batch-size", "--patience", "--n-importance-samples")}
     | {key: ["", "nope"] for key in ("--gene-likelihood", "--dispersion", "--posterior", "--prior", "--precision")}
     | {key: [*WRONG_NUMBER, "1.5"] for key in ("--dropout-rate", "--train-size")}
-    | dict.fromkeys(("--learning-rate", "--kl-start"), WRONG_NUMBER)
+    | dict.fromkeys(("--learning-rate", "--kl-start", "--batch-penalty"), WRONG_NUMBER)
     | dict.fromkeys(("--tune", "--no-use-observed-lib-size", "--no-encode-covariates", "--no-library-residual"))
     | {"--no-early-stopping": None, "--devices": [*WRONG_WHOLE, "0", "2"], "--suffix": ["", "a/b"]}
     | {

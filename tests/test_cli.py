@@ -625,7 +625,8 @@ def test_options_reach_the_model(tmp_path, here):
     done = here("integrate", tmp_path / "in.h5ad", "-o", tmp_path / "out.h5ad", *data, "--report", tmp_path / "report",
                "--n-latent", 3, "--n-hidden", 16, "--prior", "mog", "--n-components", 4, "--posterior", "planar",
                "--dispersion", "gene-label", "--gene-likelihood", "nb", "--no-encode-covariates", "--kl-start", 2,
-               "--max-epochs", 2, "--batch-size", 32, "--train-size", 0.8, "--no-early-stopping")  # fmt: skip
+               "--batch-penalty", 5, "--max-epochs", 2, "--batch-size", 32, "--train-size", 0.8,
+               "--no-early-stopping")  # fmt: skip
     assert done.returncode == 0, done.stderr
     model = scgen.SCVI.load(tmp_path / "report" / "model", anndata.read_h5ad(tmp_path / "out.h5ad"))
     wanted = {"n_latent": 3, "n_hidden": 16, "prior": "mog", "n_components": 4, "posterior": "planar", "n_layers": 1,

@@ -154,8 +154,11 @@ class Model(metaclass=Answering):
             them small differences between cell types.
         batch_penalty
             Weight of a penalty on how far apart the batches' means of z are within each component of the prior. It
-            removes batch differences from z without merging cell types that differ, or that only one batch has. It is
-            for ``prior="vamp"`` and "mog" with a Gaussian posterior; others are trained without it. 0 is without it.
+            removes batch differences from z, whatever shares of the cell types the batches have. But a type that only
+            one batch has is drawn towards a similar type if they share a component: a smaller weight keeps it further
+            apart. The penalty has no weight in the first tenth of the steps, and less where a batch has few cells in a
+            component (about 30 or fewer). It needs ``prior="vamp"`` or "mog" and ``posterior="normal"``. Without them,
+            and in `Query.train`, it is not used. 0 switches it off.
         n_importance_samples
             K draws of the latents. With K > 1, training and validation use the tighter bound
             log (1/K) sum_k p(x, z_k, l_k) / q(z_k, l_k | x) of Burda et al. (2016). Decoding then costs K times as
@@ -354,7 +357,8 @@ class Model(metaclass=Answering):
         -------
         One row per latent. "variance" is the variance over the cells of the means of q(z_u | x) (Burda et al. 2016).
         "kl" is the mean over the cells of KL(q(z_u | x) || p(z_u)), in nats; it is NaN unless both distributions are
-        Gaussian with independent units. "active" says whether the latent is active.
+        Gaussian with independent units, so with the default prior of `SCVI`. "active" says whether the latent is
+        active.
 
         Raises
         ------
@@ -405,7 +409,7 @@ class Model(metaclass=Answering):
         Notes
         -----
         If the reference is meant for label transfer, train it with ``train(kl_start=0, batch_penalty=0)``. This mixes
-        the batches less than the default and gives better labels (benchmarks/RESULTS.md).
+        the batches less than the default and gives better labels (benchmarks/NOTES.md).
 
         Raises
         ------

@@ -282,7 +282,9 @@ class SCVI(ExpressionModel):
         """
         prior = self.arguments.prior
         if prior not in N_COMPONENTS:
-            raise ValueError(f'prior="{prior}" has no components. Train SCVI(adata, prior="mog") for clusters.')
+            raise ValueError(
+                f'prior="{prior}" has no components. For clusters, use SCVI(adata, prior="mog") and train(kl_start=4).'
+            )
         n_samples = check_draws("n_samples", n_samples)
         loader = loaders.of_question(self, adata, indices, batch_size, seed)
         probs = inference.cluster_probs(self.vae, loader, n_samples, seed)

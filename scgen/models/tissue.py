@@ -43,7 +43,7 @@ class TissueModel(Model):
         progress: bool = True,
         on_epoch: Callable[[dict[str, float]], object] | None = None,
     ) -> None:
-        """Train the model as `Model.train` does, with other defaults.
+        """Train the model as `Model.train` does, with other defaults and without its ``batch_penalty``.
 
         ``batch_size=None`` is 256 for `SpatialVAE` and 128 for `MatrixNormalVAE`, whose patches have more places.
         ``max_epochs=None`` makes as many passes as 3000 minibatches take, between 25 and 250. With ``kl_start=0``, the

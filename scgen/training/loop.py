@@ -104,8 +104,9 @@ def fit(
                         loss = elbo.loss(kl_weight)
                         penalty_weight = options.batch_penalty * rise(state.step / n_steps)
                         # The rows of a query are trained without the reference's cells, so without their means.
-                        if penalty_weight and not vae.frozen and penalty.applies(*elbo.distributions[vae.latent]):
-                            loss = loss + penalty_weight * penalty(*elbo.distributions[vae.latent], cells.batch)
+                        q_and_p = elbo.distributions[vae.latent]
+                        if penalty_weight and not vae.frozen and penalty.applies(*q_and_p):
+                            loss = loss + penalty_weight * penalty(*q_and_p, cells.batch)
                         if options.device.type == "cpu" and not torch.isfinite(loss):
                             raise locate_nonfinite(vae, cells)
                         loss.backward()

@@ -54,6 +54,6 @@ class TrainingState:
         self.vae.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.best.load_state_dict(state["best"])
-        self.penalty.load_state_dict(state["penalty"])
+        self.penalty.load_state_dict(state["penalty"], self.vae.device)
         self.order.bit_generator.state = state["order"]
         generator(self.vae.device).set_state(state["noise"])

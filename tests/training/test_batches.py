@@ -19,8 +19,9 @@ def mixture(seed: int = 0) -> GaussianMixture:
     return GaussianMixture(torch.randn(K, generator=noise), DiagonalNormal(means, variances))
 
 
-def test_gradient_is_that_of_the_formula(monkeypatch):
-    monkeypatch.setattr(batches, "SHRINKAGE", 0.0)
+@pytest.mark.parametrize("shrinkage", [0.0, 30.0])
+def test_gradient_is_that_of_the_formula(monkeypatch, shrinkage):
+    monkeypatch.setattr(batches, "SHRINKAGE", shrinkage)
     p, rng = mixture(), np.random.default_rng(0)
     z = torch.tensor(rng.normal(size=(N, D)), dtype=torch.float32, requires_grad=True)
     batch = torch.from_numpy(rng.integers(0, S, N))
@@ -36,12 +37,18 @@ def test_gradient_is_that_of_the_formula(monkeypatch):
         axis=1,
     )
     r = torch.from_numpy(joint / joint.sum(1, keepdims=True))
-    total = 0.0
+    total, shrunk = 0.0, torch.zeros(N, D, dtype=torch.float64)
     for k in range(K):
         mean = (r[:, k, None] * at).sum(0) / r[:, k].sum()
         for s in range(S):
             own = r[:, k] * (batch == s)
-            total = total + own.sum() * (((own[:, None] * at).sum(0) / own.sum() - mean) ** 2 / parts.variance[k]).sum()
+            apart = (own[:, None] * at).sum(0) / own.sum() - mean
+            total = total + own.sum() * (apart**2 / parts.variance[k]).sum()
+            share = own.sum() / (own.sum() + shrinkage)
+            shrunk += (own[:, None] * share * apart / parts.variance[k] / N).detach()
+    if shrinkage:
+        np.testing.assert_allclose(z.grad, shrunk, rtol=1e-4, atol=1e-7)
+        return
     (total / (2 * N)).backward()
     np.testing.assert_allclose(z.grad, at.grad, rtol=1e-4, atol=1e-7)
 
@@ -74,9 +81,10 @@ def test_means_are_over_an_epoch_of_minibatches():
     torch.testing.assert_close(often.sums, 4 * once.sums)
 
 
-def test_it_is_for_mixtures_of_more_than_a_component():
-    q = DiagonalNormal(torch.zeros(5, D), torch.ones(5, D))
+def test_it_is_for_mixtures_of_several_components():
+    q, one = DiagonalNormal(torch.zeros(5, D), torch.ones(5, D)), DiagonalNormal(torch.zeros(1, D), torch.ones(1, D))
     assert BatchPenalty.applies(q, mixture())
+    assert not BatchPenalty.applies(q, GaussianMixture(torch.zeros(1), one))
     assert not BatchPenalty.applies(q, DiagonalNormal(torch.zeros(D), torch.ones(D)))
 
 
