@@ -84,7 +84,7 @@ METHODS = {
     "scgen-latent": lambda *a: run_scgen(*a, observed=False),
     "scgen-latent-float32": lambda *a: run_scgen(*a, observed=False, precision="32"),
 }
-#: Methods that learn their prior.
+#: Methods with another prior than the default.
 OF_PRIORS = {f"scgen-latent-{prior}": prior for prior in ("normal", "mog", "flow")}
 METHODS |= {name: partial(run_scgen, observed=False, prior=prior) for name, prior in OF_PRIORS.items()}
 

@@ -39,6 +39,8 @@ from benchmarks import pairs, protocol
 CACHE = Path(__file__).parent / "cache" / "query"
 RESULTS = Path(__file__).parent / "results" / "query"
 EPOCHS = 100
+#: Trainings of a reference -> what they pass to `train`.
+TRAININGS = {"the default": {}, "kl_start=0, batch_penalty=0": {"kl_start": 0.0, "batch_penalty": 0.0}}
 
 #: Name of a pair -> the batches of its reference and of its query. What `Query.typicality` does to a new batch was
 #: chosen on the first three, at seed 0.
@@ -89,10 +91,6 @@ def accuracy(reference: np.ndarray, labels: pd.Series, query: np.ndarray, truth:
 
     found = transfer(reference, labels, query, 15, 0.0)["label"]
     return float((found.to_numpy() == truth.astype(str).to_numpy()).mean())
-
-
-#: Trainings of a reference -> what they pass to `train`.
-TRAININGS = {"the default": {}, "kl_start=0, batch_penalty=0": {"kl_start": 0.0, "batch_penalty": 0.0}}
 
 
 def reference_of(adata: anndata.AnnData, seed: int, training: str = "the default"):

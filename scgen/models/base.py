@@ -357,8 +357,8 @@ class Model(metaclass=Answering):
         -------
         One row per latent. "variance" is the variance over the cells of the means of q(z_u | x) (Burda et al. 2016).
         "kl" is the mean over the cells of KL(q(z_u | x) || p(z_u)), in nats; it is NaN unless both distributions are
-        Gaussian with independent units, so with the default prior of `SCVI`. "active" says whether the latent is
-        active.
+        Gaussian with independent units. With the default prior of `SCVI`, it is NaN. "active" says whether the latent
+        is active.
 
         Raises
         ------

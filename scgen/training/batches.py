@@ -38,8 +38,8 @@ class BatchPenalty:
 
     def __init__(self, n_batches: int, n_steps: int):
         self.n_batches, self.kept = n_batches, 1 - 1 / n_steps
-        self.cells: Tensor | None = None  # (S, K): n_ks
-        self.sums: Tensor | None = None  # (S, K, d): n_ks m_ks
+        # Of no cells yet. Then n_ks, (S, K), and n_ks m_ks, (S, K, d).
+        self.cells = self.sums = torch.zeros(())
 
     @staticmethod
     def applies(q: Distribution, p: Distribution) -> bool:
@@ -63,12 +63,9 @@ class BatchPenalty:
             r = (components.log_prob(z[:, None]) + p.mixture_distribution.logits).softmax(-1)  # (n, K)
             # A product, because a GPU adds up by index in a random order.
             of_batch = one_hot(batch, self.n_batches).to(z).T  # (S, n)
-            cells, sums = of_batch @ r, of_batch @ (r[..., None] * z[:, None]).flatten(1)
-            sums = sums.unflatten(1, (r.shape[1], -1))
-            if self.cells is None:
-                self.cells, self.sums = cells, sums
-            else:
-                self.cells, self.sums = self.kept * self.cells + cells, self.kept * self.sums + sums
+            sums = of_batch @ (r[..., None] * z[:, None]).flatten(1)
+            self.cells = self.kept * self.cells + of_batch @ r
+            self.sums = self.kept * self.sums + sums.unflatten(1, (r.shape[1], -1))
             means = self.sums / self.cells.clamp(min=1e-6)[..., None]
             overall = self.sums.sum(0) / self.cells.sum(0).clamp(min=1e-6)[:, None]
             differences = (self.cells / (self.cells + SHRINKAGE))[..., None] * (means - overall)
@@ -81,8 +78,7 @@ class BatchPenalty:
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         """Take over what `state_dict` returned."""
-        if state["cells"] is not None:
-            self.cells, self.sums = (state[name].to(device, copy=True) for name in ("cells", "sums"))
+        self.cells, self.sums = (state[name].to(device, copy=True) for name in ("cells", "sums"))
 
 
 def rise(progress: float) -> float:

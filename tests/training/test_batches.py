@@ -42,15 +42,14 @@ def test_gradient_is_that_of_the_formula(monkeypatch, shrinkage):
         mean = (r[:, k, None] * at).sum(0) / r[:, k].sum()
         for s in range(S):
             own = r[:, k] * (batch == s)
-            apart = (own[:, None] * at).sum(0) / own.sum() - mean
-            total = total + own.sum() * (apart**2 / parts.variance[k]).sum()
+            difference = (own[:, None] * at).sum(0) / own.sum() - mean
+            total = total + own.sum() * (difference**2 / parts.variance[k]).sum()
             share = own.sum() / (own.sum() + shrinkage)
-            shrunk += (own[:, None] * share * apart / parts.variance[k] / N).detach()
-    if shrinkage:
-        np.testing.assert_allclose(z.grad, shrunk, rtol=1e-4, atol=1e-7)
-        return
-    (total / (2 * N)).backward()
-    np.testing.assert_allclose(z.grad, at.grad, rtol=1e-4, atol=1e-7)
+            shrunk += (own[:, None] * share * difference / parts.variance[k] / N).detach()
+    np.testing.assert_allclose(z.grad, shrunk, rtol=1e-4, atol=1e-7)
+    if not shrinkage:
+        (total / (2 * N)).backward()
+        np.testing.assert_allclose(z.grad, at.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_shares_of_components_are_free():
