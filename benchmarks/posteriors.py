@@ -77,38 +77,10 @@ def score() -> None:
         cached = CACHE / path.with_suffix(".npz").name
         if "scores" not in result and cached.exists():
             adata, _, _ = protocol.read(result["set"])
-            result["scores"] = scores(result["set"], adata, np.load(cached)["embedding"])
+            found = protocol.scores(result["set"], adata, np.load(cached)["embedding"])
+            result["scores"] = {key: found[key] for key in ("iLISI", "bio", "total") if key in found}
             path.write_text(json.dumps(result, indent=1) + "\n")
             print(path.stem, {key: round(value, 3) for key, value in result["scores"].items()}, flush=True)
-
-
-def scores(name: str, adata: anndata.AnnData, embedding: np.ndarray) -> dict[str, float]:
-    if name in protocol.SETS:
-        found = protocol.scores(name, adata, embedding)
-        return {key: found[key] for key in ("iLISI", "bio", "total")}
-    if "cell_type" not in adata.obs:
-        from scib_metrics import ilisi_knn
-        from scib_metrics.nearest_neighbors import pynndescent
-
-        neighbours = pynndescent(embedding, n_neighbors=90, random_state=0)
-        return {"iLISI": float(ilisi_knn(neighbours, adata.obs["batch"].cat.codes.to_numpy()))}
-    from scib_metrics.benchmark import Benchmarker, BioConservation
-
-    cells = anndata.AnnData(obs=adata.obs, obsm={"X_emb": embedding})
-    bench = Benchmarker(
-        cells,
-        "batch",
-        "cell_type",
-        ["X_emb"],
-        bio_conservation_metrics=BioConservation(isolated_labels=False),
-        batch_correction_metrics=None,
-        pre_integrated_embedding_obsm_key="X_emb",  # which only the scores of batches would compare with
-        n_jobs=1,
-        progress_bar=False,
-    )
-    bench.benchmark()
-    table = bench.get_results(min_max_scale=False).drop(index="Metric Type")
-    return {"bio": float(table.loc["X_emb"].drop(["Total", "Bio conservation"], errors="ignore").astype(float).mean())}
 
 
 def time_epochs(name: str, n_rounds: int = 5, n_epochs: int = 3) -> None:

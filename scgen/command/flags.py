@@ -77,6 +77,13 @@ def add_integration_arguments(command: argparse.ArgumentParser) -> None:
         "--n-top-genes", type=whole(1), metavar="N", help="model only the N most variable genes (default: all genes)"
     )
     command.add_argument(
+        "--n-models",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="models to train; their embeddings are joined, so that the seed matters less (default 1)",
+    )
+    command.add_argument(
         "--resolution",
         type=resolution,
         default=1.0,

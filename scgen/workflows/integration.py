@@ -10,7 +10,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from scgen.arguments import check_flag, check_key, check_names, check_whole, counted, shown
+from scgen.arguments import check_flag, check_key, check_names, check_seed, check_whole, counted, shown
 from scgen.data.categories import names_of
 from scgen.data.checks import Setup, check_types, check_writable, raise_errors
 from scgen.data.counts import matrix_of
@@ -21,6 +21,9 @@ from scgen.models import trainings
 from scgen.models.scvi import SCVI
 from scgen.workflows import tuning
 
+#: More models would hardly change the embedding.
+MOST_MODELS = 100
+
 
 def integrate(
     adata: AnnData,
@@ -28,6 +31,7 @@ def integrate(
     *,
     layer: str | None = None,
     n_top_genes: int | None = None,
+    n_models: int = 1,
     adjusted_basis: str = "X_scgen",
     labels_key: str | None = None,
     size_factor_key: str | None = None,
@@ -75,6 +79,10 @@ def integrate(
         Layer with the counts; None uses ``adata.X``.
     n_top_genes
         Number of highly variable genes to model, chosen within batches; None models all genes.
+    n_models
+        Number of models to train, with the seeds ``seed``, ``seed + 1`` and so on. The embedding then holds the first
+        principal components of all models' embeddings side by side, as many as one of them has dimensions. It depends
+        less on the seed, and takes as many times longer. Ctrl-C joins the models trained so far.
     adjusted_basis
         Key of the embedding. Only an earlier result of `integrate` is overwritten.
     labels_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys, counts
@@ -95,17 +103,18 @@ n_importance_samples, accelerator, devices, precision
 
     Returns
     -------
-    The model. ``model.adata`` holds the cells and genes that it was trained on, and ``indices=`` are rows of it.
-    Columns of ``obs``, such as groups to compare, are looked up in the ``adata`` passed here, at the time of the call.
-    ``adata`` gets the embedding in ``obsm[adjusted_basis]`` and the parameters in ``uns["scgen"]["integrate"]``. Cells
-    without counts in the modelled genes have NaN in the embedding; a warning names them.
+    The model of ``seed``. If there are several, its own embedding is one of those that were joined. ``model.adata``
+    holds the cells and genes that it was trained on, and ``indices=`` are rows of it. Columns of ``obs``, such as
+    groups to compare, are looked up in the ``adata`` passed here, at the time of the call. ``adata`` gets the embedding
+    in ``obsm[adjusted_basis]`` and the parameters in ``uns["scgen"]["integrate"]``. Cells without counts in the
+    modelled genes have NaN in the embedding; a warning names them.
 
     Raises
     ------
     TypeError, ValueError
-        As `setup_anndata`, `SCVI` and `tune`; also if ``n_top_genes`` is below 1, no gene varies, no cell is left,
-        `integrate` did not write the present ``obsm[adjusted_basis]``, or ``tune`` is combined with settings that it
-        chooses. ``adata`` is then unchanged.
+        As `setup_anndata`, `SCVI` and `tune`; also if ``n_top_genes`` or ``n_models`` is below 1, no gene varies, no
+        cell is left, `integrate` did not write the present ``obsm[adjusted_basis]``, or ``tune`` is combined with
+        settings that it chooses. ``adata`` is then unchanged.
 
     Examples
     --------
@@ -140,6 +149,7 @@ n_importance_samples, accelerator, devices, precision
     check_flag("counts", counts)
     if n_top_genes is not None:
         n_top_genes = check_whole("n_top_genes", n_top_genes, 1)
+    n_models = check_whole("n_models", n_models, 1, MOST_MODELS)
     if n_top_genes is not None and not counts:
         raise ValueError("n_top_genes needs counts. With counts=False, select the genes before calling integrate.")
     columns = _settings(setup_anndata, given) | {"batch_key": keys[0]}
@@ -152,6 +162,7 @@ n_importance_samples, accelerator, devices, precision
     _check_basis(adata, adjusted_basis)
     chosen, training = _settings(SCVI, given), _settings(SCVI.train, given)
     SCVI.Arguments(**_defaults(SCVI) | chosen | {"seed": seed})
+    check_seed(seed + n_models - 1)
     trainings.checked(**_defaults(SCVI.train) | training | {"seed": seed, "progress": progress})
     presets = None if isinstance(tune, bool | np.bool_) else tune
     is_tuned = bool(tune) if presets is None else True
@@ -168,17 +179,63 @@ n_importance_samples, accelerator, devices, precision
         model = SCVI(modelled, seed=seed, **chosen)
         model.train(seed=seed, progress=progress, **training)
     model.source, model.source_rows = adata, kept
-    latent = model.get_latent_representation()
+    latents = [model.get_latent_representation()]
+    if model.trainings[-1]["finished"]:
+        latents += _of_more_models(model, range(seed + 1, seed + n_models), training | {"progress": progress})
+    latent = joined(latents)
     embedding = np.full((adata.n_obs, latent.shape[1]), np.nan, np.float32)
     embedding[kept] = latent
     adata.obsm[adjusted_basis] = embedding
     parameters = {name: value for name, value in asdict(model.arguments).items() if value is not None} | training
     parameters |= {name: value for name, value in columns.items() if value not in ([], None)}
     parameters |= {"key": keys, "n_genes": modelled.n_vars, "seed": seed, "epochs": len(model.history)}
+    parameters |= {"n_models": len(latents)}
     parameters |= {"adjusted_basis": adjusted_basis, "written": sorted({*_written(adata), adjusted_basis})}
     parameters |= {"tuned": tuned.best} if is_tuned else {}
     adata.uns["scgen"] = {**adata.uns.get("scgen", {}), "integrate": parameters}
     return model
+
+
+def _of_more_models(model: SCVI, seeds: Sequence[int], training: Mapping) -> list[np.ndarray]:
+    """Return the embeddings of models like this one with other seeds, fewer after an interrupt."""
+    latents = []
+    for seed in seeds:
+        other = SCVI(model.adata, **asdict(model.arguments) | {"seed": seed})
+        try:
+            other.train(seed=seed, **training)
+        except KeyboardInterrupt:  # in the first epoch; later ones end the training
+            return latents
+        latents.append(other.get_latent_representation())
+        if not other.trainings[-1]["finished"]:
+            break
+    return latents
+
+
+def joined(embeddings: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the first principal components of several embeddings of the same n cells, side by side.
+
+    Each embedding is scaled to the same total variance, the mean of theirs. With all components, the squared distance
+    of two cells would be the mean of theirs; as many are kept as the first embedding has dimensions, or n if this is
+    less. A single embedding is returned as it is.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> z = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+    >>> turned = 5 * z[:, [2, 0, 1]]
+    >>> both = joined([z, turned])
+    >>> both.shape, float(both.var(0).sum() / z.var(0).sum()) > 1
+    ((100, 3), True)
+    """
+    if len(embeddings) == 1:
+        return embeddings[0]
+    from sklearn.decomposition import PCA  # imported here, since it takes a second
+
+    variances = [max(float(z.var(axis=0, dtype=np.float64).sum()), 1e-12) for z in embeddings]
+    scales = np.sqrt(np.mean(variances) / np.array(variances) / len(embeddings))
+    together = np.hstack([scale * z for scale, z in zip(scales, embeddings, strict=True)])
+    n_kept = min(embeddings[0].shape)
+    return PCA(n_kept, svd_solver="full").fit_transform(together).astype(np.float32)
 
 
 def _settings(function: Callable, given: Mapping) -> dict:

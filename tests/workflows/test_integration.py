@@ -1,5 +1,6 @@
 """`integrate` and what Scanpy does with its result."""
 
+import functools
 import inspect
 import warnings
 
@@ -10,11 +11,13 @@ import pytest
 import scanpy as sc
 import torch
 from scipy import sparse
+from scipy.spatial.distance import pdist
+from sklearn.neighbors import NearestNeighbors
 
 import scgen
 from scgen.reporting.report import uncorrected
 from scgen.workflows.clustering import cluster
-from scgen.workflows.integration import highly_variable
+from scgen.workflows.integration import highly_variable, joined
 
 
 @pytest.fixture
@@ -204,7 +207,7 @@ def test_it_takes_all_that_set_up_model_and_training_take():
         assert inspect.signature(function).parameters.keys() - others <= ours.keys()
     # Every default is written once: where it is one of the model or the training, None stands for it here.
     defaults = {name for name, parameter in ours.items() if parameter.default is not None}
-    assert defaults == {"adata", "key", "adjusted_basis", "counts", "tune", "seed", "progress"}
+    assert defaults == {"adata", "key", "n_models", "adjusted_basis", "counts", "tune", "seed", "progress"}
 
 
 def test_what_is_given_is_what_by_hand_would_be(cells, tmp_path):
@@ -225,6 +228,65 @@ def test_what_is_given_is_what_by_hand_would_be(cells, tmp_path):
     cells.write_h5ad(tmp_path / "a.h5ad")
     told = anndata.read_h5ad(tmp_path / "a.h5ad").uns["scgen"]["integrate"]
     assert (told["prior"], told["kl_start"], list(told["continuous_covariate_keys"])) == ("mog", 2.0, ["age"])
+
+
+def test_joined_embeddings_that_differ_by_a_rotation_and_a_scale_keep_the_distances():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(40, 4)) * [3, 1, 0.5, 0.1]
+    turn = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    # The variances are 1 and 25 times z's, so 13 times on average.
+    np.testing.assert_allclose(pdist(joined([z, 5 * z @ turn + 7])) ** 2, 13 * pdist(z) ** 2, rtol=1e-4)
+    assert joined([z]) is z
+    assert joined([z[:3], z[:3]]).shape == (3, 3)
+    assert np.isfinite(joined([z, np.zeros_like(z)])).all()
+
+
+def test_the_models_that_are_joined_are_those_of_the_next_seeds(cells):
+    model = quick(cells, n_models=2, n_latent=3, seed=4)
+    scgen.setup_anndata(cells, batch_key="batch")
+    z = []
+    for seed in (4, 5):
+        by_hand = scgen.SCVI(cells, n_latent=3, seed=seed)
+        by_hand.train(max_epochs=2, progress=False, seed=seed)
+        z.append(by_hand.get_latent_representation())
+    np.testing.assert_array_equal(model.get_latent_representation(), z[0])
+    # The best approximation of rank 3, of both at the same variance.
+    together = np.hstack([(one - one.mean(0)) / np.sqrt(one.var(0).sum()) for one in z])
+    u, s, _ = np.linalg.svd(together, full_matrices=False)
+    ratio = pdist(cells.obsm["X_scgen"]) / pdist(u[:, :3] * s[:3])
+    np.testing.assert_allclose(ratio, np.median(ratio), rtol=1e-3)
+    assert cells.uns["scgen"]["integrate"]["n_models"] == 2
+
+
+def test_several_models_depend_less_on_the_seed():
+    cells = scgen.simulate_cells(n_cells=200, n_genes=40, n_batches=2, seed=0)
+
+    def near(seed, n_models):
+        scgen.integrate(cells, "batch", n_models=n_models, seed=seed, max_epochs=20, progress=False)
+        return NearestNeighbors(n_neighbors=15).fit(cells.obsm["X_scgen"]).kneighbors(return_distance=False)
+
+    def shared(n_models):
+        pairs = zip(near(0, n_models), near(10, n_models), strict=True)
+        return np.mean([len(np.intersect1d(one, other)) / 15 for one, other in pairs])
+
+    assert shared(3) > shared(1) + 0.05
+
+
+def test_after_an_interrupt_the_models_so_far_are_joined(cells, monkeypatch):
+    train, n_calls = scgen.SCVI.train, []
+
+    @functools.wraps(train)  # its parameters are looked at
+    def interrupted(self, *args, **options):
+        n_calls.append(1)
+        if len(n_calls) == 3:
+            raise KeyboardInterrupt
+        train(self, *args, **options)
+
+    monkeypatch.setattr(scgen.SCVI, "train", interrupted)
+    quick(cells, n_models=5)
+    assert len(n_calls) == 3
+    assert cells.uns["scgen"]["integrate"]["n_models"] == 2
+    assert cells.obsm["X_scgen"].shape == (150, 10)
 
 
 def test_values_that_are_no_counts(cells):
@@ -289,6 +351,8 @@ def test_views_and_backed_files(cells, tmp_path):
         ({"key": 3}, TypeError, "key"),
         ({"layer": "nope"}, ValueError, "not a layer"),
         ({"n_top_genes": 0}, ValueError, "n_top_genes=0"),
+        ({"n_models": 0}, ValueError, "n_models=0"),
+        ({"n_models": 2, "seed": 2**63 - 1}, ValueError, "seed="),
     ],
 )
 def test_bad_calls_change_nothing(cells, options, error, words):
