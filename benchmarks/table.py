@@ -1,4 +1,4 @@
-"""Print what was measured: ``python -m benchmarks.table quality [SET]``, ``guards``, or ``speed``, which is also drawn.
+"""Print what was measured: ``python -m benchmarks.table quality [SET ...]``, ``guards``, or ``speed``, also drawn.
 
 Of each method and comparison, the newest version counts.
 """
@@ -10,6 +10,9 @@ import sys
 import pandas as pd
 
 from benchmarks import guards, pairs, protocol, quality
+
+#: The scores that are shown; `benchmarks/README.md` says what they mean.
+SCORES = ("bio", "batch", "total", "fair batch", "fair total", "iLISI", "CiLISI", "PCR within types", "scGraph")
 
 
 def quality_table(name: str) -> pd.DataFrame:
@@ -23,13 +26,14 @@ def quality_table(name: str) -> pd.DataFrame:
         newest = max(mine, key=lambda run: run["measured"])["version"]
         mine = [run for run in mine if run["version"] == newest]
         scores = [run.get("scores", {}) for run in mine]
-        columns = {part: [score.get(part) for score in scores] for part in ("bio", "batch", "total", "iLISI")}
+        columns = {part: [score.get(part) for score in scores] for part in SCORES}
         columns["test ELBO"] = [run.get("test_elbo") for run in mine]
         columns["marginal"] = [run.get("marginal") for run in mine]
         columns["seconds"] = [run.get("seconds") for run in mine]
         columns["epochs"] = [run.get("epochs") for run in mine]
         rows[f"{method} {newest}"] = {"seeds": len(mine)} | {part: shown(part, v) for part, v in columns.items()}
-    return pd.DataFrame(rows).T
+    table = pd.DataFrame(rows).T
+    return table.loc[:, (table != "").any()]
 
 
 def shown(part: str, values: list) -> str:

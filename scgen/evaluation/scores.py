@@ -27,6 +27,12 @@ def integration_scores(
     -------
     The metrics, then their means "bio" and "batch", and "total" = 0.6 bio + 0.4 batch.
 
+    Notes
+    -----
+    Where the batches have different shares of the types, two of the scores of batches mislead. "iLISI" rises if
+    different types are mixed. "PCR comparison" falls if types are told apart better. "BRAS", "KBET" and "Graph
+    connectivity" are within types.
+
     Raises
     ------
     ImportError
