@@ -30,8 +30,8 @@ def _genes(adata: AnnData, setup: Setup) -> list[Finding]:
         return []
     text = f"there are more genes ({adata.n_vars:,}) than cells ({adata.n_obs:,})"
     fix = (
-        "Training is faster with the most variable genes only: integrate(adata, n_top_genes=2000). With all genes, fewer "
-        "hidden units predict held-out cells better: SCVI(adata, n_hidden=64)."
+        "Training is faster with the most variable genes only: integrate(adata, n_top_genes=2000). With all genes, "
+        "fewer hidden units predict held-out cells better: SCVI(adata, n_hidden=64)."
     )
     return [Finding("note", "adata.var", text, adata.n_vars, fix)]
 

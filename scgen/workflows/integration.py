@@ -82,7 +82,8 @@ def integrate(
     n_models
         Number of models to train, with the seeds ``seed``, ``seed + 1`` and so on. The embedding then holds the first
         principal components of all models' embeddings side by side, as many as one of them has dimensions. It depends
-        less on the seed, and takes as many times longer. Ctrl-C joins the models trained so far.
+        less on the seed, and takes N times as long. Ctrl-C in a training joins the models trained so far. New cells
+        cannot be placed in this embedding: the returned model maps them into its own.
     adjusted_basis
         Key of the embedding. Only an earlier result of `integrate` is overwritten.
     labels_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys, counts
@@ -162,6 +163,7 @@ n_importance_samples, accelerator, devices, precision
     _check_basis(adata, adjusted_basis)
     chosen, training = _settings(SCVI, given), _settings(SCVI.train, given)
     SCVI.Arguments(**_defaults(SCVI) | chosen | {"seed": seed})
+    seed = check_seed(seed)
     check_seed(seed + n_models - 1)
     trainings.checked(**_defaults(SCVI.train) | training | {"seed": seed, "progress": progress})
     presets = None if isinstance(tune, bool | np.bool_) else tune
@@ -212,7 +214,7 @@ def _of_more_models(model: SCVI, seeds: Sequence[int], training: Mapping) -> lis
 
 
 def joined(embeddings: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the first principal components of several embeddings of the same n cells, side by side.
+    """Put several embeddings of the same n cells side by side, and return the first principal components.
 
     Each embedding is scaled to the same total variance, the mean of theirs. With all components, the squared distance
     of two cells would be the mean of theirs; as many are kept as the first embedding has dimensions, or n if this is

@@ -258,6 +258,11 @@ def test_the_models_that_are_joined_are_those_of_the_next_seeds(cells):
     assert cells.uns["scgen"]["integrate"]["n_models"] == 2
 
 
+def test_a_seed_of_a_small_type_does_not_wrap(cells):
+    quick(cells, n_models=3, seed=np.uint8(255))
+    assert cells.uns["scgen"]["integrate"]["n_models"] == 3
+
+
 def test_several_models_depend_less_on_the_seed():
     cells = scgen.simulate_cells(n_cells=200, n_genes=40, n_batches=2, seed=0)
 
