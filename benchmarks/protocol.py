@@ -8,8 +8,8 @@
   neighbours" say what is distorted: see `benchmarks.fair`.
 - SET@N are N cells of a set, drawn at random, or as many as it takes to have 25 cells of each batch, or all of it.
   SET+G has only its G most variable genes.
-- The defaults of integration were not chosen on the sets of `UNTUNED`. Where there are no labels, only iLISI and what is distorted are scored;
-  where there is one batch, only "bio".
+- The defaults of integration were not chosen on the sets of `UNTUNED`. Where there are no labels, only iLISI and what
+  is distorted are scored; where there is one batch, only "bio".
 - The test ELBO is the mean over test cells at KL weight 1, over five draws of the latent noise. The marginal
   likelihood, of 100 draws, is over 1000 of the test cells only: the two do not compare with each other. Neither
   compares between the observed library, where both are of p(x | l), and the latent one.
