@@ -199,15 +199,18 @@ n_importance_samples, accelerator, devices, precision
 
 
 def _of_more_models(model: SCVI, seeds: Sequence[int], training: Mapping) -> list[np.ndarray]:
-    """Return the embeddings of models like this one with other seeds, fewer after an interrupt."""
+    """Return the embeddings of models like this one with other seeds, fewer after an interrupt or a failure."""
     latents = []
     for seed in seeds:
         other = SCVI(model.adata, **asdict(model.arguments) | {"seed": seed})
         try:
             other.train(seed=seed, **training)
-        except KeyboardInterrupt:  # in the first epoch; later ones end the training
-            return latents
-        latents.append(other.get_latent_representation())
+            latents.append(other.get_latent_representation())
+        except KeyboardInterrupt:  # before the end of the first epoch; a later one ends the training without an error
+            break
+        except tuning.FAILURES as error:
+            warnings.warn(f"the model of seed {seed} is left out, because its training failed: {error}", stacklevel=3)
+            continue
         if not other.trainings[-1]["finished"]:
             break
     return latents

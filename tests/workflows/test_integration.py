@@ -242,12 +242,13 @@ def test_joined_embeddings_that_differ_by_a_rotation_and_a_scale_keep_the_distan
 
 
 def test_the_models_that_are_joined_are_those_of_the_next_seeds(cells):
-    model = quick(cells, n_models=2, n_latent=3, seed=4)
+    made, training = {"n_latent": 3, "n_hidden": 16, "prior": "mog"}, {"kl_start": 2.0, "batch_size": 64}
+    model = quick(cells, n_models=2, **made, **training, seed=4)
     scgen.setup_anndata(cells, batch_key="batch")
     z = []
     for seed in (4, 5):
-        by_hand = scgen.SCVI(cells, n_latent=3, seed=seed)
-        by_hand.train(max_epochs=2, progress=False, seed=seed)
+        by_hand = scgen.SCVI(cells, **made, seed=seed)
+        by_hand.train(max_epochs=2, progress=False, **training, seed=seed)
         z.append(by_hand.get_latent_representation())
     np.testing.assert_array_equal(model.get_latent_representation(), z[0])
     # The best approximation of rank 3, of both at the same variance.
@@ -277,21 +278,50 @@ def test_several_models_depend_less_on_the_seed():
     assert shared(3) > shared(1) + 0.05
 
 
-def test_after_an_interrupt_the_models_so_far_are_joined(cells, monkeypatch):
+@pytest.mark.parametrize(("last", "when", "n"), [(3, "at once", 2), (1, "later", 1), (2, "later", 2)])
+def test_after_an_interrupt_the_models_so_far_are_joined(cells, monkeypatch, last, when, n):
     train, n_calls = scgen.SCVI.train, []
+
+    def interrupt(row):
+        raise KeyboardInterrupt
 
     @functools.wraps(train)  # its parameters are looked at
     def interrupted(self, *args, **options):
         n_calls.append(1)
-        if len(n_calls) == 3:
+        if len(n_calls) < last:
+            train(self, *args, **options)
+        elif when == "later":  # the first epoch is done
+            train(self, *args, **options, on_epoch=interrupt)
+        else:
             raise KeyboardInterrupt
-        train(self, *args, **options)
 
     monkeypatch.setattr(scgen.SCVI, "train", interrupted)
     quick(cells, n_models=5)
-    assert len(n_calls) == 3
-    assert cells.uns["scgen"]["integrate"]["n_models"] == 2
+    assert len(n_calls) == last
+    assert cells.uns["scgen"]["integrate"]["n_models"] == n
     assert cells.obsm["X_scgen"].shape == (150, 10)
+
+
+def test_a_model_whose_training_fails_is_left_out(cells, monkeypatch):
+    train = scgen.SCVI.train
+
+    @functools.wraps(train)
+    def failing(self, *args, **options):
+        if self.arguments.seed == 1:
+            raise FloatingPointError("the loss is not finite")
+        train(self, *args, **options)
+
+    monkeypatch.setattr(scgen.SCVI, "train", failing)
+    with pytest.warns(UserWarning, match="seed 1 is left out.*not finite"):
+        quick(cells, n_models=3)
+    assert cells.uns["scgen"]["integrate"]["n_models"] == 2
+
+
+def test_the_chosen_settings_are_those_of_all_models():
+    cells = scgen.simulate_cells(n_cells=300, n_genes=30, n_batches=2, seed=0)
+    quick(cells, tune={"small": {"n_latent": 3}}, n_models=2)
+    assert cells.obsm["X_scgen"].shape == (300, 3)
+    assert cells.uns["scgen"]["integrate"]["n_models"] == 2
 
 
 def test_values_that_are_no_counts(cells):
