@@ -129,8 +129,10 @@ def _integrate(args: argparse.Namespace) -> int:
     )
     if args.tune:
         _say(f"chose {adata.uns['scgen']['integrate']['tuned']} among the presets")
-    seconds = model.history["seconds"].sum()
-    _say(f"trained {counted(len(model.history), 'epoch')} on {counted(model.adata.n_vars, 'gene')} in {seconds:.0f} s")
+    seconds, n_models = model.history["seconds"].sum(), adata.uns["scgen"]["integrate"]["n_models"]
+    first = f", the first of {n_models} models, whose embeddings are joined" if n_models > 1 else ""
+    size = f"{counted(len(model.history), 'epoch')} on {counted(model.adata.n_vars, 'gene')}"
+    _say(f"trained {size} in {seconds:.0f} s{first}")
     _say("computing neighbours, UMAP and Leiden clusters of the embedding ...")
     clustering.cluster(adata, f"X_{args.suffix}", suffix=args.suffix, resolution=args.resolution, seed=args.seed)
     args.ending.check()
