@@ -10,7 +10,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from scgen.arguments import check_flag, check_key, check_names, check_seed, check_whole, counted, shown
+from scgen.arguments import MOST_SEED, check_flag, check_key, check_names, check_whole, counted, shown
 from scgen.data.categories import names_of
 from scgen.data.checks import Setup, check_types, check_writable, raise_errors
 from scgen.data.counts import matrix_of
@@ -21,7 +21,7 @@ from scgen.models import trainings
 from scgen.models.scvi import SCVI
 from scgen.workflows import tuning
 
-#: More models would hardly change the embedding.
+#: The largest number of models. The embeddings of all are in memory at once.
 MOST_MODELS = 100
 
 
@@ -80,10 +80,10 @@ def integrate(
     n_top_genes
         Number of highly variable genes to model, chosen within batches; None models all genes.
     n_models
-        Number of models to train, with the seeds ``seed``, ``seed + 1`` and so on. The embedding then holds the first
-        principal components of all models' embeddings side by side, as many as one of them has dimensions. It depends
-        less on the seed, and takes N times as long. Ctrl-C in a training joins the models trained so far. New cells
-        cannot be placed in this embedding: the returned model maps them into its own.
+        Number of models to train, up to 100, with the seeds ``seed``, ``seed + 1`` and so on. Their embeddings are put
+        side by side, and the first principal components are written, as many as one embedding has dimensions. The
+        result depends less on the seed, and takes ``n_models`` times as long. Ctrl-C in a training joins the models
+        trained so far. New cells cannot be placed in this embedding: the returned model maps them into its own.
     adjusted_basis
         Key of the embedding. Only an earlier result of `integrate` is overwritten.
     labels_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys, counts
@@ -113,9 +113,9 @@ n_importance_samples, accelerator, devices, precision
     Raises
     ------
     TypeError, ValueError
-        As `setup_anndata`, `SCVI` and `tune`; also if ``n_top_genes`` or ``n_models`` is below 1, no gene varies, no
-        cell is left, `integrate` did not write the present ``obsm[adjusted_basis]``, or ``tune`` is combined with
-        settings that it chooses. ``adata`` is then unchanged.
+        As `setup_anndata`, `SCVI` and `tune`; also if ``n_top_genes`` or ``n_models`` is out of its range, no gene
+        varies, no cell is left, `integrate` did not write the present ``obsm[adjusted_basis]``, or ``tune`` is combined
+        with settings that it chooses. ``adata`` is then unchanged.
 
     Examples
     --------
@@ -163,8 +163,7 @@ n_importance_samples, accelerator, devices, precision
     _check_basis(adata, adjusted_basis)
     chosen, training = _settings(SCVI, given), _settings(SCVI.train, given)
     SCVI.Arguments(**_defaults(SCVI) | chosen | {"seed": seed})
-    seed = check_seed(seed)
-    check_seed(seed + n_models - 1)
+    seed = check_whole("seed", seed, 0, MOST_SEED + 1 - n_models)
     trainings.checked(**_defaults(SCVI.train) | training | {"seed": seed, "progress": progress})
     presets = None if isinstance(tune, bool | np.bool_) else tune
     is_tuned = bool(tune) if presets is None else True
@@ -219,9 +218,9 @@ def _of_more_models(model: SCVI, seeds: Sequence[int], training: Mapping) -> lis
 def joined(embeddings: Sequence[np.ndarray]) -> np.ndarray:
     """Put several embeddings of the same n cells side by side, and return the first principal components.
 
-    Each embedding is scaled to the same total variance, the mean of theirs. With all components, the squared distance
-    of two cells would be the mean of theirs; as many are kept as the first embedding has dimensions, or n if this is
-    less. A single embedding is returned as it is.
+    All embeddings are scaled to the same total variance, which is the mean of their variances. With all components, the
+    squared distance between two cells would be the mean of those in the scaled embeddings. As many components are kept
+    as the first embedding has dimensions, but at most n. A single embedding is returned as it is.
 
     Examples
     --------

@@ -217,8 +217,14 @@ def test_what_is_given_is_what_by_hand_would_be(cells, tmp_path):
     data = {"labels_key": "cell_type", "size_factor_key": "size", "categorical_covariate_keys": ["donor"],
             "continuous_covariate_keys": ["age"]}  # fmt: skip
     made = {"n_latent": 4, "n_hidden": 16, "prior": "mog", "posterior": "planar", "dispersion": "gene-label"}
-    training = {"batch_size": 32, "train_size": 0.8, "kl_start": 2.0, "early_stopping": False, "learning_rate": 0.01}
-    training["batch_penalty"] = 5.0
+    training = {
+        "batch_size": 32,
+        "train_size": 0.8,
+        "kl_start": 2.0,
+        "batch_penalty": 5.0,
+        "early_stopping": False,
+        "learning_rate": 0.01,
+    }
     other = cells.copy()
     quick(cells, **data, **made, **training)
     scgen.setup_anndata(other, batch_key="batch", **data)
